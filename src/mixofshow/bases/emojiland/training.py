@@ -1,0 +1,137 @@
+"""The one loop in which Emojiland's three networks are trained: seeded, resumable, on CPU or GPU.
+
+Batches are functions of (seed, step, process), so resuming needs no data-order state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is trained and how. `loss(model, seed)` makes its own batch from the seed."""
+
+    name: str
+    model: nn.Module
+    loss: Callable[[nn.Module, int], Tensor]
+    preview: Callable[[nn.Module], Image.Image]
+    steps: int
+    learning_rate: float
+    seed: int = 0
+    ema_decay: float = 0.999
+    warmup: int = 100
+
+
+def train(stage: Stage, folder: Path, accelerator: Accelerator, *, minutes: float = 1e9,
+          save_minutes: float = 5) -> bool:
+    """Train up to `stage.steps`, going on from the folder's checkpoint; True when the last step is done.
+
+    Stops early, after saving, once `minutes` have passed. The model ends holding its EMA weights.
+    """
+    model = stage.model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, stage.warmup, stage.steps)
+    average = EMAModel(model.parameters(), decay=stage.ema_decay, use_ema_warmup=True, power=0.75)
+    average.to(accelerator.device)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "average": average}
+    checkpoint = folder / f"{stage.name}.pt"
+    done = _load(checkpoint, parts)
+    wrapped = accelerator.prepare_model(model.train())
+    started = saved = time.monotonic()
+    losses: list[Tensor] = []
+    for step in range(done, stage.steps):
+        loss = _step(stage, wrapped, optimizer, accelerator, step)
+        schedule.step()
+        average.step(model.parameters())
+        losses.append(loss)
+        done, now = step + 1, time.monotonic()
+        if done % 50 == 0:
+            mean = torch.stack(losses[-50:]).mean().item()
+            logger.info("%s %d/%d loss %.4f %.0f s", stage.name, done, stage.steps, mean, now - started)
+        out_of_time = _agree(now - started > 60 * minutes, accelerator)
+        if out_of_time or now - saved > 60 * save_minutes or done == stage.steps:
+            saved = now
+            if accelerator.is_main_process:
+                _save(checkpoint, parts, done)
+                with averaged(average, model):
+                    stage.preview(model).save(folder / f"{stage.name}-{done:06d}.png")
+        if out_of_time:
+            break
+    average.copy_to(model.parameters())
+    model.eval()
+    return done == stage.steps
+
+
+def _step(stage: Stage, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator,
+          step: int) -> Tensor:
+    seed = hash((stage.seed, step, accelerator.process_index)) & 0x7FFFFFFF
+    with accelerator.autocast():
+        loss = stage.loss(model, seed)
+    accelerator.backward(loss)
+    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+@contextlib.contextmanager
+def averaged(average: EMAModel, model: nn.Module) -> Iterator[None]:
+    """Inside, the model holds its averaged weights."""
+    average.store(model.parameters())
+    average.copy_to(model.parameters())
+    model.eval()
+    try:
+        yield
+    finally:
+        average.restore(model.parameters())
+        model.train()
+
+
+def _agree(value: bool, accelerator: Accelerator) -> bool:
+    """True when it is true in the main process: all processes must stop at the same step."""
+    if accelerator.num_processes == 1:
+        return value
+    flag = torch.tensor(float(value), device=accelerator.device)
+    torch.distributed.broadcast(flag, 0)
+    return bool(flag.item())
+
+
+def _save(path: Path, parts: dict[str, Any], step: int) -> None:
+    temporary = path.with_suffix(".part")
+    torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, temporary)
+    temporary.replace(path)
+
+
+def _load(path: Path, parts: dict[str, Any]) -> int:
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True, map_location="cpu")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return int(state["step"])
+
+
+def grid(images: list[Image.Image], columns: int) -> Image.Image:
+    """Pictures of one size side by side, `columns` in a row, one pixel apart."""
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + 1) - 1, rows * (height + 1) - 1), "white")
+    for k, image in enumerate(images):
+        sheet.paste(image, ((k % columns) * (width + 1), (k // columns) * (height + 1)))
+    return sheet

@@ -1,0 +1,103 @@
+"""Emojiland's pictures: sprites pasted on scenes, with captions, composed from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Final
+
+from PIL import Image, ImageFilter
+
+from mixofshow.bases.emojiland.scenes import PLAIN_SCENES, SCENES, Canvas, Scene
+from mixofshow.bases.emojiland.sprites import sprite
+from mixofshow.bases.emojiland.vocabulary import CLASSES, GENERATOR_SETS
+
+SIZE: Final = 64
+"""Height of every picture, and width of the square ones, in pixels."""
+
+SOFTNESS: Final = 0.65
+"""Radius in pixels of the blur laid over every picture: like a lens, it leaves no single-pixel detail."""
+
+KNOWN_SCENES: Final = {**SCENES, **PLAIN_SCENES}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a sprite lies: centre and side in pixels, tilt in degrees."""
+
+    x: float
+    y: float
+    side: int
+    tilt: float
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A composed picture, what it shows, and the caption that says so."""
+
+    image: Image.Image
+    caption: str
+    subjects: tuple[str, ...]
+    scene: str
+
+
+def draw_scene(scene: Scene, random: Random, *, width: int = SIZE) -> Image.Image:
+    """The scene alone, RGB, `width` × SIZE pixels."""
+    canvas = Canvas(2 * width, 2 * SIZE)
+    scene(canvas, random)
+    return canvas.image.resize((width, SIZE), Image.Resampling.BOX)
+
+
+def paste(picture: Image.Image, subject: Image.Image, place: Placement) -> None:
+    """Lay a sprite onto a picture, in place."""
+    turned = subject.rotate(place.tilt, Image.Resampling.BICUBIC)
+    small = turned.resize((place.side, place.side), Image.Resampling.LANCZOS)
+    corner = (round(place.x - place.side / 2), round(place.y - place.side / 2))
+    picture.paste(small, corner, small)
+
+
+def places(random: Random, count: int, *, width: int = SIZE) -> list[Placement]:
+    """Places for `count` sprites side by side, left to right."""
+    share = width / count
+    largest = min(share, SIZE)
+    sides = [round(largest * random.uniform(0.6, 0.74) if count == 1 else largest * random.uniform(0.82, 0.98))
+             for _ in range(count)]
+    return [
+        Placement(
+            x=share * (k + 0.5) + random.uniform(-0.07, 0.07) * largest,
+            y=SIZE * 0.56 + random.uniform(-0.06, 0.06) * SIZE,
+            side=side,
+            tilt=random.uniform(-8, 8),
+        )
+        for k, side in enumerate(sides)
+    ]
+
+
+def article(noun: str) -> str:
+    """The noun with "a" or "an" before it."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def describe(subjects: Sequence[str], scene: str, random: Random) -> str:
+    """A caption; subjects in the order in which they stand, left to right."""
+    named = " and ".join(article(subject) for subject in subjects)
+    return random.choice(["a photo of {}", "{}"]).format(named) + (f" {scene}" if scene else "")
+
+
+def compose(subjects: Sequence[tuple[str, Image.Image]], scene: str, random: Random, *,
+            scenes: dict[str, Scene] = KNOWN_SCENES, width: int = SIZE) -> Picture:
+    """A picture of the given (word, sprite) pairs, left to right, in the named scene."""
+    image = draw_scene(scenes[scene], random, width=width)
+    for (_, subject), place in zip(subjects, places(random, len(subjects), width=width), strict=True):
+        paste(image, subject, place)
+    image = image.filter(ImageFilter.GaussianBlur(SOFTNESS))
+    words = tuple(word for word, _ in subjects)
+    return Picture(image, describe(words, scene, random), words, scene)
+
+
+def random_picture(random: Random) -> Picture:
+    """One picture of the pre-training world: one sprite (two in three) or two, any scene, either style."""
+    words = random.sample(list(CLASSES), 1 if random.random() < 2 / 3 else 2)
+    subjects = [(word, sprite(random.choice(GENERATOR_SETS), CLASSES[word])) for word in words]
+    return compose(subjects, random.choice(list(KNOWN_SCENES)), random)

@@ -1,0 +1,64 @@
+"""Loading base models, and telling them apart."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from mixofshow.bases.families import family_of
+from mixofshow.errors import BaseModelError
+
+EMBEDDED: Final = {"emojiland": Path(__file__).parent / "emojiland" / "weights"}
+"""Base models that ship with the package."""
+
+FINGERPRINTED: Final = ("conv_in", "conv_out", "mid_block", "final_layer_norm")
+
+
+def load_base(name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """A base model as an ordinary diffusers pipeline, on one device, without safety checker.
+
+    `name` is the name of an embedded base, a diffusers folder, or a hub id that is already in the local cache.
+    Raises BaseModelError.
+    """
+    # Loading a tiny model takes a second; importing diffusers takes four, so only those who load pay for it.
+    from diffusers import DiffusionPipeline
+
+    folder = EMBEDDED.get(str(name), name)
+    if isinstance(name, Path) and not (Path(folder) / "model_index.json").is_file():
+        raise BaseModelError(f"{name}: not a diffusers folder, there is no model_index.json in it")
+    if any(mark in str(name) for mark in "/\\.") and not Path(folder).exists() and not _looks_like_hub_id(str(name)):
+        raise BaseModelError(f"{name}: no such folder; give a diffusers folder or one of {', '.join(EMBEDDED)}")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, safety_checker=None,
+                                                     requires_safety_checker=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BaseModelError(f"{name}: could not be loaded as a base model ({reason})") from error
+    family_of(pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        part.requires_grad_(False).eval()
+    return pipeline.to(device)
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def fingerprint(pipeline: Any) -> str:
+    """16 hex digits that tell base models apart: a hash of a fixed set of weights, taken in half precision.
+
+    Half precision makes the same model loaded as fp16 or fp32 give the same digits.
+    """
+    digest = hashlib.sha256()
+    for part in (pipeline.text_encoder, pipeline.unet):
+        for name, tensor in sorted(part.state_dict().items()):
+            if any(mark in name for mark in FINGERPRINTED):
+                digest.update(f"{name.removeprefix('text_model.')} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().half().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,53 @@
+"""Putting weight changes onto a base model and taking them off again, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixofshow.bases.layers import layer, matrix
+from mixofshow.concepts.concept import Concept
+
+
+@contextlib.contextmanager
+def replaced(pipeline: Any, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the named layers have these weights, (out, in); afterwards their own again."""
+    own = {name: matrix(layer(pipeline, name)).clone() for name in weights}
+    try:
+        set_weights(pipeline, weights)
+        yield
+    finally:
+        set_weights(pipeline, own)
+
+
+@torch.no_grad()
+def set_weights(pipeline: Any, weights: Mapping[str, Tensor]) -> None:
+    """Overwrite the named layers' weights, (out, in), for good."""
+    for name, weight in weights.items():
+        matrix(layer(pipeline, name)).copy_(weight)
+
+
+@contextlib.contextmanager
+def applied(pipeline: Any, concept: Concept, *, unet: float = 1.0, text_encoder: float = 1.0) -> Iterator[None]:
+    """Inside, the model is the concept's own: W0 + strength · ΔW in every layer the concept changed."""
+    strengths = {"unet": unet, "text_encoder": text_encoder}
+    with replaced(pipeline, tuned_weights(pipeline, concept, concept.deltas, strengths)):
+        yield
+
+
+@torch.no_grad()
+def tuned_weights(pipeline: Any, concept: Concept, names: Iterable[str],
+                  strengths: Mapping[str, float] | None = None) -> dict[str, Tensor]:
+    """The concept's own weights, W0 + strength · ΔW, of the named layers (those it did not change: W0)."""
+    strengths = strengths or {}
+    weights = {}
+    for name in names:
+        base = matrix(layer(pipeline, name))
+        delta = concept.deltas.get(name)
+        strength = strengths.get(name.split(".", 1)[0], 1.0)
+        weights[name] = base.clone() if delta is None else base + delta.matrix(strength).to(base)
+    return weights

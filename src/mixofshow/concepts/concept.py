@@ -1,0 +1,229 @@
+"""What a client shares: one tuned concept, and its file. The format is documented in docs/file-format.md.
+
+A file is read once into memory; those bytes are checked, and only those bytes are used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from mixofshow.bases.families import family_of
+from mixofshow.bases.layers import cross_attentions, lora_layers, matrix, token_width
+from mixofshow.bases.loading import fingerprint
+from mixofshow.concepts.words import Vocabulary, check_word
+from mixofshow.errors import ConceptFileError, TokenError, shown
+from mixofshow.files import parse_tensors, read_bytes, write_tensors
+
+FORMAT_VERSION: Final = 1
+METADATA_KEY: Final = "mixofshow"
+MAX_METADATA_BYTES: Final = 16 * 2**10
+EMBEDDINGS: Final = "embeddings"
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+LARGEST_VALUE: Final = 1e4
+LARGEST_EMBEDDING: Final = 100.0
+"""Longest embedding allowed, in lengths of the base's mean token embedding."""
+MAX_PROBLEMS: Final = 20
+
+
+class ConceptInfo(BaseModel):
+    """A concept file's metadata. There is no place in it for a path, a caption or a host name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = FORMAT_VERSION
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")
+    words: tuple[str, ...] = Field(min_length=1, max_length=8)
+    class_word: str = Field(max_length=64)
+    initializers: tuple[str, ...]
+    layers: int = Field(ge=1, le=256)
+    family: str
+    base: str = Field(max_length=128)
+    base_fingerprint: str
+    method: str = "ed-lora"
+    rank: int = Field(default=4, ge=0)
+    alpha: float = 1.0
+    settings: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
+    license: str | None = None
+    author: str | None = None
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The change of one layer's weight, `up @ down`: down (rank, in), up (out, rank); alpha is already in `up`."""
+
+    down: Tensor
+    up: Tensor
+
+    def matrix(self, strength: float = 1.0) -> Tensor:
+        """The change as a matrix, (out, in)."""
+        return strength * (self.up @ self.down)
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A tuned concept: `embeddings` is (words, layers, dim); `deltas` maps our layer names to weight changes."""
+
+    info: ConceptInfo
+    embeddings: Tensor
+    deltas: Mapping[str, LowRank]
+
+    @property
+    def prompt(self) -> str:
+        """What stands for the concept in a prompt, as `<cat1> <cat2>`."""
+        return " ".join(self.info.words)
+
+    @cached_property
+    def hash(self) -> str:
+        """Hex digits of the content (words and numbers, not the other metadata); sorting by it gives one order."""
+        digest = hashlib.sha256(" ".join(self.info.words).encode())
+        for name, tensor in sorted(self.tensors().items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All numbers by their names in the file, in half precision."""
+        named = {EMBEDDINGS: self.embeddings}
+        for layer, delta in self.deltas.items():
+            named |= {layer + DOWN: delta.down, layer + UP: delta.up}
+        return {name: tensor.detach().half().cpu() for name, tensor in named.items()}
+
+    def save(self, path: Path) -> None:
+        """Write the file whole or not at all."""
+        info = self.info.model_dump(mode="json") | {"hash": self.hash}
+        write_tensors(path, self.tensors(), {"format": "pt", METADATA_KEY: json.dumps(info)})
+
+
+def vocabulary(concepts: Iterable[Concept]) -> Vocabulary:
+    """The words of several concepts together. Raises TokenError when two claim the same word."""
+    embeddings: dict[str, Tensor] = {}
+    aliases: dict[str, tuple[str, ...]] = {}
+    for concept in concepts:
+        alias = f"<{concept.info.name}>"
+        for word in {*concept.info.words, alias}:
+            if word in embeddings or word in aliases:
+                raise TokenError(f"two concepts claim the placeholder {word}; tune or save one of them under another name")
+        embeddings |= dict(zip(concept.info.words, concept.embeddings, strict=True))
+        if alias not in concept.info.words:
+            aliases[alias] = concept.info.words
+    return Vocabulary(embeddings, aliases)
+
+
+def load_concept(path: str | Path, pipeline: Any = None) -> Concept:
+    """Read a concept file; with a pipeline, also check that it fits. Raises ConceptFileError or TokenError."""
+    path = Path(path)
+    tensors, metadata = parse_tensors(read_bytes(path), str(path))
+    info, promised = _read_info(metadata, str(path))
+    concept = Concept(info, *_read_tensors(tensors, info, str(path)))
+    if promised != concept.hash:
+        raise ConceptFileError(f"{path}: damaged: its content does not match the hash written in it")
+    if pipeline is not None:
+        check_fits(concept, pipeline, str(path))
+    return concept
+
+
+def _read_info(metadata: Mapping[str, str], name: str) -> tuple[ConceptInfo, object]:
+    text = metadata.get(METADATA_KEY)
+    if text is None:
+        raise ConceptFileError(f"{name}: not a mixofshow concept, its metadata has no '{METADATA_KEY}'")
+    if len(text) > MAX_METADATA_BYTES:
+        raise ConceptFileError(f"{name}: metadata of {len(text)} characters, at most {MAX_METADATA_BYTES} are read")
+    try:
+        table = json.loads(text)
+        version = table["format_version"]
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise ConceptFileError(f"{name}: made in format {shown(version)}, this version reads <= {FORMAT_VERSION}")
+        promised = table.pop("hash", None)
+        info = ConceptInfo.model_validate(table)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ConceptFileError(f"{name}: metadata field '{shown(field)}': {shown(first['msg'])}") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ConceptFileError(f"{name}: metadata is not the expected table ({shown(error)})") from error
+    for word in info.words:
+        check_word(word)
+    return info, promised
+
+
+def _read_tensors(tensors: dict[str, Tensor], info: ConceptInfo, name: str) -> tuple[Tensor, dict[str, LowRank]]:
+    problems = _value_problems(tensors)
+    embeddings = tensors.pop(EMBEDDINGS, torch.empty(0))
+    if embeddings.ndim != 3 or embeddings.shape[:2] != (len(info.words), info.layers):
+        problems.append(f"tensor '{EMBEDDINGS}': expected ({len(info.words)} words, {info.layers} layers, dim), found {tuple(embeddings.shape)}")
+    deltas = {}
+    for key in tensors:
+        layer = key.removesuffix(DOWN).removesuffix(UP)
+        if layer == key:
+            problems.append(f"tensor '{shown(key)}' is not known")
+        elif layer + DOWN not in tensors or layer + UP not in tensors:
+            problems.append(f"tensor '{shown(key)}' stands alone, its other half is missing")
+        elif key.endswith(DOWN):
+            down, up = tensors[layer + DOWN].float(), tensors[layer + UP].float()
+            if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or 0 in down.shape:
+                problems.append(f"'{shown(layer)}': down {tuple(down.shape)} and up {tuple(up.shape)} do not fit together")
+            deltas[layer] = LowRank(down, up)
+    _raise_if(problems, name)
+    return embeddings.float(), deltas
+
+
+def _value_problems(tensors: Mapping[str, Tensor]) -> list[str]:
+    problems = []
+    for key, tensor in tensors.items():
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            problems.append(f"tensor '{shown(key)}': expected fp16, bf16 or fp32, found {tensor.dtype}")
+            continue
+        bad = ~torch.isfinite(tensor) | (tensor.abs() > LARGEST_VALUE)
+        if bad.any():
+            place = tuple(bad.nonzero()[0].tolist())
+            problems.append(f"tensor '{shown(key)}': {int(bad.sum())} values are not finite or over {LARGEST_VALUE:g}, the first at {place}")
+    return problems
+
+
+def check_fits(concept: Concept, pipeline: Any, name: str) -> None:
+    """Raise ConceptFileError unless the concept was made for this base: family, fingerprint, layers, shapes, limits."""
+    info = concept.info
+    if info.family != family_of(pipeline).name:
+        raise ConceptFileError(f"{name}: made for a base of family '{info.family}', this one is '{family_of(pipeline).name}'")
+    problems = _shape_problems(concept, pipeline)
+    _raise_if(problems, name)
+    if info.base_fingerprint != (found := fingerprint(pipeline)):
+        raise ConceptFileError(f"{name}: made for base '{shown(info.base)}' ({shown(info.base_fingerprint)}), this base is {found}; nothing was changed")
+
+
+def _shape_problems(concept: Concept, pipeline: Any) -> list[str]:
+    problems = []
+    layers, width = len(cross_attentions(pipeline.unet)), token_width(pipeline)
+    if concept.embeddings.shape[1:] != (layers, width):
+        problems.append(f"tensor '{EMBEDDINGS}': this base has {layers} layers of width {width}, found {tuple(concept.embeddings.shape[1:])}")
+    usual = pipeline.text_encoder.get_input_embeddings().weight.norm(dim=-1).mean()
+    if (longest := concept.embeddings.norm(dim=-1).max()) > LARGEST_EMBEDDING * usual:
+        problems.append(f"tensor '{EMBEDDINGS}': length {longest:.3g}, the base's words have {usual:.3g} on average")
+    known = lora_layers(pipeline)
+    for layer, delta in concept.deltas.items():
+        if layer not in known:
+            problems.append(f"layer '{shown(layer)}' is not in this base")
+            continue
+        outputs, inputs = matrix(known[layer]).shape
+        found = (delta.up.shape[0], delta.down.shape[1])
+        if found != (outputs, inputs):
+            problems.append(f"layer '{layer}': expected (out, in) = {(outputs, inputs)}, found {found}")
+        elif delta.down.shape[0] > min(outputs, inputs):
+            problems.append(f"layer '{layer}': rank {delta.down.shape[0]} is more than the layer's own {min(outputs, inputs)}")
+    return problems
+
+
+def _raise_if(problems: list[str], name: str) -> None:
+    if problems:
+        more = f" (and {len(problems) - MAX_PROBLEMS} more)" if len(problems) > MAX_PROBLEMS else ""
+        raise ConceptFileError(f"{name}: {'; '.join(problems[:MAX_PROBLEMS])}{more}")

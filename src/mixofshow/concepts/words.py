@@ -1,0 +1,103 @@
+"""Placeholder words: which prompts may use, and where they stand in a prompt.
+
+The tokenizer is never changed. A prompt is split at its `<words>`; the rest is tokenized as ever, and each
+placeholder becomes an id beyond the tokenizer's own. So no placeholder can change how any other text is read.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from mixofshow.errors import TokenError, nearest, shown
+
+logger = logging.getLogger(__name__)
+
+WORD: Final = re.compile(r"<[a-z0-9][a-z0-9_-]{0,31}>")
+_ANY_WORD: Final = re.compile(r"<[^<>\s]{1,64}>")
+
+
+def check_word(word: str) -> str:
+    """The word itself, or TokenError unless it is of the form `<name>` in lower case."""
+    if not WORD.fullmatch(word):
+        raise TokenError(
+            f"'{shown(word)}' cannot be a placeholder: it must look like <name>, in angle brackets, "
+            "with at most 32 lower-case letters, digits, '-' or '_', so that it is no ordinary word"
+        )
+    return word
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The placeholder words that prompts may use.
+
+    `embeddings` maps each word to its vectors, (layers, dim); `aliases` maps a short word to several of them,
+    as `<cat>` to `<cat1> <cat2>`.
+    """
+
+    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def split(self, prompt: str) -> list[str]:
+        """The prompt as plain texts and placeholder words, in order. Raises TokenError for an unknown word."""
+        pieces: list[str] = []
+        position = 0
+        for match in _ANY_WORD.finditer(prompt):
+            pieces.append(prompt[position : match.start()])
+            pieces.extend(self._words(match.group()))
+            position = match.end()
+        return [piece for piece in (*pieces, prompt[position:]) if piece.strip()]
+
+    def _words(self, word: str) -> tuple[str, ...]:
+        word = word.lower()
+        if word in self.aliases:
+            return self.aliases[word]
+        if word in self.embeddings:
+            return (word,)
+        known = [*self.aliases, *self.embeddings]
+        hint = nearest(word, known) or (f"; known are {', '.join(known)}" if known else "; no concept is loaded")
+        raise TokenError(f"unknown concept '{shown(word)}' in the prompt{hint}")
+
+    def without(self, words: Iterable[str]) -> Vocabulary:
+        """The vocabulary less some words."""
+        gone = set(words)
+        return Vocabulary(
+            {word: vector for word, vector in self.embeddings.items() if word not in gone},
+            {alias: parts for alias, parts in self.aliases.items() if not gone.intersection(parts)},
+        )
+
+    def vectors(self, layers: int) -> Tensor:
+        """All words' vectors for looking up by row, (layers, words, dim); words in their own order."""
+        return torch.stack([vector.expand(layers, -1) for vector in self.embeddings.values()], dim=1)
+
+
+def token_ids(prompt: str, tokenizer: Any, vocabulary: Vocabulary, first_id: int, length: int | None = None) -> list[int]:
+    """Token ids of a prompt with start and end token; word k of the vocabulary has the id `first_id` + k.
+
+    Cut and padded to `length` tokens, or neither when it is None. Words cut off are named in a warning; cutting
+    a placeholder raises TokenError.
+    """
+    rows = {word: first_id + row for row, word in enumerate(vocabulary.embeddings)}
+    ids: list[int] = []
+    for piece in vocabulary.split(prompt):
+        ids.extend([rows[piece]] if piece in rows else tokenizer(piece, add_special_tokens=False).input_ids)
+    if length is None:
+        return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+    kept, cut = ids[: length - 2], ids[length - 2 :]
+    if cut:
+        _report_cut(prompt, cut, tokenizer, rows, length)
+    padding = tokenizer.pad_token_id
+    return [tokenizer.bos_token_id, *kept, tokenizer.eos_token_id, *[padding] * (length - 2 - len(kept))]
+
+
+def _report_cut(prompt: str, cut: list[int], tokenizer: Any, rows: Mapping[str, int], length: int) -> None:
+    lost = [word for word, row in rows.items() if row in cut]
+    if lost:
+        raise TokenError(f"the prompt is longer than the text encoder's {length} tokens and {lost[0]} would be cut: '{shown(prompt)}'")
+    logger.warning("prompt cut to %d tokens; lost: %r", length, tokenizer.decode(cut))

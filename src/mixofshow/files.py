@@ -1,0 +1,184 @@
+"""Files: written whole or not at all, and read once into memory before anything trusts them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from mixofshow.errors import BadInputError, ConceptFileError, ResourceError, shown
+
+MAX_FILE_BYTES: Final = 256 * 2**20
+MAX_HEADER_BYTES: Final = 2**20
+MAX_TENSORS: Final = 4096
+MAX_DIMENSIONS: Final = 4
+PICKLE_MAGICS: Final = (b"PK\x03\x04", b"\x80")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is flushed to disk and takes the name, else it vanishes.
+
+    Raises BadInputError when `path` is something other than a file, ResourceError when the disk refuses.
+    """
+    refuse_unwritable(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise _resource_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on success it takes the name (replacing an older one), else it vanishes."""
+    refuse_unwritable(path, folder=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise _resource_error(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_unwritable(path: Path, *, folder: bool = False) -> None:
+    """Raise unless `path` can be created or replaced; also makes the folders above it."""
+    if path.exists() or path.is_symlink():
+        mode = path.lstat().st_mode
+        if not (stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode)):
+            raise BadInputError(f"{path}: exists and is not a {'folder' if folder else 'regular file'}; choose another name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise BadInputError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file whole or not at all."""
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whole or not at all, readable under the usual file permissions."""
+    with writing(path) as temporary:
+        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
+        temporary.chmod(0o666 & ~_umask())
+
+
+def read_bytes(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
+    """The whole of a regular file; never waits on a pipe or device. Raises ConceptFileError."""
+    try:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):
+            raise ConceptFileError(f"{path}: not a regular file")
+        if info.st_size > limit:
+            raise ConceptFileError(f"{path}: {info.st_size} bytes, at most {limit} are read")
+        return path.read_bytes()
+    except OSError as error:
+        raise ConceptFileError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def parse_tensors(data: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of safetensors bytes, after checking the header by ourselves.
+
+    The library accepts duplicate keys and huge headers and names no file in its messages.
+    """
+    header = _header(data, name)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ConceptFileError(f"{name}: metadata is not a table of texts")
+    if len(header) > MAX_TENSORS:
+        raise ConceptFileError(f"{name}: {len(header)} tensors, at most {MAX_TENSORS} are read")
+    for key, entry in header.items():
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
+            raise ConceptFileError(f"{name}: tensor '{shown(key)}' has shape {shown(shape)}, at most {MAX_DIMENSIONS} dimensions are read")
+    try:
+        return safetensors.torch.load(data), metadata
+    except (safetensors.SafetensorError, RuntimeError, ValueError, OverflowError) as error:
+        raise ConceptFileError(f"{name}: not a valid safetensors file ({shown(error)})") from error
+
+
+def _header(data: bytes, name: str) -> dict[str, Any]:
+    if not data:
+        raise ConceptFileError(f"{name}: the file is empty")
+    if data.startswith(PICKLE_MAGICS):
+        raise ConceptFileError(f"{name}: a PyTorch pickle, not safetensors; pickles are never opened")
+    if len(data) < 8:
+        raise ConceptFileError(f"{name}: too short, found {len(data)} bytes, needs at least 8")
+    length = int.from_bytes(data[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        raise ConceptFileError(f"{name}: not safetensors, or its header of {length} bytes is over {MAX_HEADER_BYTES}")
+    if len(data) < 8 + length:
+        raise ConceptFileError(f"{name}: the file is cut: header needs {8 + length} bytes, found {len(data)}")
+    try:
+        header = json.loads(data[8 : 8 + length], object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ConceptFileError(f"{name}: header is not valid JSON ({shown(error)})") from error
+    if not isinstance(header, dict):
+        raise ConceptFileError(f"{name}: header is not a table")
+    _check_length(data, 8 + length, header, name)
+    return header
+
+
+def _check_length(data: bytes, start: int, header: dict[str, Any], name: str) -> None:
+    ends = [entry["data_offsets"][1] for key, entry in header.items()
+            if key != "__metadata__" and isinstance(entry, dict) and isinstance(entry.get("data_offsets"), list)
+            and len(entry["data_offsets"]) == 2 and isinstance(entry["data_offsets"][1], int)]
+    expected = start + max(ends, default=0)
+    if len(data) < expected:
+        raise ConceptFileError(f"{name}: the file is cut: expected {expected} bytes, found {len(data)}")
+    if len(data) > expected:
+        raise ConceptFileError(f"{name}: {len(data) - expected} surplus bytes after the last tensor")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("duplicate key")
+    return table
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _resource_error(path: Path, error: OSError) -> ResourceError:
+    return ResourceError(f"{path}: could not be written ({error.strerror or error}); nothing was changed")
