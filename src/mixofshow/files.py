@@ -86,10 +86,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file whole or not at all, readable under the usual file permissions."""
+    """Write a safetensors file whole or not at all; the same content gives the same bytes."""
     with writing(path) as temporary:
-        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
-        temporary.chmod(0o666 & ~_umask())
+        temporary.write_bytes(_tensor_bytes(tensors, metadata))
+
+
+def _tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Safetensors bytes with the metadata in order of their names; the library writes them in a random one."""
+    data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(metadata))
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length]) | {"__metadata__": dict(sorted(metadata.items()))}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def read_bytes(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
@@ -129,11 +138,12 @@ def parse_tensors(data: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, 
 def _header(data: bytes, name: str) -> dict[str, Any]:
     if not data:
         raise ConceptFileError(f"{name}: the file is empty")
-    if data.startswith(PICKLE_MAGICS):
-        raise ConceptFileError(f"{name}: a PyTorch pickle, not safetensors; pickles are never opened")
     if len(data) < 8:
         raise ConceptFileError(f"{name}: too short, found {len(data)} bytes, needs at least 8")
     length = int.from_bytes(data[:8], "little")
+    # Only here: a good file may begin with a pickle's 0x80 too, when that is the low byte of its header's length.
+    if length > MAX_HEADER_BYTES and data.startswith(PICKLE_MAGICS):
+        raise ConceptFileError(f"{name}: a PyTorch pickle, not safetensors; pickles are never opened")
     if length > MAX_HEADER_BYTES:
         raise ConceptFileError(f"{name}: not safetensors, or its header of {length} bytes is over {MAX_HEADER_BYTES}")
     if len(data) < 8 + length:

@@ -34,7 +34,7 @@ def load_base(name: str | Path, *, device: str | torch.device = "cpu", dtype: to
         raise BaseModelError(f"{name}: no such folder; give a diffusers folder or one of {', '.join(EMBEDDED)}")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, safety_checker=None,
+        pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=dtype, safety_checker=None,
                                                      requires_safety_checker=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -26,6 +26,7 @@ from mixofshow.files import parse_tensors, read_bytes, write_tensors
 
 FORMAT_VERSION: Final = 1
 METADATA_KEY: Final = "mixofshow"
+DIGEST_KEY: Final = "sha256"
 MAX_METADATA_BYTES: Final = 16 * 2**10
 EMBEDDINGS: Final = "embeddings"
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
@@ -100,8 +101,13 @@ class Concept:
 
     def save(self, path: Path) -> None:
         """Write the file whole or not at all."""
-        info = self.info.model_dump(mode="json") | {"hash": self.hash}
-        write_tensors(path, self.tensors(), {"format": "pt", METADATA_KEY: json.dumps(info)})
+        text = self.info.model_dump_json()
+        write_tensors(path, self.tensors(), _metadata(text, self.hash))
+
+
+def _metadata(text: str, content: str) -> dict[str, str]:
+    """All metadata of a file whose info is `text` and whose content has the hash `content`; a digest covers both."""
+    return {"format": "pt", METADATA_KEY: text, DIGEST_KEY: hashlib.sha256(f"{content} {text}".encode()).hexdigest()}
 
 
 def vocabulary(concepts: Iterable[Concept]) -> Vocabulary:
@@ -123,16 +129,16 @@ def load_concept(path: str | Path, pipeline: Any = None) -> Concept:
     """Read a concept file; with a pipeline, also check that it fits. Raises ConceptFileError or TokenError."""
     path = Path(path)
     tensors, metadata = parse_tensors(read_bytes(path), str(path))
-    info, promised = _read_info(metadata, str(path))
+    info = _read_info(metadata, str(path))
     concept = Concept(info, *_read_tensors(tensors, info, str(path)))
-    if promised != concept.hash:
-        raise ConceptFileError(f"{path}: damaged: its content does not match the hash written in it")
+    if metadata != _metadata(metadata[METADATA_KEY], concept.hash):
+        raise ConceptFileError(f"{path}: damaged: its content does not match the digest written in it")
     if pipeline is not None:
         check_fits(concept, pipeline, str(path))
     return concept
 
 
-def _read_info(metadata: Mapping[str, str], name: str) -> tuple[ConceptInfo, object]:
+def _read_info(metadata: Mapping[str, str], name: str) -> ConceptInfo:
     text = metadata.get(METADATA_KEY)
     if text is None:
         raise ConceptFileError(f"{name}: not a mixofshow concept, its metadata has no '{METADATA_KEY}'")
@@ -143,7 +149,6 @@ def _read_info(metadata: Mapping[str, str], name: str) -> tuple[ConceptInfo, obj
         version = table["format_version"]
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise ConceptFileError(f"{name}: made in format {shown(version)}, this version reads <= {FORMAT_VERSION}")
-        promised = table.pop("hash", None)
         info = ConceptInfo.model_validate(table)
     except ValidationError as error:
         first = error.errors()[0]
@@ -151,9 +156,12 @@ def _read_info(metadata: Mapping[str, str], name: str) -> tuple[ConceptInfo, obj
         raise ConceptFileError(f"{name}: metadata field '{shown(field)}': {shown(first['msg'])}") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConceptFileError(f"{name}: metadata is not the expected table ({shown(error)})") from error
-    for word in info.words:
-        check_word(word)
-    return info, promised
+    try:
+        for word in info.words:
+            check_word(word)
+    except TokenError as error:
+        raise TokenError(f"{name}: {error}") from error
+    return info
 
 
 def _read_tensors(tensors: dict[str, Tensor], info: ConceptInfo, name: str) -> tuple[Tensor, dict[str, LowRank]]:

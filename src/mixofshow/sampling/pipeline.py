@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from mixofshow.sampling.regions import Region, as_shares, require_a_cell
 
 MAX_STEPS: Final = 1000
 MAX_PIXELS: Final = 2**24
+MAX_SEED: Final = 2**63
 
 
 @dataclass(frozen=True)
@@ -77,19 +79,20 @@ class MixOfShowPipeline:
         width, height = self._size(width, height)
         _require(1 <= num_inference_steps <= MAX_STEPS, "num_inference_steps", num_inference_steps, f"1 to {MAX_STEPS}")
         _require(num_images >= 1, "num_images", num_images, "at least 1")
+        _require(0 <= seed < MAX_SEED, "seed", seed, f"0 to {MAX_SEED - 1}")
         generators = [torch.Generator().manual_seed(seed + k) for k in range(num_images)]
         latents = initial_latents(base, generators, width=width, height=height)
         with self.model.active():
             encoded = encode(self.model, prompt, negative_prompt, regions, width=width, height=height,
                              rows=num_images, guided=guidance_scale != 1.0)
             latents = denoise(base, latents, encoded, num_inference_steps=num_inference_steps,
-                              guidance_scale=guidance_scale, progress=progress)
+                              guidance_scale=guidance_scale, generators=generators, progress=progress)
             return decode(base, latents)
 
     def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
         base = self.model.pipeline
         usual = base.unet.config.sample_size * base.vae_scale_factor
-        width, height = width or usual, height or usual
+        width, height = usual if width is None else width, usual if height is None else height
         for name, value in (("width", width), ("height", height)):
             step = base.vae_scale_factor
             allowed = value >= step and value % step == 0 and width * height <= MAX_PIXELS
@@ -132,10 +135,15 @@ def encode(model: ConceptModel, prompt: str, negative_prompt: str, regions: Sequ
 
 
 def denoise(pipeline: Any, latents: Tensor, encoded: EncodedPrompt, *, num_inference_steps: int,
-            guidance_scale: float, progress: Progress = silent) -> Tensor:
-    """Noise to clean latents with the pipeline's own scheduler and classifier-free guidance."""
+            guidance_scale: float, generators: Sequence[torch.Generator] = (), progress: Progress = silent) -> Tensor:
+    """Noise to clean latents with the pipeline's own scheduler and classifier-free guidance.
+
+    Some schedulers draw noise in every step: picture k's comes from generator k.
+    """
     unet, scheduler = pipeline.unet, copy.deepcopy(pipeline.scheduler)
     scheduler.set_timesteps(num_inference_steps, device=latents.device)
+    draws = generators and "generator" in inspect.signature(scheduler.step).parameters
+    noise_source = {"generator": list(generators)} if draws else {}
     latents = latents * scheduler.init_noise_sigma
     rows, columns = latents.shape[-2:]
     with layerwise(unet), regional(unet, encoded.regions, columns=columns, rows=rows):
@@ -145,7 +153,7 @@ def denoise(pipeline: Any, latents: Tensor, encoded: EncodedPrompt, *, num_infer
             if encoded.guided:
                 without, with_prompt = noise.chunk(2)
                 noise = without + guidance_scale * (with_prompt - without)
-            latents = scheduler.step(noise, timestep, latents).prev_sample
+            latents = scheduler.step(noise, timestep, latents, **noise_source).prev_sample
             if not torch.isfinite(latents).all():
                 raise MixOfShowError(f"sampling: numbers that are not finite appeared at step {step + 1} of {num_inference_steps}")
             progress(step + 1, num_inference_steps, {})

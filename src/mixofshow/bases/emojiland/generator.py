@@ -16,12 +16,12 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mixofshow.bases.emojiland.autoencoder import LATENT_CHANNELS, to_tensor
-from mixofshow.bases.emojiland.training import Stage, grid
+from mixofshow.bases.emojiland.training import Stage, flat_then_down, grid
+from mixofshow.bases.emojiland.wordpieces import train_tokenizer
 from mixofshow.bases.emojiland.world import SIZE, random_picture
 
 TEXT_WIDTH: Final = 128
@@ -34,33 +34,12 @@ PREVIEW_PROMPTS: Final = (
     "a photo of a police officer at night", "a photo of a mushroom in the forest", "a photo of a panda under the sea",
     "a photo of a woman and a dog in the mountains", "a photo of a house and a cook on a red background",
 )
-START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A byte-pair tokenizer of CLIP's kind, learned from the world's captions and plain English letters."""
+    """The tokenizer, learned from the world's captions."""
     random = Random(0)
-    captions = [random_picture(random).caption for _ in range(4000)]
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=END))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    bpe.decoder = decoders.BPEDecoder(suffix="</w>")
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024, end_of_word_suffix="</w>", initial_alphabet=sorted(alphabet), special_tokens=[], show_progress=False
-    )
-    bpe.train_from_iterator(captions, trainer)
-    merges = [tuple(pair) for pair in _merges(bpe)]
-    pieces = [*sorted(alphabet), *(f"{letter}</w>" for letter in sorted(alphabet)), *("".join(pair) for pair in merges)]
-    vocabulary = {piece: index for index, piece in enumerate([*dict.fromkeys(pieces), START, END])}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
-
-
-def _merges(tokenizer: Tokenizer) -> list[list[str]]:
-    import json
-
-    merges: list[list[str]] = json.loads(tokenizer.to_str())["model"]["merges"]
-    return merges
+    return train_tokenizer([random_picture(random).caption for _ in range(4000)], MAX_TOKENS)
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -99,7 +78,8 @@ def build_unet() -> UNet2DConditionModel:
 def noise_scheduler() -> DDPMScheduler:
     """Stable Diffusion's noise schedule, with v-prediction: colours settle sooner than with noise prediction."""
     return DDPMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction", clip_sample=False
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1,
+        prediction_type="v_prediction", clip_sample=False,
     )
 
 
@@ -201,4 +181,5 @@ def stage(pipeline: StableDiffusionPipeline, cache: LatentCache, *, steps: int, 
         images = pipeline(prompts, num_inference_steps=20, guidance_scale=4.0, generator=generator, height=SIZE, width=SIZE)
         return grid(images.images, columns=16)
 
-    return Stage("generator", _Generator(pipeline.text_encoder, unet), loss, preview, steps, learning_rate, ema_decay=0.9995)
+    return Stage("generator", _Generator(pipeline.text_encoder, unet), loss, preview, steps, learning_rate,
+                 schedule=flat_then_down, ema_decay=0.9995)

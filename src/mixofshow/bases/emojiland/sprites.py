@@ -29,3 +29,13 @@ def _names(icon_set: str) -> list[str]:
 @cache
 def _atlas(icon_set: str) -> Image.Image:
     return Image.open(ICON_FOLDER / f"{icon_set}.png").convert("RGBA")
+
+
+def recolour(picture: Image.Image, turn: float) -> Image.Image:
+    """The RGBA picture with every hue turned on the colour wheel (1 is a full turn)."""
+    alpha = picture.getchannel("A")
+    hue, saturation, value = picture.convert("RGB").convert("HSV").split()
+    turned = hue.point([round(level + 256 * turn) % 256 for level in range(256)])
+    result = Image.merge("HSV", (turned, saturation, value)).convert("RGB")
+    result.putalpha(alpha)
+    return result

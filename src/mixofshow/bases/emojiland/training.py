@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from accelerate import Accelerator
@@ -19,8 +19,23 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 logger = logging.getLogger(__name__)
+
+
+WARMUP: Final = 100
+
+
+def cosine(optimizer: Optimizer, steps: int) -> LambdaLR:
+    """Warm up, then fall to 0 along a half cosine."""
+    return get_cosine_schedule_with_warmup(optimizer, WARMUP, steps)
+
+
+def flat_then_down(optimizer: Optimizer, steps: int) -> LambdaLR:
+    """Warm up, stay, fall to 0 over the last fifth: a resumed run may be given more or fewer steps than planned."""
+    return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP, max(0.0, (steps - step) / (0.2 * steps))))
 
 
 @dataclass(frozen=True)
@@ -33,9 +48,9 @@ class Stage:
     preview: Callable[[nn.Module], Image.Image]
     steps: int
     learning_rate: float
+    schedule: Callable[[Optimizer, int], LambdaLR] = cosine
     seed: int = 0
     ema_decay: float = 0.999
-    warmup: int = 100
 
 
 def train(stage: Stage, folder: Path, accelerator: Accelerator, *, minutes: float = 1e9,
@@ -46,7 +61,7 @@ def train(stage: Stage, folder: Path, accelerator: Accelerator, *, minutes: floa
     """
     model = stage.model
     optimizer = torch.optim.AdamW(model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = get_cosine_schedule_with_warmup(optimizer, stage.warmup, stage.steps)
+    schedule = stage.schedule(optimizer, stage.steps)
     average = EMAModel(model.parameters(), decay=stage.ema_decay, use_ema_warmup=True, power=0.75)
     average.to(accelerator.device)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "average": average}
@@ -78,7 +93,7 @@ def train(stage: Stage, folder: Path, accelerator: Accelerator, *, minutes: floa
     return done == stage.steps
 
 
-def _step(stage: Stage, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator,
+def _step(stage: Stage, model: nn.Module, optimizer: Optimizer, accelerator: Accelerator,
           step: int) -> Tensor:
     seed = hash((stage.seed, step, accelerator.process_index)) & 0x7FFFFFFF
     with accelerator.autocast():

@@ -9,7 +9,7 @@ from typing import Final
 
 from PIL import Image, ImageFilter
 
-from mixofshow.bases.emojiland.scenes import PLAIN_SCENES, SCENES, Canvas, Scene
+from mixofshow.bases.emojiland.scenes import CONCEPT_SCENES, PLAIN_SCENES, SCENES, Canvas, Scene
 from mixofshow.bases.emojiland.sprites import sprite
 from mixofshow.bases.emojiland.vocabulary import CLASSES, GENERATOR_SETS
 
@@ -20,6 +20,8 @@ SOFTNESS: Final = 0.65
 """Radius in pixels of the blur laid over every picture: like a lens, it leaves no single-pixel detail."""
 
 KNOWN_SCENES: Final = {**SCENES, **PLAIN_SCENES}
+
+CONCEPT_SCENE_PHRASES: Final = {f"in the {name.replace('-', ' ')}": scene for name, scene in CONCEPT_SCENES.items()}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,73 @@
+"""`python -m mixofshow.bases.emojiland pretrain | report | concepts`: Emojiland's own recipe and measurements."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+
+
+@app.callback()
+def main() -> None:
+    """Emojiland, the embedded base model."""
+
+
+@app.command()
+def pretrain(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and sample grids.")] = Path("runs/emojiland"),
+    stage: Annotated[list[str] | None, typer.Option(help="autoencoder, generator, judge; default: all.")] = None,
+    minutes: Annotated[float, typer.Option(help="Save and stop after this long; go on later.")] = 1e9,
+    generator_steps: Annotated[int | None, typer.Option(help="Train the generator for this many steps in all.")] = None,
+) -> None:
+    """Train the three networks; the same command resumes."""
+    from mixofshow.bases.emojiland.pretrain import STAGES, Recipe
+    from mixofshow.bases.emojiland.pretrain import pretrain as run_recipe
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    recipe = Recipe()
+    if generator_steps is not None:
+        recipe = dataclasses.replace(recipe, generator_steps=generator_steps)
+    run_recipe(recipe, out, stages=tuple(stage or STAGES), minutes=minutes)
+
+
+@app.command()
+def report(
+    json: Annotated[Path | None, typer.Option(help="Also write the figures to this file.")] = None,
+    per_class: Annotated[int, typer.Option(help="Pictures of every class, spread over all scenes.")] = 13,
+    base: Annotated[str, typer.Option(help="Embedded base or folder to measure.")] = "emojiland",
+    judge: Annotated[Path | None, typer.Option(help="Folder of the judge; default: the shipped one.")] = None,
+    grids: Annotated[Path | None, typer.Option(help="Write the sampled pictures into this folder.")] = None,
+) -> None:
+    """Measure what Emojiland draws and print it beside what is required."""
+    import json as json_module
+
+    from mixofshow.bases.emojiland.judge import JUDGE_FOLDER
+    from mixofshow.bases.emojiland.report import REQUIRED
+    from mixofshow.bases.emojiland.report import report as measure
+    from mixofshow.bases.loading import load_base
+
+    figures = measure(load_base(base), per_class=per_class, judge_folder=judge or JUDGE_FOLDER, grids=grids)
+    for name, value in figures.items():
+        mark = "ok" if value >= REQUIRED[name] else "below"
+        typer.echo(f"{name:16} {value:8.3f}   required {REQUIRED[name]:6.2f}   {mark}")
+    if json:
+        json.write_text(json_module.dumps(figures, indent=1) + "\n")
+
+
+@app.command()
+def concepts(out: Annotated[Path, typer.Argument(help="Folder to write to, one sub-folder per concept.")]) -> None:
+    """Write the pictures of all concepts that the generator has never seen."""
+    from mixofshow.bases.emojiland.concepts import ALL, write_concept
+
+    for name in ALL:
+        write_concept(name, out / name)
+    typer.echo(f"{len(ALL)} concepts in {out}")
+
+
+if __name__ == "__main__":
+    app()

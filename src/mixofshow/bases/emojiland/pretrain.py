@@ -1,0 +1,91 @@
+"""The recipe that made the shipped weights: autoencoder, generator, judge, one after the other.
+
+    python -m mixofshow.bases.emojiland pretrain --out FOLDER            one process
+    torchrun --nproc-per-node 2 -m mixofshow.bases.emojiland pretrain …  two (on CPU, with OMP_NUM_THREADS=1)
+
+Interrupt it whenever you like; the same command goes on from the newest checkpoint in FOLDER.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from accelerate import Accelerator
+
+from mixofshow.bases.emojiland import autoencoder, generator, judge
+from mixofshow.bases.emojiland.training import train
+from mixofshow.bases.loading import EMBEDDED
+
+WEIGHTS: Final = EMBEDDED["emojiland"]
+JUDGE: Final = WEIGHTS.parent / "judge"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast each network learns. Batches are totals over all processes."""
+
+    autoencoder_steps: int = 1800
+    autoencoder_batch: int = 32
+    autoencoder_rate: float = 2e-3
+    generator_steps: int = 12_000
+    generator_batch: int = 32
+    generator_rate: float = 1e-3
+    cached_shards: int = 24
+    judge_steps: int = 2000
+    judge_batch: int = 64
+    judge_rate: float = 1e-3
+
+
+def pretrain(recipe: Recipe, run: Path, *, stages: tuple[str, ...], minutes: float = 1e9) -> None:
+    """Run the named stages in `run`; each finished stage leaves its network there as a diffusers folder."""
+    run.mkdir(parents=True, exist_ok=True)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(0)
+    accelerator = Accelerator(mixed_precision="bf16")
+    for name in stages:
+        STAGES[name](recipe, run, accelerator, minutes)
+        accelerator.wait_for_everyone()
+
+
+def _autoencoder(recipe: Recipe, run: Path, accelerator: Accelerator, minutes: float) -> None:
+    vae = autoencoder.build().to(accelerator.device)
+    stage = autoencoder.stage(vae, steps=recipe.autoencoder_steps, batch=_share(recipe.autoencoder_batch, accelerator),
+                              learning_rate=recipe.autoencoder_rate)
+    if train(stage, run, accelerator, minutes=minutes) and accelerator.is_main_process:
+        autoencoder.balance(vae)
+        vae.save_pretrained(run / "vae")
+
+
+def _generator(recipe: Recipe, run: Path, accelerator: Accelerator, minutes: float) -> None:
+    vae = autoencoder.AutoencoderKL.from_pretrained(run / "vae").to(accelerator.device).requires_grad_(False)
+    tokenizer = generator.build_tokenizer()
+    text_encoder = generator.build_text_encoder(tokenizer)
+    pipeline = generator.assemble(vae, text_encoder, tokenizer, generator.build_unet()).to(accelerator.device)
+    cache = generator.LatentCache(run / "latents", vae, tokenizer, shards=recipe.cached_shards,
+                                  process=accelerator.process_index, processes=accelerator.num_processes)
+    stage = generator.stage(pipeline, cache, steps=recipe.generator_steps,
+                            batch=_share(recipe.generator_batch, accelerator), learning_rate=recipe.generator_rate)
+    train(stage, run, accelerator, minutes=minutes)
+    if accelerator.is_main_process:
+        pipeline.to(dtype=torch.float16).save_pretrained(run / "pipeline")
+
+
+def _judge(recipe: Recipe, run: Path, accelerator: Accelerator, minutes: float) -> None:
+    tokenizer = judge.build_tokenizer()
+    model = judge.build(tokenizer).to(accelerator.device)
+    stage = judge.stage(model, tokenizer, steps=recipe.judge_steps, batch=_share(recipe.judge_batch, accelerator),
+                        learning_rate=recipe.judge_rate)
+    train(stage, run, accelerator, minutes=minutes)
+    if accelerator.is_main_process:
+        model.half().save_pretrained(run / "judge")
+        tokenizer.save_pretrained(run / "judge")
+
+
+def _share(batch: int, accelerator: Accelerator) -> int:
+    return max(1, batch // accelerator.num_processes)
+
+
+STAGES: Final[dict[str, Any]] = {"autoencoder": _autoencoder, "generator": _generator, "judge": _judge}
