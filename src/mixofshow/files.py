@@ -110,8 +110,8 @@ def read_bytes(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
         if info.st_size > limit:
             raise ConceptFileError(f"{path}: {info.st_size} bytes, at most {limit} are read")
         return path.read_bytes()
-    except OSError as error:
-        raise ConceptFileError(f"{path}: cannot be read ({error.strerror})") from error
+    except (OSError, ValueError) as error:
+        raise ConceptFileError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from error
 
 
 def parse_tensors(data: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -130,8 +130,9 @@ def parse_tensors(data: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, 
         if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
             raise ConceptFileError(f"{name}: tensor '{shown(key)}' has shape {shown(shape)}, at most {MAX_DIMENSIONS} dimensions are read")
     try:
-        return safetensors.torch.load(data), metadata
-    except (safetensors.SafetensorError, RuntimeError, ValueError, OverflowError) as error:
+        tensors = safetensors.torch.load(data)
+        return {key: tensors[key] for key in header}, metadata  # the library's own order is a random one
+    except (safetensors.SafetensorError, RuntimeError, ValueError, OverflowError, KeyError) as error:
         raise ConceptFileError(f"{name}: not a valid safetensors file ({shown(error)})") from error
 
 

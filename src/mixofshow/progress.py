@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 """Called as (steps done, steps in all, figures such as {"loss": 0.1})."""
@@ -10,3 +11,22 @@ Progress = Callable[[int, int, Mapping[str, float]], None]
 
 def silent(step: int, total: int, info: Mapping[str, float]) -> None:
     """Progress that nobody watches."""
+
+
+@contextlib.contextmanager
+def terminal_bar(label: str) -> Iterator[Progress]:
+    """A progress bar with figures, time passed and time left, on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
+               TimeElapsedColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=None, figures="")
+
+        def show(step: int, total: int, info: Mapping[str, float]) -> None:
+            figures = "  ".join(f"{name} {value:.3g}" for name, value in info.items())
+            bar.update(task, completed=step, total=total, figures=figures)
+
+        yield show

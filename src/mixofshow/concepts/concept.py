@@ -159,6 +159,8 @@ def _read_info(metadata: Mapping[str, str], name: str) -> ConceptInfo:
     try:
         for word in info.words:
             check_word(word)
+            if info.words.count(word) > 1:
+                raise TokenError(f"the placeholder {word} is there twice")
     except TokenError as error:
         raise TokenError(f"{name}: {error}") from error
     return info
@@ -202,7 +204,7 @@ def check_fits(concept: Concept, pipeline: Any, name: str) -> None:
     """Raise ConceptFileError unless the concept was made for this base: family, fingerprint, layers, shapes, limits."""
     info = concept.info
     if info.family != family_of(pipeline).name:
-        raise ConceptFileError(f"{name}: made for a base of family '{info.family}', this one is '{family_of(pipeline).name}'")
+        raise ConceptFileError(f"{name}: made for a base of family '{shown(info.family)}', this one is '{family_of(pipeline).name}'")
     problems = _shape_problems(concept, pipeline)
     _raise_if(problems, name)
     if info.base_fingerprint != (found := fingerprint(pipeline)):

@@ -46,6 +46,8 @@ class Vocabulary:
 
     def split(self, prompt: str) -> list[str]:
         """The prompt as plain texts and placeholder words, in order. Raises TokenError for an unknown word."""
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise TokenError(f"the prompt is not valid Unicode text: '{shown(prompt)}'")
         pieces: list[str] = []
         position = 0
         for match in _ANY_WORD.finditer(prompt):

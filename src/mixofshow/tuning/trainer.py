@@ -132,9 +132,21 @@ class _Trainer:
                     speed = self.step / (time.monotonic() - started)
                     progress(self.step, settings.steps, {"loss": loss, "steps/s": speed})
                     if preview and settings.preview_every and self.step % settings.preview_every == 0:
-                        preview(self.concept(), self.step)
+                        with self._taken_off():
+                            preview(self.concept(), self.step)
         except KeyboardInterrupt:
             logger.warning("stopped at step %d of %d; what was learned so far is kept", self.step, settings.steps)
+
+    @contextlib.contextmanager
+    def _taken_off(self) -> Iterator[None]:
+        """Inside, the pipeline is the base model: a preview puts the concept on by itself."""
+        for wrapper in self.wrappers.values():
+            wrapper.enable_adapters(False)  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            for wrapper in self.wrappers.values():
+                wrapper.enable_adapters(True)  # type: ignore[operator]
 
     def _one_step(self) -> float:
         latents, ids = self.batches.draw(self.settings.batch_size, self.generator)

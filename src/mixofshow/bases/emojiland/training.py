@@ -60,7 +60,8 @@ def train(stage: Stage, folder: Path, accelerator: Accelerator, *, minutes: floa
     Stops early, after saving, once `minutes` have passed. The model ends holding its EMA weights.
     """
     model = stage.model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=0.01,
+                                  fused=True)
     schedule = stage.schedule(optimizer, stage.steps)
     average = EMAModel(model.parameters(), decay=stage.ema_decay, use_ema_warmup=True, power=0.75)
     average.to(accelerator.device)

@@ -1,0 +1,138 @@
+"""The tour: tune three concepts on the embedded base, fuse them, draw them together, measure, and write a report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from PIL import Image
+
+from mixofshow.bases.emojiland.concepts import class_word, write_concept
+from mixofshow.bases.loading import load_base
+from mixofshow.concepts.concept import Concept, load_concept
+from mixofshow.concepts.model import ConceptModel
+from mixofshow.errors import BadInputError
+from mixofshow.evaluation.metrics import judge_scorer
+from mixofshow.evaluation.prompts import EMOJILAND
+from mixofshow.evaluation.protocol import Case, EvaluationSettings, Scores, evaluate, means, references_of
+from mixofshow.evaluation.report import Page, alignment_rows, print_alignments
+from mixofshow.files import write_text
+from mixofshow.fusion.stages import Fused, FusionSettings, fuse
+from mixofshow.progress import terminal_bar
+from mixofshow.sampling.composition import Composition, RegionEntry, compose, save_picture
+from mixofshow.sampling.pipeline import MixOfShowPipeline
+from mixofshow.tuning.settings import make_settings
+from mixofshow.tuning.trainer import tune
+
+CONCEPTS: Final = ("reddog", "robot", "golddog")
+"""Two of one class, and one of a kind that the base model has never seen between them."""
+WIDTH, HEIGHT = 160, 64
+SCENE: Final = "on the beach"
+REGIONS: Final = ((2, 6, 54, 62), (54, 6, 106, 62), (106, 6, 158, 62))
+SEEDS: Final = 4
+
+
+def run_demo(out: Path, *, quick: bool = False) -> None:
+    """Everything into `out`: concept files, fused model, pictures, report.html and summary.json.
+
+    `quick` takes the concept files that ship with the package and draws fewer pictures.
+    """
+    started = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    pipeline = load_base("emojiland")
+    for name in CONCEPTS:
+        write_concept(name, out / "pictures" / name)
+    concepts = [_shipped(name, pipeline) if quick else _tuned(name, out, pipeline) for name in CONCEPTS]
+    with terminal_bar("fusing") as progress:
+        gradient = fuse(concepts, pipeline, progress=progress)
+        average = fuse(concepts, pipeline, FusionSettings(method="average"), progress=progress)
+    gradient.model.save(out / "model")
+    models = {"gradient": gradient.model, "average": average.model}
+    pictures = _compositions(out, models, seeds=2 if quick else SEEDS)
+    prompts = EMOJILAND["subject"][:3] if quick else EMOJILAND["subject"]
+    cases = [Case(concept, references_of(out / "pictures" / concept.info.name / "reference"), prompts) for concept in concepts]
+    with terminal_bar("evaluating") as progress:
+        scores = evaluate(pipeline, cases, models, judge_scorer(), EvaluationSettings(), progress=progress)
+    summary = {**means(scores), "seconds": round(time.monotonic() - started)}
+    write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    _write_report(out, gradient, scores, pictures)
+    print_alignments(summary)
+    _print_lines(gradient, average, out)
+
+
+def _tuned(name: str, out: Path, pipeline: Any) -> Concept:
+    settings = make_settings({"name": name, "class_word": class_word(name), "data": out / "pictures" / name / "train"})
+    with terminal_bar(f"tuning {settings.placeholder}") as progress:
+        concept = tune(settings, pipeline, progress=progress)
+    concept.save(out / f"{name}.safetensors")
+    return concept
+
+
+def _shipped(name: str, pipeline: Any) -> Concept:
+    here = Path(__file__).parent
+    for folder in (here / "examples", here.parents[1] / "examples"):  # in a wheel, in a checkout
+        if (path := folder / "concepts" / f"{name}.safetensors").is_file():
+            return load_concept(path, pipeline)
+    raise BadInputError(f"{name}.safetensors: not found among the examples; run the demo without --quick")
+
+
+def composition(seed: int, *, regions: bool) -> Composition:
+    """The wide picture: all concepts in one prompt, and each in its own region if asked for."""
+    together = ", ".join(f"a <{name}>" for name in CONCEPTS)
+    entries = [RegionEntry(box=box, prompt=f"a photo of a <{name}> {SCENE}") for name, box in zip(CONCEPTS, REGIONS, strict=True)]
+    prompt = f"a photo {SCENE}" if regions else f"a photo of {together} {SCENE}"
+    return Composition(prompt=prompt, regions=tuple(entries) if regions else (), width=WIDTH, height=HEIGHT, seed=seed)
+
+
+def _compositions(out: Path, models: Mapping[str, ConceptModel], *, seeds: int) -> dict[str, list[Image.Image]]:
+    """Wide pictures by what drew them: regions with gradient fusion, one prompt only, regions with weight fusion."""
+    ways = {
+        "gradient fusion, a prompt in each region": (models["gradient"], True),
+        "gradient fusion, one prompt for all": (models["gradient"], False),
+        "weight fusion, a prompt in each region": (models["average"], True),
+    }
+    pictures: dict[str, list[Image.Image]] = {}
+    for number, (label, (model, regions)) in enumerate(ways.items()):
+        wanted = [composition(seed, regions=regions) for seed in range(seeds)]
+        with terminal_bar("sampling") as progress:
+            pictures[label] = [compose(MixOfShowPipeline(model), one, progress=progress)[0] for one in wanted]
+        for one, image in zip(wanted, pictures[label], strict=True):
+            save_picture(image, out / f"wide-{number}-{one.seed}.png", one)
+    return pictures
+
+
+def _write_report(out: Path, fused: Fused, scores: Scores, pictures: Mapping[str, Sequence[Image.Image]]) -> None:
+    page = Page("Mix-of-Show on Emojiland")
+    page.heading("The concepts")
+    page.paragraph("Pictures that each concept was tuned on; the base model has never seen any of them.")
+    for name in CONCEPTS:
+        page.figure(Image.open(out / "pictures" / name / "train" / "00.png"), f"<{name}>", scale=3)
+    page.heading("All three in one picture")
+    for label, images in pictures.items():
+        page.paragraph(label)
+        for seed, image in enumerate(images):
+            page.figure(image, f"seed {seed}", scale=3)
+    page.heading("How much identity is left")
+    page.paragraph("Cosine of drawn and held-out pictures (image) and of pictures and what was asked (text), on equal prompts and seeds.")
+    page.table(("model", "image alignment", "text alignment"), alignment_rows(means(scores)))
+    for model, by_name in scores.items():
+        page.paragraph(model.replace("_", " "))
+        for name, one in by_name.items():
+            for image in one.samples[:3]:
+                page.figure(image, f"<{name}>")
+    page.heading("The fit of every layer")
+    worst = sorted(fused.layers.items(), key=lambda item: -item[1].residual)[:10]
+    page.paragraph("What fusion leaves of the changes that the concepts want, as a share; the ten largest, with weight fusion's beside it.")
+    page.table(("layer", "gradient", "average"), [
+        (name, f"{one.residual:.3f}", f"{(one.average / one.unchanged) ** 0.5:.3f}") for name, one in worst if one.unchanged
+    ])
+    page.save(out / "report.html")
+
+
+def _print_lines(gradient: Fused, average: Fused, out: Path) -> None:
+    better = sum(one.fused <= one.average for one in gradient.layers.values())
+    print(f"gradient fusion fits at least as well as weight fusion in {better} of {len(gradient.layers)} layers")
+    print(f"{out / 'report.html'}\n{out / 'summary.json'}")

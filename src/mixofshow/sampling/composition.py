@@ -1,0 +1,123 @@
+"""A composition: everything that a picture is made from, as YAML and in the PNG itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mixofshow.errors import RegionError, SettingsError, nearest, shown
+from mixofshow.files import writing
+from mixofshow.progress import Progress, silent
+from mixofshow.sampling.pipeline import MixOfShowPipeline
+from mixofshow.sampling.regions import Box, Region
+
+PNG_KEY: Final = "mixofshow"
+MAX_YAML_BYTES: Final = 100_000
+
+
+class RegionEntry(BaseModel):
+    """A region as written in YAML."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    box: Box
+    prompt: str
+    negative_prompt: str | None = None
+
+
+class Composition(BaseModel):
+    """Prompts, places, size and seed. Two equal compositions give equal pictures on one machine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: str
+    negative_prompt: str = ""
+    regions: tuple[RegionEntry, ...] = ()
+    width: int | None = Field(None, ge=1)
+    height: int | None = Field(None, ge=1)
+    seed: int = 0
+    num: int = Field(1, ge=1, le=10_000)
+    steps: int = Field(25, ge=1, le=1000)
+    guidance_scale: float = Field(5.0, ge=0, le=100)
+
+
+def make_composition(table: Mapping[str, Any], source: str = "composition") -> Composition:
+    """A checked composition. Raises SettingsError naming the field and the nearest known one."""
+    try:
+        return Composition.model_validate(table)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        hint = nearest(field, Composition.model_fields) if first["type"] == "extra_forbidden" else ""
+        raise SettingsError(f"{source}: '{shown(field)}': {first['msg'].lower()}{hint}") from error
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The top-level table of a YAML file. Raises SettingsError."""
+    try:
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise SettingsError(f"{path}: over {MAX_YAML_BYTES} bytes")
+        table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: not valid YAML ({shown(error)})") from error
+    if not isinstance(table, dict):
+        raise SettingsError(f"{path}: expected a table of settings, found {type(table).__name__}")
+    return table
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) from "160x64". Raises SettingsError."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdigit() and height.isdigit()):
+        raise SettingsError(f"size '{shown(text)}': expected WIDTHxHEIGHT, such as 160x64")
+    return int(width), int(height)
+
+
+def region_entry(text: str) -> dict[str, Any]:
+    """A region as a table, from "left,top,right,bottom: prompt". Raises RegionError."""
+    region = Region.parse(text)
+    if not region.prompt:
+        raise RegionError(f"region '{shown(text)}': its prompt is empty")
+    return {"box": region.box, "prompt": region.prompt}
+
+
+def compose(pipeline: MixOfShowPipeline, composition: Composition, *, progress: Progress = silent) -> list[Image.Image]:
+    """Draw a composition's pictures; picture k is made from seed + k."""
+    regions = [Region(entry.prompt, entry.box, entry.negative_prompt) for entry in composition.regions]
+    images: list[Image.Image] = []
+    for number in range(composition.num):
+        # One at a time: in a batch, rounding depends on how many pictures are drawn together.
+        images += pipeline(
+            composition.prompt, regions=regions, negative_prompt=composition.negative_prompt, width=composition.width,
+            height=composition.height, num_inference_steps=composition.steps, guidance_scale=composition.guidance_scale,
+            seed=composition.seed + number,
+            progress=lambda step, total, info, done=number: progress(done * total + step, composition.num * total, info),
+        )
+    return images
+
+
+def save_picture(image: Image.Image, path: Path, composition: Composition, number: int = 0) -> None:
+    """Write a PNG that carries the composition of just this picture."""
+    alone = composition.model_copy(update={"seed": composition.seed + number, "num": 1})
+    note = PngInfo()
+    note.add_text(PNG_KEY, json.dumps(alone.model_dump(mode="json")))
+    with writing(path) as temporary:
+        image.save(temporary, "PNG", pnginfo=note)
+
+
+def composition_of(path: Path) -> Composition:
+    """The composition that a PNG carries. Raises SettingsError when it carries none."""
+    with Image.open(path, formats=("PNG",)) as image:
+        text = image.info.get(PNG_KEY)
+    if text is None:
+        raise SettingsError(f"{path}: carries no composition")
+    return make_composition(json.loads(text), str(path))
