@@ -60,7 +60,7 @@ def run_demo(out: Path, *, quick: bool = False) -> None:
     write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     _write_report(out, gradient, scores, pictures)
     print_alignments(summary)
-    _print_lines(gradient, average, out)
+    _print_lines(gradient, out)
 
 
 def _tuned(name: str, out: Path, pipeline: Any) -> Concept:
@@ -132,7 +132,7 @@ def _write_report(out: Path, fused: Fused, scores: Scores, pictures: Mapping[str
     page.save(out / "report.html")
 
 
-def _print_lines(gradient: Fused, average: Fused, out: Path) -> None:
+def _print_lines(gradient: Fused, out: Path) -> None:
     better = sum(one.fused <= one.average for one in gradient.layers.values())
     print(f"gradient fusion fits at least as well as weight fusion in {better} of {len(gradient.layers)} layers")
     print(f"{out / 'report.html'}\n{out / 'summary.json'}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,13 +25,17 @@ def load_base(name: str | Path, *, device: str | torch.device = "cpu", dtype: to
     """
     # Loading a tiny model takes a second; importing diffusers takes four, so only those who load pay for it.
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
     folder = EMBEDDED.get(str(name), name)
     if isinstance(name, Path) and not (Path(folder) / "model_index.json").is_file():
         raise BaseModelError(f"{name}: not a diffusers folder, there is no model_index.json in it")
     if any(mark in str(name) for mark in "/\\.") and not Path(folder).exists() and not _looks_like_hub_id(str(name)):
         raise BaseModelError(f"{name}: no such folder; give a diffusers folder or one of {', '.join(EMBEDDED)}")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=dtype, safety_checker=None,
                                                      requires_safety_checker=False, local_files_only=True)

@@ -167,7 +167,7 @@ def _read_info(metadata: Mapping[str, str], name: str) -> ConceptInfo:
 
 
 def _read_tensors(tensors: dict[str, Tensor], info: ConceptInfo, name: str) -> tuple[Tensor, dict[str, LowRank]]:
-    problems = _value_problems(tensors)
+    problems = value_problems(tensors)
     embeddings = tensors.pop(EMBEDDINGS, torch.empty(0))
     if embeddings.ndim != 3 or embeddings.shape[:2] != (len(info.words), info.layers):
         problems.append(f"tensor '{EMBEDDINGS}': expected ({len(info.words)} words, {info.layers} layers, dim), found {tuple(embeddings.shape)}")
@@ -187,7 +187,8 @@ def _read_tensors(tensors: dict[str, Tensor], info: ConceptInfo, name: str) -> t
     return embeddings.float(), deltas
 
 
-def _value_problems(tensors: Mapping[str, Tensor]) -> list[str]:
+def value_problems(tensors: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with the numbers of a stranger's tensors, a line for each."""
     problems = []
     for key, tensor in tensors.items():
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):

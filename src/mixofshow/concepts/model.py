@@ -6,16 +6,18 @@ import contextlib
 import copy
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
+from mixofshow.bases.layers import cross_attentions, token_width
 from mixofshow.bases.loading import load_base
 from mixofshow.concepts.adapters import replaced, tuned_weights
-from mixofshow.concepts.concept import Concept, vocabulary
+from mixofshow.concepts.concept import Concept, value_problems, vocabulary
 from mixofshow.concepts.words import Vocabulary, check_word
 from mixofshow.errors import ConceptFileError, shown
 from mixofshow.files import parse_tensors, read_bytes, write_tensors, write_text, writing_folder
@@ -83,12 +85,37 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu", dtype: t
     pipeline = load_base(name, device=device, dtype=dtype)
     if not (Path(name) / MANIFEST).is_file():
         return ConceptModel(pipeline)
-    path = Path(name) / VECTORS
-    vectors, _ = parse_tensors(read_bytes(path), str(path))
-    manifest = json.loads((Path(name) / MANIFEST).read_text(encoding="utf-8"))
-    words, aliases = manifest.get("words", []), manifest.get("aliases", {})
-    if sorted(words) != sorted(vectors):
-        raise ConceptFileError(f"{path}: words {shown(sorted(vectors))} are not those of {MANIFEST}, {shown(sorted(words))}")
-    embeddings = {check_word(word): vectors[word].to(device) for word in words}
-    known = Vocabulary(embeddings, {alias: tuple(parts) for alias, parts in aliases.items()})
+    known, manifest = _read_vocabulary(Path(name), (len(cross_attentions(pipeline.unet)), token_width(pipeline)))
+    known = replace(known, embeddings={word: vector.to(device) for word, vector in known.embeddings.items()})
     return ConceptModel(pipeline, known, {}, manifest)
+
+
+class _Words(BaseModel):
+    """The part of a manifest that this module reads."""
+
+    words: tuple[str, ...] = ()
+    aliases: dict[str, tuple[str, ...]] = {}
+
+
+def _read_vocabulary(folder: Path, shape: tuple[int, int]) -> tuple[Vocabulary, dict[str, Any]]:
+    """The words of a fused folder, each with vectors of `shape`, (layers, dim), and the whole manifest."""
+    path, listing = folder / VECTORS, folder / MANIFEST
+    vectors, _ = parse_tensors(read_bytes(path), str(path))
+    try:
+        manifest = json.loads(read_bytes(listing))
+        found = _Words.model_validate(manifest)
+    except (ValueError, RecursionError) as error:
+        raise ConceptFileError(f"{listing}: not the expected table ({shown(error)})") from error
+    for word in (*found.words, *found.aliases):
+        check_word(word)
+    if sorted(found.words) != sorted(vectors):
+        raise ConceptFileError(f"{path}: words {shown(sorted(vectors))} are not those of {MANIFEST}, {shown(sorted(found.words))}")
+    for alias, parts in found.aliases.items():
+        if alias in vectors or not set(parts) <= vectors.keys():
+            raise ConceptFileError(f"{listing}: alias {alias} is taken or stands for unknown words, {shown(parts)}")
+    problems = value_problems(vectors)
+    problems += [f"word {word}: expected (layers, dim) = {shape}, found {tuple(vector.shape)}"
+                 for word, vector in vectors.items() if vector.shape != shape]
+    if problems:
+        raise ConceptFileError(f"{path}: {problems[0]}")
+    return Vocabulary({word: vectors[word] for word in found.words}, found.aliases), manifest

@@ -70,6 +70,9 @@ def lora_injected(pipeline: Any, settings: TuningSettings) -> Iterator[dict[str,
         for part, path in paths:
             module = getattr(pipeline, part).get_submodule(path)
             getattr(pipeline, part).set_submodule(path, getattr(module, "base_layer", module))
+        for model in (pipeline.text_encoder, pipeline.unet):
+            if hasattr(model, "peft_config"):
+                del model.peft_config
 
 
 def low_rank(wrapper: Any, alpha: float) -> LowRank:

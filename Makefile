@@ -1,0 +1,46 @@
+# From bare Python to a running package: `make demo`, `make test`. `make help` lists the rest.
+#
+# PYTHON  the Python that a new environment is made from
+# VENV    the environment to use; made when it is not there, so it may also be one of your own
+# TORCH   what pip is asked for as torch. The default is the version the tests were run with.
+#         `make demo TORCH=torch` takes the torch that VENV has already, or the newest one.
+# Where packages come from, and which build of torch, is left to pip's own settings.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+# Touched after a complete installation; a broken-off one is started again.
+INSTALLED := $(VENV)/.mixofshow-installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: demo test check clean help
+
+demo: $(INSTALLED) ## tune three concepts, fuse them, draw them together; writes out/demo/report.html
+	$(BIN)/mixofshow demo --out out/demo
+
+test: $(INSTALLED) ## run the tests, without those marked slow
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED) ## lint, types, and who may import whom
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# TORCH decides about torch, so its line is left out of the constraints.
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt '$(TORCH)'
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[dev]'
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+clean: ## remove caches and what was built; leaves the environment and out/
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))

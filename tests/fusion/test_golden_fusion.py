@@ -1,0 +1,102 @@
+"""Gradient fusion against the reference's own run: closed-form weights, LBFGS objectives, noise predictions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixofshow.bases.layers import layer, matrix
+from mixofshow.concepts.concept import LowRank
+from mixofshow.concepts.prompts import encode_prompts, layerwise
+from mixofshow.fusion import stages
+from mixofshow.fusion.methods import gradient, solve_ridge
+from mixofshow.fusion.statistics import LayerSums
+
+STRENGTHS = {"dogx": (1.0, 1.0), "manx": (0.8, 0.9)}  # (UNet, text encoder), as in the reference's configuration
+
+
+def _strengthened(concept):
+    unet, text = STRENGTHS[concept.info.name]
+    deltas = {name: LowRank(one.down, one.up * (unet if name.startswith("unet.") else text))
+              for name, one in concept.deltas.items()}
+    return dataclasses.replace(concept, deltas=deltas)
+
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+
+
+@pytest.fixture(scope="module")
+def objectives():
+    return json.loads((GOLDENS / "e_objectives.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def fused(golden_pipeline, golden_concepts, golden):
+    concepts = sorted(map(_strengthened, golden_concepts), key=lambda concept: concept.hash)
+    recorded = golden("e_fused")
+    starts = iter([recorded[f"rec_latents_init.{concept.info.words[0][1:-1]}"] for concept in concepts])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "_noise", lambda pipeline, seed: next(starts))
+        return stages.fuse(concepts, golden_pipeline, stages.FusionSettings(steps=5))
+
+
+def _short(name: str) -> str:
+    return name.split(".", 1)[1] + ".weight"
+
+
+def test_every_layer_is_fused_from_the_same_rows(fused, objectives):
+    assert {_short(name) for name in fused.layers} == set(objectives)
+    for name, report in fused.layers.items():
+        assert report.rows == objectives[_short(name)]["rows"], name
+        assert report.unchanged == pytest.approx(objectives[_short(name)]["sse_W0"], rel=2e-2), name  # LBFGS left the earlier stages a little elsewhere
+
+
+def test_objectives_are_at_least_as_good_as_lbfgs(fused, objectives):
+    for name, golden in objectives.items():
+        report = next(one for full, one in fused.layers.items() if _short(full) == name)
+        if golden["stage"] == "kv":
+            assert report.fused <= 1e-8 * report.unchanged, name
+        else:
+            assert report.fused <= 1.01 * golden["sse_lbfgs"], name
+        assert report.fused <= report.average * (1 + 1e-9), name
+
+
+def test_weights_and_noise_are_the_closed_forms(fused, golden_pipeline, golden, relative_error):
+    expected = golden("e3_fused_closed")
+    for name, weight in fused.model.weights.items():
+        if _short(name) in expected.tensors:
+            base = matrix(layer(golden_pipeline, name))
+            assert relative_error(weight - base, expected[_short(name)] - base) < 1e-3, name
+    latents = golden("b_unet")["latents_wide"]
+    with torch.no_grad(), fused.model.active(), layerwise(golden_pipeline.unet):
+        text = encode_prompts(golden_pipeline, [expected.values["prompt"]], fused.model.vocabulary)
+        for timestep in (10, 500, 900):
+            noise = golden_pipeline.unet(latents, timestep, text).sample
+            assert relative_error(noise, expected[f"noise_wide_t{timestep}"]) < 1e-4, timestep
+
+
+def test_single_layers_from_stored_activations(golden, relative_error):
+    stored = golden("e_layers")
+    names = {key.split("|")[0] for key in stored.tensors}
+    for name in names:
+        rows, targets, base = (stored[f"{name}|{part}"].double() for part in ("X", "Y", "W0"))
+        pulls = (targets - rows @ base.T).T @ rows
+        change = solve_ridge(rows.T @ rows, pulls, 1e-6)
+        assert relative_error(change, stored[f"{name}|W_closed"].double() - base) < 1e-4, name
+
+
+def test_objective_from_sums_is_the_objective_from_rows():
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(50, 12, generator=generator, dtype=torch.float64) for _ in range(3)]
+    changes = [LowRank(torch.randn(2, 12, generator=generator).double(), torch.randn(8, 2, generator=generator).double())
+               for _ in range(3)]
+    sums = LayerSums.zero(torch.zeros(8, 12))
+    for change, inputs in zip(changes, rows, strict=True):
+        sums.add(change, inputs.T @ inputs, len(inputs))
+    for candidate in (torch.zeros(8, 12).double(), gradient(changes, sums), changes[0].matrix()):
+        direct = sum(float(((one.matrix() - candidate) @ inputs.T).square().sum()) for one, inputs in zip(changes, rows, strict=True))
+        assert sums.objective(candidate) == pytest.approx(direct, rel=1e-9)

@@ -1,0 +1,154 @@
+"""Laws of regions: geometry, and what a region may and may not change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import conv2d
+
+from mixofshow.bases.layers import cross_attentions
+from mixofshow.concepts.prompts import layerwise
+from mixofshow.errors import RegionError
+from mixofshow.sampling.attention import RegionText, regional
+from mixofshow.sampling.pipeline import encode
+from mixofshow.sampling.regions import Region, as_shares, cells, feature_grid
+
+COLUMNS, ROWS = 24, 16
+EVERYWHERE = (0.0, 0.0, 1.0, 1.0)
+LEFT, MIDDLE, LOW = (0.0, 0.0, 0.5, 1.0), (0.25, 0.1, 0.8, 0.9), (0.1, 0.6, 1.0, 1.0)
+
+
+@pytest.fixture
+def predict(golden_pipeline):
+    """Noise for some regions, under one global text."""
+    unet = golden_pipeline.unet
+    latents = torch.randn(2, 4, ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
+
+    @torch.no_grad()
+    def noise(*regions: RegionText) -> torch.Tensor:
+        with layerwise(unet), regional(unet, regions, columns=COLUMNS, rows=ROWS):
+            return unet(latents, 500, text(0)).sample
+
+    return noise
+
+
+def text(seed: int) -> torch.Tensor:
+    return torch.randn(2, 16, 77, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_whole_region_with_the_global_prompt_changes_nothing(predict, relative_error):
+    assert relative_error(predict(RegionText(EVERYWHERE, text(0))), predict()) < 1e-6
+
+
+def test_the_global_prompt_in_any_region_changes_nothing(predict, relative_error):
+    assert relative_error(predict(RegionText(MIDDLE, text(0)), RegionText(LOW, text(0))), predict()) < 1e-6
+
+
+def test_a_region_changes_the_picture(predict, relative_error):
+    assert relative_error(predict(RegionText(LEFT, text(1))), predict()) > 1e-3
+
+
+def test_a_region_too_small_for_any_cell_changes_nothing(predict):
+    assert torch.equal(predict(RegionText((0.01, 0.01, 0.02, 0.02), text(1))), predict())
+
+
+def test_two_equal_regions_are_one(predict):
+    region = RegionText(MIDDLE, text(1))
+    assert torch.equal(predict(region, region), predict(region))
+
+
+def test_the_order_of_regions_does_not_matter(predict, relative_error):
+    regions = [RegionText(box, text(seed)) for seed, box in enumerate((LEFT, MIDDLE, LOW), start=1)]
+    assert relative_error(predict(*regions[::-1]), predict(*regions)) < 1e-5
+
+
+@pytest.mark.parametrize("box", [LEFT, MIDDLE, LOW])
+@torch.no_grad()
+def test_cross_attention_changes_in_the_box_only(box, golden_pipeline):
+    attention = next(iter(cross_attentions(golden_pipeline.unet).values()))
+    hidden = torch.randn(2, ROWS * COLUMNS, 16, generator=torch.Generator().manual_seed(2))
+    without = attention(hidden, encoder_hidden_states=text(0)[:, 0])
+    with regional(golden_pipeline.unet, [RegionText(box, text(1))], columns=COLUMNS, rows=ROWS):
+        changed = (attention(hidden, encoder_hidden_states=text(0)[:, 0]) != without).all(-1)[0].view(ROWS, COLUMNS)
+    left, top, right, bottom = cells(box, columns=COLUMNS, rows=ROWS)
+    expected = torch.zeros(ROWS, COLUMNS, dtype=torch.bool)
+    expected[top:bottom, left:right] = True
+    assert torch.equal(changed, expected)
+
+
+def test_pixels_and_shares_are_the_same(golden_fused):
+    size = {"width": 192, "height": 128}
+    pixels, shares = Region("", (48, 32, 144, 128)), Region("", (0.25, 0.25, 0.75, 1.0))
+    assert as_shares(pixels, **size) == as_shares(shares, **size) == (0.25, 0.25, 0.75, 1.0)
+
+
+@torch.no_grad()
+def test_a_region_without_negative_prompt_has_the_global_one(golden_fused):
+    size = {"width": 192, "height": 128, "rows": 1, "guided": True}
+    silent, same, empty = (Region("a castle", EVERYWHERE, negative) for negative in (None, "lowres", ""))
+    found = encode(golden_fused, "a beach", "lowres", [silent, same, empty], **size).regions
+    assert torch.equal(found[0].text, found[1].text)
+    assert not torch.equal(found[0].text, found[2].text)
+
+
+@pytest.mark.parametrize(
+    ("written", "region"),
+    [
+        ("0,0,1,1: a cat", Region("a cat", (0, 0, 1, 1))),
+        (" 8, 10 ,120.5,100 :a <cat>: red, big ", Region("a <cat>: red, big ", (8, 10, 120.5, 100))),
+        ("0,0,1,1:", Region("", (0, 0, 1, 1))),
+        ("0,0,1,1: two\nlines", Region("two\nlines", (0, 0, 1, 1))),
+    ],
+)
+def test_regions_are_read(written, region):
+    assert Region.parse(written) == region
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "",
+        "a cat",
+        "0,0,1: a cat",
+        "0,0,1,1,1: a cat",
+        "a,b,c,d: a cat",
+        "0 0 1 1: a cat",
+        "__import__('os'): x",
+        ": a cat",
+        "0,0,1,1 a cat",
+    ],
+)
+def test_other_texts_are_no_regions(written):
+    with pytest.raises(RegionError, match="expected"):
+        Region.parse(written)
+
+
+@pytest.mark.parametrize(
+    ("box", "reason"),
+    [
+        ((-8, 0, 64, 64), "outside"),
+        ((0, 0, 200, 64), "outside"),
+        ((0, 0, 64, 129), "outside"),
+        ((0, -0.1, 0.5, 0.5), "outside"),
+        ((64, 0, 32, 64), "left < right"),
+        ((0, 0.5, 1, 0.5), "left < right"),
+        ((0, 0, float("nan"), 1), "finite"),
+        ((0, 0, float("inf"), 1), "finite"),
+        ((1, 1, 7, 7), "too small"),
+        ((0.01, 0, 0.02, 1), "too small"),
+    ],
+)
+def test_boxes_that_are_refused(box, reason, golden_fused):
+    with pytest.raises(RegionError, match=reason) as error:
+        encode(golden_fused, "", "", [Region("a castle", box)], width=192, height=128, rows=1, guided=True)
+    assert str(tuple(box)) in str(error.value)
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(16, 16), (24, 16), (17, 9), (1, 5), (64, 96)])
+def test_every_level_of_the_unet_is_found(columns, rows, golden_pipeline):
+    down = golden_pipeline.unet.down_blocks[0].downsamplers[0].conv
+    level = torch.zeros(1, 1, rows, columns)
+    for _ in range(4):
+        rows_here, columns_here = level.shape[2:]
+        assert feature_grid(rows_here * columns_here, columns=columns, rows=rows) == (columns_here, rows_here)
+        level = conv2d(level, torch.ones(1, 1, 3, 3), stride=down.stride, padding=down.padding)

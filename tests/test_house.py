@@ -1,0 +1,186 @@
+"""The rules of the house that a machine can check. None of them needs a model."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mixofshow
+from mixofshow import errors
+
+SOURCE = Path(mixofshow.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+LONGEST_MODULE = 400
+LONGEST_FUNCTION = 50
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+FORBIDDEN_IMPORTS = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
+FORBIDDEN_BUILTINS = {"eval", "exec"}  # the method `model.eval()` is another thing
+FORBIDDEN_METHODS = {"extractall"}
+FORBIDDEN_CALLS = {"yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system"}
+
+
+def label(path: Path) -> str:
+    """A source file's name, as pytest shows it."""
+    return path.relative_to(SOURCE).as_posix()
+
+
+def module_name(path: Path) -> str:
+    """`mixofshow.concepts.words` for its file."""
+    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+every_file = pytest.mark.parametrize("path", FILES, ids=label)
+
+
+@every_file
+def test_modules_are_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_MODULE
+
+
+@every_file
+def test_functions_are_short(path: Path) -> None:
+    functions = [node for node in ast.walk(parse(path)) if isinstance(node, Function)]
+    lengths = {f"{node.name}, line {node.lineno}": (node.end_lineno or 0) - node.lineno + 1 for node in functions}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
+
+
+@every_file
+def test_what_is_public_says_what_it_is(path: Path) -> None:
+    silent = [f"{node.name}, line {node.lineno}" for node in public(parse(path)) if not ast.get_docstring(node)]
+    assert silent == []
+
+
+@every_file
+def test_strangers_bytes_are_never_run(path: Path) -> None:
+    assert dangers(parse(path)) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "eval('1')", "exec('1')", "import pickle", "from pickle import loads", "import pickle as p", "yaml.load(text)",
+        "from yaml import load", "archive.extractall()", "subprocess.run('ls', shell=True)", "os.system('ls')",
+        "torch.load(path)", "torch.load(path, weights_only=False)", "from torch import load",
+        "torch.load(path, weights_only=flag)", "numpy.load(path, allow_pickle=True)",
+    ],
+)
+def test_the_search_for_dangers_finds_them(code: str) -> None:
+    assert dangers(ast.parse(code))
+
+
+@pytest.mark.parametrize(
+    "code", ["model.eval()", "yaml.safe_load(text)", "torch.load(path, weights_only=True)", "subprocess.run(['ls'])"]
+)
+def test_the_search_for_dangers_leaves_the_rest_alone(code: str) -> None:
+    assert dangers(ast.parse(code)) == []
+
+
+def test_the_tree_of_errors_is_drawn_whole() -> None:
+    classes = {
+        name: cls.__base__.__name__
+        for name, cls in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(cls, errors.MixOfShowError)
+    }
+    assert drawn_tree(errors.__doc__ or "") == classes
+
+
+def test_every_folder_of_modules_is_a_package() -> None:
+    # A folder without __init__.py can be imported, but import-linter and walkers of packages do not see it.
+    assert [label(folder) for folder in {path.parent for path in FILES} if not (folder / "__init__.py").exists()] == []
+
+
+def test_modules_import_without_warnings() -> None:
+    names = [module_name(path) for path in FILES if path.stem != "__main__"]
+    done = python("-W", "error", "-c", "".join(f"import {name}\n" for name in names))
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    script = """
+import sys
+from mixofshow.cli import main
+sys.argv = ["mixofshow", "--help"]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+print(sorted({"torch", "diffusers", "transformers", "peft", "accelerate"} & set(sys.modules)), file=sys.stderr)
+"""
+    done = python("-c", script)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip().endswith("[]")
+    assert "tune" in done.stdout
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter, in which nothing is imported yet."""
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, timeout=300)
+
+
+def parse(path: Path) -> ast.Module:
+    """A file's syntax tree."""
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def public(node: ast.Module | ast.ClassDef) -> Iterator[Function | ast.ClassDef]:
+    """Functions, classes and their methods whose names have no underscore in front, at any depth of classes."""
+    for child in node.body:
+        if isinstance(child, Function | ast.ClassDef) and not child.name.startswith("_"):
+            yield child
+            if isinstance(child, ast.ClassDef):
+                # `forward` is called through the class, whose docstring says what goes in and comes out.
+                yield from (method for method in public(child) if method.name != "forward")
+
+
+def dangers(tree: ast.AST) -> list[str]:
+    """Everything in the code that could run what a stranger wrote, as texts with line numbers."""
+    return [f"line {node.lineno}: {what}" for node in ast.walk(tree) for what in _dangers_of(node)]
+
+
+def _dangers_of(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names if alias.name.split(".")[0] in FORBIDDEN_IMPORTS)
+    elif isinstance(node, ast.ImportFrom):
+        origin = node.module or ""
+        if origin in FORBIDDEN_IMPORTS:
+            yield origin
+        # Under a name of its own the function could not be recognized where it is called.
+        yield from (f"{origin}.load" for alias in node.names if origin in ("torch", "yaml") and alias.name == "load")
+    elif isinstance(node, ast.Call):
+        yield from _dangers_of_call(ast.unparse(node.func), {word.arg: word.value for word in node.keywords})
+
+
+def _dangers_of_call(name: str, keywords: dict[str | None, ast.expr]) -> Iterator[str]:
+    def is_true(keyword: str) -> bool:
+        value = keywords.get(keyword)
+        return isinstance(value, ast.Constant) and value.value is True
+
+    if name in FORBIDDEN_BUILTINS | FORBIDDEN_CALLS or name.rpartition(".")[2] in FORBIDDEN_METHODS:
+        yield name
+    if name == "torch.load" and not is_true("weights_only"):
+        yield "torch.load without weights_only=True"
+    yield from (f"{keyword}=True" for keyword in ("shell", "allow_pickle") if is_true(keyword))
+
+
+def drawn_tree(drawing: str) -> dict[str, str]:
+    """Each class in a drawing of a tree with the class it hangs from; the root hangs from Exception."""
+    parents: dict[str, str] = {}
+    path: list[tuple[int, str]] = [(-1, "Exception")]
+    for line in drawing.splitlines():
+        match = re.match(r"^ {4}([│ ]*[├└]── )?([A-Z]\w+) ", line)
+        if match:
+            depth = len(match.group(1) or "")
+            path = [(outer, name) for outer, name in path if outer < depth]
+            parents[match.group(2)] = path[-1][1]
+            path.append((depth, match.group(2)))
+    return parents
