@@ -68,10 +68,21 @@ def test_strangers_bytes_are_never_run(path: Path) -> None:
 @pytest.mark.parametrize(
     "code",
     [
-        "eval('1')", "exec('1')", "import pickle", "from pickle import loads", "import pickle as p", "yaml.load(text)",
-        "from yaml import load", "archive.extractall()", "subprocess.run('ls', shell=True)", "os.system('ls')",
-        "torch.load(path)", "torch.load(path, weights_only=False)", "from torch import load",
-        "torch.load(path, weights_only=flag)", "numpy.load(path, allow_pickle=True)",
+        "eval('1')",
+        "exec('1')",
+        "import pickle",
+        "from pickle import loads",
+        "import pickle as p",
+        "yaml.load(text)",
+        "from yaml import load",
+        "archive.extractall()",
+        "subprocess.run('ls', shell=True)",
+        "os.system('ls')",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "from torch import load",
+        "torch.load(path, weights_only=flag)",
+        "numpy.load(path, allow_pickle=True)",
     ],
 )
 def test_the_search_for_dangers_finds_them(code: str) -> None:

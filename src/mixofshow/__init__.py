@@ -1,6 +1,6 @@
 """Tune concepts, fuse them, and draw them together, each where it was put (Mix-of-Show, NeurIPS 2023).
 
-    from mixofshow import load_base, tune, fuse, load_concept, MixOfShowPipeline, Region
+from mixofshow import load_base, tune, fuse, load_concept, MixOfShowPipeline, Region
 """
 
 from __future__ import annotations
@@ -21,8 +21,19 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Concept", "ConceptModel", "FusionSettings", "MixOfShowError", "MixOfShowPipeline", "Region", "TuningSettings",
-    "fuse", "load_base", "load_concept", "load_model", "make_settings", "tune",
+    "Concept",
+    "ConceptModel",
+    "FusionSettings",
+    "MixOfShowError",
+    "MixOfShowPipeline",
+    "Region",
+    "TuningSettings",
+    "fuse",
+    "load_base",
+    "load_concept",
+    "load_model",
+    "make_settings",
+    "tune",
 ]
 
 _HOMES: Final = {

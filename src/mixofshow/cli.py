@@ -17,7 +17,9 @@ from mixofshow.errors import MixOfShowError, ResourceError, SettingsError
 from mixofshow.progress import terminal_bar
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Tune concepts on your pictures, fuse any number of them, draw them together, each where you put it.",
 )
 Base = Annotated[str, typer.Option(help="Base model: emojiland, a diffusers folder, or a hub id in the local cache.")]
@@ -75,7 +77,15 @@ def tune(
     from mixofshow.tuning.settings import make_settings
     from mixofshow.tuning.trainer import tune as run
 
-    given = {"data": data, "name": name, "class_word": class_word, "base": base, "steps": steps, "seed": seed, "skip_bad": skip_bad}
+    given = {
+        "data": data,
+        "name": name,
+        "class_word": class_word,
+        "base": base,
+        "steps": steps,
+        "seed": seed,
+        "skip_bad": skip_bad,
+    }
     table = read_table(config) if config else {}
     table |= {key: value for key, value in given.items() if value is not None} | _assignments(setting)
     settings = make_settings(table, str(config or "options"))
@@ -86,7 +96,9 @@ def tune(
     with terminal_bar(f"tuning {settings.placeholder}") as progress:
         concept = run(settings, pipeline, progress=progress, preview=preview)
     concept.save(target)
-    typer.echo(f"{target}: {settings.placeholder}, {concept.info.settings['steps']} steps, {target.stat().st_size / 2**20:.2f} MB")
+    typer.echo(
+        f"{target}: {settings.placeholder}, {concept.info.settings['steps']} steps, {target.stat().st_size / 2**20:.2f} MB"
+    )
 
 
 @app.command()
@@ -114,7 +126,9 @@ def fuse(
         fused = run(concepts, pipeline, FusionSettings(method=method, options=options), progress=progress)
     fused.model.save(out)
     worst = max(fused.layers.items(), key=lambda item: item[1].residual)
-    typer.echo(f"{out}: {len(concepts)} concepts in {len(fused.layers)} layers; largest residual {worst[1].residual:.2g} in {worst[0]}")
+    typer.echo(
+        f"{out}: {len(concepts)} concepts in {len(fused.layers)} layers; largest residual {worst[1].residual:.2g} in {worst[0]}"
+    )
 
 
 @app.command()
@@ -123,7 +137,9 @@ def sample(
     model: Annotated[str, typer.Option(help="Fused folder or base model.")] = "emojiland",
     concept: Annotated[Path | None, typer.Option(help="A single concept file to put on the base model.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What the whole picture shows.")] = None,
-    region: Annotated[list[str] | None, typer.Option(help='"left,top,right,bottom: prompt", in pixels; any number.')] = None,
+    region: Annotated[
+        list[str] | None, typer.Option(help='"left,top,right,bottom: prompt", in pixels; any number.')
+    ] = None,
     negative_prompt: Annotated[str | None, typer.Option()] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
@@ -141,7 +157,14 @@ def sample(
     from mixofshow.sampling import composition as compositions
     from mixofshow.sampling.pipeline import MixOfShowPipeline
 
-    given = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "num": num, "steps": steps, "guidance_scale": guidance_scale}
+    given = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "seed": seed,
+        "num": num,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+    }
     table = compositions.read_table(composition) if composition else {}
     table |= {key: value for key, value in given.items() if value is not None}
     if size:
@@ -154,7 +177,9 @@ def sample(
         refuse_unwritable(target)
     known = load_model(model, device=device)
     if concept:
-        known = with_concept(known.pipeline, load_concept(concept, known.pipeline), unet=strength, text_encoder=strength)
+        known = with_concept(
+            known.pipeline, load_concept(concept, known.pipeline), unet=strength, text_encoder=strength
+        )
     with terminal_bar("sampling") as progress:
         images = compositions.compose(MixOfShowPipeline(known), wanted, progress=progress)
     for number, (image, target) in enumerate(zip(images, targets, strict=True)):
@@ -175,9 +200,13 @@ def inspect(file: Annotated[Path, typer.Argument(help="A concept file.")]) -> No
 
 @app.command()
 def evaluate(
-    concept: Annotated[list[str], typer.Argument(help="FILE=FOLDER: a concept file and its held-out pictures; any number.")],
+    concept: Annotated[
+        list[str], typer.Argument(help="FILE=FOLDER: a concept file and its held-out pictures; any number.")
+    ],
     base: Base = "emojiland",
-    method: Annotated[list[str] | None, typer.Option(help="Fusion methods to compare; default gradient and average.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Fusion methods to compare; default gradient and average.")
+    ] = None,
     clip: Annotated[Path | None, typer.Option(help="Local CLIP to judge with; emojiland has its own.")] = None,
     kind: Annotated[str, typer.Option(help="Prompts for a subject or a scene.")] = "subject",
     images: Annotated[int, typer.Option(help="Pictures per prompt.")] = 4,
@@ -193,11 +222,19 @@ def evaluate(
 
     pipeline = load_base(base, device=device)
     cases = [protocol.case_of(pair, pipeline, base, kind) for pair in concept]
-    fused = {name: run([case.concept for case in cases], pipeline, FusionSettings(method=name)).model
-             for name in method or ["gradient", "average"]}
+    fused = {
+        name: run([case.concept for case in cases], pipeline, FusionSettings(method=name)).model
+        for name in method or ["gradient", "average"]
+    }
     with terminal_bar("evaluating") as progress:
-        scores = protocol.evaluate(pipeline, cases, fused, protocol.scorer_for(base, clip),
-                                   protocol.EvaluationSettings(images_per_prompt=images), progress=progress)
+        scores = protocol.evaluate(
+            pipeline,
+            cases,
+            fused,
+            protocol.scorer_for(base, clip),
+            protocol.EvaluationSettings(images_per_prompt=images),
+            progress=progress,
+        )
     print_alignments(protocol.means(scores))
     if json_file:
         write_figures(json_file, protocol.means(scores), scores)

@@ -53,13 +53,17 @@ def run_demo(out: Path, *, quick: bool = False) -> None:
     models = {"gradient": gradient.model, "average": average.model}
     pictures = _compositions(out, models, seeds=2 if quick else SEEDS)
     prompts = EMOJILAND["subject"][:3] if quick else EMOJILAND["subject"]
-    cases = [Case(concept, references_of(out / "pictures" / concept.info.name / "reference"), prompts) for concept in concepts]
+    cases = [
+        Case(concept, references_of(out / "pictures" / concept.info.name / "reference"), prompts)
+        for concept in concepts
+    ]
     with terminal_bar("evaluating") as progress:
         scores = evaluate(pipeline, cases, models, judge_scorer(), EvaluationSettings(), progress=progress)
-    summary = {**means(scores), "seconds": round(time.monotonic() - started)}
+    alignments = means(scores)
+    summary = {**alignments, "seconds": round(time.monotonic() - started)}
     write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     _write_report(out, gradient, scores, pictures)
-    print_alignments(summary)
+    print_alignments(alignments)
     _print_lines(gradient, out)
 
 
@@ -82,7 +86,10 @@ def _shipped(name: str, pipeline: Any) -> Concept:
 def composition(seed: int, *, regions: bool) -> Composition:
     """The wide picture: all concepts in one prompt, and each in its own region if asked for."""
     together = ", ".join(f"a <{name}>" for name in CONCEPTS)
-    entries = [RegionEntry(box=box, prompt=f"a photo of a <{name}> {SCENE}") for name, box in zip(CONCEPTS, REGIONS, strict=True)]
+    entries = [
+        RegionEntry(box=box, prompt=f"a photo of a <{name}> {SCENE}")
+        for name, box in zip(CONCEPTS, REGIONS, strict=True)
+    ]
     prompt = f"a photo {SCENE}" if regions else f"a photo of {together} {SCENE}"
     return Composition(prompt=prompt, regions=tuple(entries) if regions else (), width=WIDTH, height=HEIGHT, seed=seed)
 
@@ -116,7 +123,9 @@ def _write_report(out: Path, fused: Fused, scores: Scores, pictures: Mapping[str
         for seed, image in enumerate(images):
             page.figure(image, f"seed {seed}", scale=3)
     page.heading("How much identity is left")
-    page.paragraph("Cosine of drawn and held-out pictures (image) and of pictures and what was asked (text), on equal prompts and seeds.")
+    page.paragraph(
+        "Cosine of drawn and held-out pictures (image) and of pictures and what was asked (text), on equal prompts and seeds."
+    )
     page.table(("model", "image alignment", "text alignment"), alignment_rows(means(scores)))
     for model, by_name in scores.items():
         page.paragraph(model.replace("_", " "))
@@ -125,10 +134,17 @@ def _write_report(out: Path, fused: Fused, scores: Scores, pictures: Mapping[str
                 page.figure(image, f"<{name}>")
     page.heading("The fit of every layer")
     worst = sorted(fused.layers.items(), key=lambda item: -item[1].residual)[:10]
-    page.paragraph("What fusion leaves of the changes that the concepts want, as a share; the ten largest, with weight fusion's beside it.")
-    page.table(("layer", "gradient", "average"), [
-        (name, f"{one.residual:.3f}", f"{(one.average / one.unchanged) ** 0.5:.3f}") for name, one in worst if one.unchanged
-    ])
+    page.paragraph(
+        "What fusion leaves of the changes that the concepts want, as a share; the ten largest, with weight fusion's beside it."
+    )
+    page.table(
+        ("layer", "gradient", "average"),
+        [
+            (name, f"{one.residual:.3f}", f"{(one.average / one.unchanged) ** 0.5:.3f}")
+            for name, one in worst
+            if one.unchanged
+        ],
+    )
     page.save(out / "report.html")
 
 

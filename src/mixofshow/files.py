@@ -70,7 +70,9 @@ def refuse_unwritable(path: Path, *, folder: bool = False) -> None:
     if path.exists() or path.is_symlink():
         mode = path.lstat().st_mode
         if not (stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode)):
-            raise BadInputError(f"{path}: exists and is not a {'folder' if folder else 'regular file'}; choose another name")
+            raise BadInputError(
+                f"{path}: exists and is not a {'folder' if folder else 'regular file'}; choose another name"
+            )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
@@ -128,7 +130,9 @@ def parse_tensors(data: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, 
     for key, entry in header.items():
         shape = entry.get("shape") if isinstance(entry, dict) else None
         if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
-            raise ConceptFileError(f"{name}: tensor '{shown(key)}' has shape {shown(shape)}, at most {MAX_DIMENSIONS} dimensions are read")
+            raise ConceptFileError(
+                f"{name}: tensor '{shown(key)}' has shape {shown(shape)}, at most {MAX_DIMENSIONS} dimensions are read"
+            )
     try:
         tensors = safetensors.torch.load(data)
         return {key: tensors[key] for key in header}, metadata  # the library's own order is a random one
@@ -160,9 +164,15 @@ def _header(data: bytes, name: str) -> dict[str, Any]:
 
 
 def _check_length(data: bytes, start: int, header: dict[str, Any], name: str) -> None:
-    ends = [entry["data_offsets"][1] for key, entry in header.items()
-            if key != "__metadata__" and isinstance(entry, dict) and isinstance(entry.get("data_offsets"), list)
-            and len(entry["data_offsets"]) == 2 and isinstance(entry["data_offsets"][1], int)]
+    ends = [
+        entry["data_offsets"][1]
+        for key, entry in header.items()
+        if key != "__metadata__"
+        and isinstance(entry, dict)
+        and isinstance(entry.get("data_offsets"), list)
+        and len(entry["data_offsets"]) == 2
+        and isinstance(entry["data_offsets"][1], int)
+    ]
     expected = start + max(ends, default=0)
     if len(data) < expected:
         raise ConceptFileError(f"{name}: the file is cut: expected {expected} bytes, found {len(data)}")

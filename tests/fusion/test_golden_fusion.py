@@ -21,8 +21,10 @@ STRENGTHS = {"dogx": (1.0, 1.0), "manx": (0.8, 0.9)}  # (UNet, text encoder), as
 
 def _strengthened(concept):
     unet, text = STRENGTHS[concept.info.name]
-    deltas = {name: LowRank(one.down, one.up * (unet if name.startswith("unet.") else text))
-              for name, one in concept.deltas.items()}
+    deltas = {
+        name: LowRank(one.down, one.up * (unet if name.startswith("unet.") else text))
+        for name, one in concept.deltas.items()
+    }
     return dataclasses.replace(concept, deltas=deltas)
 
 
@@ -52,7 +54,9 @@ def test_every_layer_is_fused_from_the_same_rows(fused, objectives):
     assert {_short(name) for name in fused.layers} == set(objectives)
     for name, report in fused.layers.items():
         assert report.rows == objectives[_short(name)]["rows"], name
-        assert report.unchanged == pytest.approx(objectives[_short(name)]["sse_W0"], rel=2e-2), name  # LBFGS left the earlier stages a little elsewhere
+        assert report.unchanged == pytest.approx(objectives[_short(name)]["sse_W0"], rel=2e-2), (
+            name
+        )  # LBFGS left the earlier stages a little elsewhere
 
 
 def test_objectives_are_at_least_as_good_as_lbfgs(fused, objectives):
@@ -92,11 +96,16 @@ def test_single_layers_from_stored_activations(golden, relative_error):
 def test_objective_from_sums_is_the_objective_from_rows():
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randn(50, 12, generator=generator, dtype=torch.float64) for _ in range(3)]
-    changes = [LowRank(torch.randn(2, 12, generator=generator).double(), torch.randn(8, 2, generator=generator).double())
-               for _ in range(3)]
+    changes = [
+        LowRank(torch.randn(2, 12, generator=generator).double(), torch.randn(8, 2, generator=generator).double())
+        for _ in range(3)
+    ]
     sums = LayerSums.zero(torch.zeros(8, 12))
     for change, inputs in zip(changes, rows, strict=True):
         sums.add(change, inputs.T @ inputs, len(inputs))
     for candidate in (torch.zeros(8, 12).double(), gradient(changes, sums), changes[0].matrix()):
-        direct = sum(float(((one.matrix() - candidate) @ inputs.T).square().sum()) for one, inputs in zip(changes, rows, strict=True))
+        direct = sum(
+            float(((one.matrix() - candidate) @ inputs.T).square().sum())
+            for one, inputs in zip(changes, rows, strict=True)
+        )
         assert sums.objective(candidate) == pytest.approx(direct, rel=1e-9)

@@ -37,8 +37,9 @@ def load_base(name: str | Path, *, device: str | torch.device = "cpu", dtype: to
         library.disable_progress_bar()
         library.set_verbosity_error()
     try:
-        pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=dtype, safety_checker=None,
-                                                     requires_safety_checker=False, local_files_only=True)
+        pipeline = DiffusionPipeline.from_pretrained(
+            str(folder), dtype=dtype, safety_checker=None, requires_safety_checker=False, local_files_only=True
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelError(f"{name}: could not be loaded as a base model ({reason})") from error

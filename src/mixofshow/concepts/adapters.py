@@ -40,8 +40,9 @@ def applied(pipeline: Any, concept: Concept, *, unet: float = 1.0, text_encoder:
 
 
 @torch.no_grad()
-def tuned_weights(pipeline: Any, concept: Concept, names: Iterable[str],
-                  strengths: Mapping[str, float] | None = None) -> dict[str, Tensor]:
+def tuned_weights(
+    pipeline: Any, concept: Concept, names: Iterable[str], strengths: Mapping[str, float] | None = None
+) -> dict[str, Tensor]:
     """The concept's own weights, W0 + strength · ΔW, of the named layers (those it did not change: W0)."""
     strengths = strengths or {}
     weights = {}

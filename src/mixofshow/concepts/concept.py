@@ -28,7 +28,8 @@ FORMAT_VERSION: Final = 1
 METADATA_KEY: Final = "mixofshow"
 DIGEST_KEY: Final = "sha256"
 MAX_METADATA_BYTES: Final = 16 * 2**10
-EMBEDDINGS: Final = "embeddings"
+EMBEDDINGS: Final = "lora_embeddings"
+"""Named so that diffusers' `load_lora_weights` takes the whole file: it refuses names without "lora"."""
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 LARGEST_VALUE: Final = 1e4
 LARGEST_EMBEDDING: Final = 100.0
@@ -41,7 +42,7 @@ class ConceptInfo(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: int = FORMAT_VERSION
+    format_version: int = Field(FORMAT_VERSION, ge=1)
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")
     words: tuple[str, ...] = Field(min_length=1, max_length=8)
     class_word: str = Field(max_length=64)
@@ -118,7 +119,9 @@ def vocabulary(concepts: Iterable[Concept]) -> Vocabulary:
         alias = f"<{concept.info.name}>"
         for word in {*concept.info.words, alias}:
             if word in embeddings or word in aliases:
-                raise TokenError(f"two concepts claim the placeholder {word}; tune or save one of them under another name")
+                raise TokenError(
+                    f"two concepts claim the placeholder {word}; tune or save one of them under another name"
+                )
         embeddings |= dict(zip(concept.info.words, concept.embeddings, strict=True))
         if alias not in concept.info.words:
             aliases[alias] = concept.info.words
@@ -156,6 +159,10 @@ def _read_info(metadata: Mapping[str, str], name: str) -> ConceptInfo:
         raise ConceptFileError(f"{name}: metadata field '{shown(field)}': {shown(first['msg'])}") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConceptFileError(f"{name}: metadata is not the expected table ({shown(error)})") from error
+    if len(info.initializers) != len(info.words):
+        raise ConceptFileError(
+            f"{name}: {len(info.words)} words but {len(info.initializers)} initializers in the metadata"
+        )
     try:
         for word in info.words:
             check_word(word)
@@ -168,9 +175,13 @@ def _read_info(metadata: Mapping[str, str], name: str) -> ConceptInfo:
 
 def _read_tensors(tensors: dict[str, Tensor], info: ConceptInfo, name: str) -> tuple[Tensor, dict[str, LowRank]]:
     problems = value_problems(tensors)
+    # Full precision is allowed, but what is used is what the digest covers: the values in half precision.
+    tensors = {key: tensor.half().float() for key, tensor in tensors.items()}
     embeddings = tensors.pop(EMBEDDINGS, torch.empty(0))
     if embeddings.ndim != 3 or embeddings.shape[:2] != (len(info.words), info.layers):
-        problems.append(f"tensor '{EMBEDDINGS}': expected ({len(info.words)} words, {info.layers} layers, dim), found {tuple(embeddings.shape)}")
+        problems.append(
+            f"tensor '{EMBEDDINGS}': expected ({len(info.words)} words, {info.layers} layers, dim), found {tuple(embeddings.shape)}"
+        )
     deltas = {}
     for key in tensors:
         layer = key.removesuffix(DOWN).removesuffix(UP)
@@ -179,12 +190,14 @@ def _read_tensors(tensors: dict[str, Tensor], info: ConceptInfo, name: str) -> t
         elif layer + DOWN not in tensors or layer + UP not in tensors:
             problems.append(f"tensor '{shown(key)}' stands alone, its other half is missing")
         elif key.endswith(DOWN):
-            down, up = tensors[layer + DOWN].float(), tensors[layer + UP].float()
+            down, up = tensors[layer + DOWN], tensors[layer + UP]
             if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or 0 in down.shape:
-                problems.append(f"'{shown(layer)}': down {tuple(down.shape)} and up {tuple(up.shape)} do not fit together")
+                problems.append(
+                    f"'{shown(layer)}': down {tuple(down.shape)} and up {tuple(up.shape)} do not fit together"
+                )
             deltas[layer] = LowRank(down, up)
     _raise_if(problems, name)
-    return embeddings.float(), deltas
+    return embeddings, deltas
 
 
 def value_problems(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -197,7 +210,9 @@ def value_problems(tensors: Mapping[str, Tensor]) -> list[str]:
         bad = ~torch.isfinite(tensor) | (tensor.abs() > LARGEST_VALUE)
         if bad.any():
             place = tuple(bad.nonzero()[0].tolist())
-            problems.append(f"tensor '{shown(key)}': {int(bad.sum())} values are not finite or over {LARGEST_VALUE:g}, the first at {place}")
+            problems.append(
+                f"tensor '{shown(key)}': {int(bad.sum())} values are not finite or over {LARGEST_VALUE:g}, the first at {place}"
+            )
     return problems
 
 
@@ -205,18 +220,24 @@ def check_fits(concept: Concept, pipeline: Any, name: str) -> None:
     """Raise ConceptFileError unless the concept was made for this base: family, fingerprint, layers, shapes, limits."""
     info = concept.info
     if info.family != family_of(pipeline).name:
-        raise ConceptFileError(f"{name}: made for a base of family '{shown(info.family)}', this one is '{family_of(pipeline).name}'")
+        raise ConceptFileError(
+            f"{name}: made for a base of family '{shown(info.family)}', this one is '{family_of(pipeline).name}'"
+        )
     problems = _shape_problems(concept, pipeline)
     _raise_if(problems, name)
     if info.base_fingerprint != (found := fingerprint(pipeline)):
-        raise ConceptFileError(f"{name}: made for base '{shown(info.base)}' ({shown(info.base_fingerprint)}), this base is {found}; nothing was changed")
+        raise ConceptFileError(
+            f"{name}: made for base '{shown(info.base)}' ({shown(info.base_fingerprint)}), this base is {found}; nothing was changed"
+        )
 
 
 def _shape_problems(concept: Concept, pipeline: Any) -> list[str]:
     problems = []
     layers, width = len(cross_attentions(pipeline.unet)), token_width(pipeline)
     if concept.embeddings.shape[1:] != (layers, width):
-        problems.append(f"tensor '{EMBEDDINGS}': this base has {layers} layers of width {width}, found {tuple(concept.embeddings.shape[1:])}")
+        problems.append(
+            f"tensor '{EMBEDDINGS}': this base has {layers} layers of width {width}, found {tuple(concept.embeddings.shape[1:])}"
+        )
     usual = pipeline.text_encoder.get_input_embeddings().weight.norm(dim=-1).mean()
     if (longest := concept.embeddings.norm(dim=-1).max()) > LARGEST_EMBEDDING * usual:
         problems.append(f"tensor '{EMBEDDINGS}': length {longest:.3g}, the base's words have {usual:.3g} on average")
@@ -230,7 +251,9 @@ def _shape_problems(concept: Concept, pipeline: Any) -> list[str]:
         if found != (outputs, inputs):
             problems.append(f"layer '{layer}': expected (out, in) = {(outputs, inputs)}, found {found}")
         elif delta.down.shape[0] > min(outputs, inputs):
-            problems.append(f"layer '{layer}': rank {delta.down.shape[0]} is more than the layer's own {min(outputs, inputs)}")
+            problems.append(
+                f"layer '{layer}': rank {delta.down.shape[0]} is more than the layer's own {min(outputs, inputs)}"
+            )
     return problems
 
 

@@ -54,7 +54,11 @@ class ConceptModel:
             self._with_plain_tokens().save_pretrained(temporary)
             vectors = {word: vector.contiguous() for word, vector in self.vocabulary.embeddings.items()}
             write_tensors(temporary / VECTORS, vectors, {"format": "pt"})
-            manifest = {**self.manifest, "words": list(self.vocabulary.embeddings), "aliases": dict(self.vocabulary.aliases)}
+            manifest = {
+                **self.manifest,
+                "words": list(self.vocabulary.embeddings),
+                "aliases": dict(self.vocabulary.aliases),
+            }
             write_text(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
     def _with_plain_tokens(self) -> Any:
@@ -80,7 +84,9 @@ def with_concept(pipeline: Any, concept: Concept, *, unet: float = 1.0, text_enc
     return ConceptModel(pipeline, vocabulary([concept]), weights)
 
 
-def load_model(name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> ConceptModel:
+def load_model(
+    name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> ConceptModel:
     """A fused model's folder, or any base model (which knows no concept). Raises BaseModelError, ConceptFileError."""
     pipeline = load_base(name, device=device, dtype=dtype)
     if not (Path(name) / MANIFEST).is_file():
@@ -109,13 +115,18 @@ def _read_vocabulary(folder: Path, shape: tuple[int, int]) -> tuple[Vocabulary, 
     for word in (*found.words, *found.aliases):
         check_word(word)
     if sorted(found.words) != sorted(vectors):
-        raise ConceptFileError(f"{path}: words {shown(sorted(vectors))} are not those of {MANIFEST}, {shown(sorted(found.words))}")
+        raise ConceptFileError(
+            f"{path}: words {shown(sorted(vectors))} are not those of {MANIFEST}, {shown(sorted(found.words))}"
+        )
     for alias, parts in found.aliases.items():
         if alias in vectors or not set(parts) <= vectors.keys():
             raise ConceptFileError(f"{listing}: alias {alias} is taken or stands for unknown words, {shown(parts)}")
     problems = value_problems(vectors)
-    problems += [f"word {word}: expected (layers, dim) = {shape}, found {tuple(vector.shape)}"
-                 for word, vector in vectors.items() if vector.shape != shape]
+    problems += [
+        f"word {word}: expected (layers, dim) = {shape}, found {tuple(vector.shape)}"
+        for word, vector in vectors.items()
+        if vector.shape != shape
+    ]
     if problems:
         raise ConceptFileError(f"{path}: {problems[0]}")
     return Vocabulary({word: vectors[word] for word in found.words}, found.aliases), manifest

@@ -30,7 +30,9 @@ class _WordTable(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         first = self.table.num_embeddings
         plain = self.table(ids.clamp(max=first - 1))
-        layer_of_row = torch.arange(len(self.vectors), device=ids.device).repeat_interleave(len(ids) // len(self.vectors))
+        layer_of_row = torch.arange(len(self.vectors), device=ids.device).repeat_interleave(
+            len(ids) // len(self.vectors)
+        )
         words = self.vectors.to(plain.device, plain.dtype)[layer_of_row[:, None], (ids - first).clamp(min=0)]
         return torch.where((ids >= first)[..., None], words, plain)
 
@@ -89,8 +91,10 @@ def layerwise(unet: Any) -> Iterator[None]:
 
         return hook
 
-    handles = [module.register_forward_pre_hook(pick(index), with_kwargs=True)
-               for index, module in enumerate(cross_attentions(unet).values())]
+    handles = [
+        module.register_forward_pre_hook(pick(index), with_kwargs=True)
+        for index, module in enumerate(cross_attentions(unet).values())
+    ]
     try:
         yield
     finally:

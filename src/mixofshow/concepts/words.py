@@ -79,7 +79,9 @@ class Vocabulary:
         return torch.stack([vector.expand(layers, -1) for vector in self.embeddings.values()], dim=1)
 
 
-def token_ids(prompt: str, tokenizer: Any, vocabulary: Vocabulary, first_id: int, length: int | None = None) -> list[int]:
+def token_ids(
+    prompt: str, tokenizer: Any, vocabulary: Vocabulary, first_id: int, length: int | None = None
+) -> list[int]:
     """Token ids of a prompt with start and end token; word k of the vocabulary has the id `first_id` + k.
 
     Cut and padded to `length` tokens, or neither when it is None. Words cut off are named in a warning; cutting
@@ -101,5 +103,7 @@ def token_ids(prompt: str, tokenizer: Any, vocabulary: Vocabulary, first_id: int
 def _report_cut(prompt: str, cut: list[int], tokenizer: Any, rows: Mapping[str, int], length: int) -> None:
     lost = [word for word, row in rows.items() if row in cut]
     if lost:
-        raise TokenError(f"the prompt is longer than the text encoder's {length} tokens and {lost[0]} would be cut: '{shown(prompt)}'")
+        raise TokenError(
+            f"the prompt is longer than the text encoder's {length} tokens and {lost[0]} would be cut: '{shown(prompt)}'"
+        )
     logger.warning("prompt cut to %d tokens; lost: %r", length, tokenizer.decode(cut))

@@ -18,8 +18,12 @@ def preview_grids(pipeline: Any, folder: Path, *, images: int = 4) -> Preview:
     """A callback for `tune` that writes `folder`/STEP.png, one row per strength."""
 
     def preview(concept: Concept, step: int) -> None:
-        rows = [MixOfShowPipeline.single(pipeline, concept, strength=strength)(f"a photo of a {concept.prompt}", num_images=images)
-                for strength in STRENGTHS]
+        rows = [
+            MixOfShowPipeline.single(pipeline, concept, strength=strength)(
+                f"a photo of a {concept.prompt}", num_images=images
+            )
+            for strength in STRENGTHS
+        ]
         width, height = rows[0][0].size
         sheet = Image.new("RGB", (width * images, height * len(rows)))
         for y, row in enumerate(rows):

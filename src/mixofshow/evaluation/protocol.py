@@ -20,7 +20,7 @@ from mixofshow.errors import SettingsError, shown
 from mixofshow.evaluation.metrics import Scorer, clip_scorer, image_alignment, judge_scorer, text_alignment
 from mixofshow.evaluation.prompts import prompts_for
 from mixofshow.progress import Progress, silent
-from mixofshow.sampling.pipeline import MixOfShowPipeline
+from mixofshow.sampling.pipeline import GUIDANCE_SCALE, STEPS, MixOfShowPipeline
 from mixofshow.tuning.dataset import read_folder
 
 LOWER_BOUND: Final = "lower_bound"
@@ -32,8 +32,8 @@ class EvaluationSettings:
     """How many pictures, and how they are drawn."""
 
     images_per_prompt: int = 4
-    num_inference_steps: int = 25
-    guidance_scale: float = 5.0
+    num_inference_steps: int = STEPS
+    guidance_scale: float = GUIDANCE_SCALE
     seed: int = 100
 
 
@@ -63,7 +63,9 @@ def case_of(pair: str, pipeline: Any, base: str, kind: str) -> Case:
     """A case from "FILE=FOLDER" on the command line. Raises SettingsError, ConceptFileError, DatasetError."""
     file, found, folder = pair.partition("=")
     if not found:
-        raise SettingsError(f"'{shown(pair)}': expected FILE=FOLDER, a concept file and a folder of held-out pictures of it")
+        raise SettingsError(
+            f"'{shown(pair)}': expected FILE=FOLDER, a concept file and a folder of held-out pictures of it"
+        )
     return Case(load_concept(file, pipeline), references_of(Path(folder)), prompts_for(base, kind))
 
 
@@ -81,8 +83,15 @@ def references_of(folder: Path) -> list[Image.Image]:
     return [example.image for example in read_folder(folder, instance_prompt="")]
 
 
-def evaluate(pipeline: Any, cases: Sequence[Case], fused: Mapping[str, ConceptModel], scorer: Scorer,
-             settings: EvaluationSettings | None = None, *, progress: Progress = silent) -> Scores:
+def evaluate(
+    pipeline: Any,
+    cases: Sequence[Case],
+    fused: Mapping[str, ConceptModel],
+    scorer: Scorer,
+    settings: EvaluationSettings | None = None,
+    *,
+    progress: Progress = silent,
+) -> Scores:
     """Score the lower bound, every single concept and every fused model on every case."""
     settings = settings or EvaluationSettings()
     base = ConceptModel(pipeline)
@@ -90,31 +99,48 @@ def evaluate(pipeline: Any, cases: Sequence[Case], fused: Mapping[str, ConceptMo
     scores: Scores = {name: {} for name in (LOWER_BOUND, SINGLE, *fused)}
     for case in cases:
         info, references = case.concept.info, scorer.images(case.references)
-        asked = {LOWER_BOUND: (base, info.class_word), SINGLE: (with_concept(pipeline, case.concept), case.concept.prompt)}
+        asked = {
+            LOWER_BOUND: (base, info.class_word),
+            SINGLE: (with_concept(pipeline, case.concept), case.concept.prompt),
+        }
         asked |= {name: (model, case.concept.prompt) for name, model in fused.items()}
         for name, (model, noun) in asked.items():
-            scores[name][info.name] = score(model, noun, case, references, scorer, settings)
+            scores[name][info.name] = score(model, noun, case, references=references, scorer=scorer, settings=settings)
             done += 1
             progress(done, total, {})
     return scores
 
 
-def score(model: ConceptModel, noun: str, case: Case, references: Tensor, scorer: Scorer,
-          settings: EvaluationSettings) -> Score:
+def score(
+    model: ConceptModel, noun: str, case: Case, *, references: Tensor, scorer: Scorer, settings: EvaluationSettings
+) -> Score:
     """Draw the case's prompts with `noun` in them and compare with references and class-word texts."""
     draw = MixOfShowPipeline(model)
     images: list[Image.Image] = []
     for prompt in case.prompts:
-        images += draw(prompt.format(noun), num_images=settings.images_per_prompt, seed=settings.seed,
-                       num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale)
-    asked = [prompt.format(case.concept.info.class_word) for prompt in case.prompts for _ in range(settings.images_per_prompt)]
+        images += draw(
+            prompt.format(noun),
+            num_images=settings.images_per_prompt,
+            seed=settings.seed,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+        )
+    asked = [
+        prompt.format(case.concept.info.class_word)
+        for prompt in case.prompts
+        for _ in range(settings.images_per_prompt)
+    ]
     made = scorer.images(images)
-    return Score(image_alignment(made, references), text_alignment(made, scorer.texts(asked)),
-                 tuple(images[:: settings.images_per_prompt]))
+    return Score(
+        image_alignment(made, references),
+        text_alignment(made, scorer.texts(asked)),
+        tuple(images[:: settings.images_per_prompt]),
+    )
 
 
 def means(scores: Scores) -> dict[str, dict[str, float]]:
     """Mean alignments by measure, then by model: {"image_alignment": {"single": …}, "text_alignment": …}."""
+
     def mean(model: str, measure: str) -> float:
         values = [getattr(one, measure) for one in scores[model].values()]
         return sum(values) / len(values)

@@ -47,10 +47,13 @@ class Page:
         large.save(data, "PNG", optimize=True)
         source = base64.b64encode(data.getvalue()).decode()
         note = html.escape(caption)
-        self.parts.append(f'<figure><img alt="{note}" src="data:image/png;base64,{source}"><figcaption>{note}</figcaption></figure>')
+        self.parts.append(
+            f'<figure><img alt="{note}" src="data:image/png;base64,{source}"><figcaption>{note}</figcaption></figure>'
+        )
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table whose first column names its rows."""
+
         def line(cells: Sequence[str], tag: str) -> str:
             return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
@@ -60,7 +63,10 @@ class Page:
         """Write the page whole or not at all."""
         title = html.escape(self.title)
         head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>{STYLE}</style>'
-        write_text(path, f"<!doctype html><html lang=en><head>{head}</head><body><h1>{title}</h1>{''.join(self.parts)}</body></html>\n")
+        write_text(
+            path,
+            f"<!doctype html><html lang=en><head>{head}</head><body><h1>{title}</h1>{''.join(self.parts)}</body></html>\n",
+        )
 
 
 def alignment_rows(means: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
@@ -82,6 +88,8 @@ def print_alignments(means: Mapping[str, Mapping[str, float]]) -> None:
 
 def write_figures(path: Path, means: Mapping[str, Mapping[str, float]], scores: Scores) -> None:
     """Means and every concept's own alignments as JSON."""
-    concepts = {model: {name: {"image_alignment": one.image, "text_alignment": one.text} for name, one in by_name.items()}
-                for model, by_name in scores.items()}
+    concepts = {
+        model: {name: {"image_alignment": one.image, "text_alignment": one.text} for name, one in by_name.items()}
+        for model, by_name in scores.items()
+    }
     write_text(path, json.dumps({**means, "concepts": concepts}, indent=1) + "\n")

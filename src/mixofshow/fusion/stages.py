@@ -91,8 +91,9 @@ Stage = Callable[[Center, Concept, Sequence[str]], Moments]
 
 
 @torch.no_grad()
-def fuse(concepts: Sequence[Concept], pipeline: Any, settings: FusionSettings | None = None, *,
-         progress: Progress = silent) -> Fused:
+def fuse(
+    concepts: Sequence[Concept], pipeline: Any, settings: FusionSettings | None = None, *, progress: Progress = silent
+) -> Fused:
     """Fuse concepts into one model; the pipeline is left as it was. Raises TokenError when two claim one word."""
     if not concepts:
         raise BadInputError("nothing to fuse: no concept was given")
@@ -109,19 +110,29 @@ def fuse(concepts: Sequence[Concept], pipeline: Any, settings: FusionSettings | 
             for concept in ordered:
                 moments = record(center, concept, names)
                 for name in names:
-                    sums[name].add(concept.deltas.get(name), moments.matrices[input_of(name)], moments.rows[input_of(name)])
+                    sums[name].add(
+                        concept.deltas.get(name), moments.matrices[input_of(name)], moments.rows[input_of(name)]
+                    )
                 done += 1
                 progress(done, total, {})
         for name in names:
             weights[name], reports[name] = _solve(center, name, sums.pop(name), options)
-    manifest = {"method": settings.method, "options": options, "prompts": list(settings.prompts), "steps": settings.steps,
-                "seed": settings.seed, "concepts": [{"name": concept.info.name, "hash": concept.hash} for concept in ordered]}
+    manifest = {
+        "method": settings.method,
+        "options": options,
+        "prompts": list(settings.prompts),
+        "steps": settings.steps,
+        "seed": settings.seed,
+        "concepts": [{"name": concept.info.name, "hash": concept.hash} for concept in ordered],
+    }
     return Fused(ConceptModel(pipeline, center.vocabulary, weights, manifest), reports)
 
 
 def _layers_of_stages(center: Center) -> Iterator[list[str]]:
     """The changed layers, each in the stage where it is fused."""
-    touched = [name for name in lora_layers(center.pipeline) if any(name in concept.deltas for concept in center.concepts)]
+    touched = [
+        name for name in lora_layers(center.pipeline) if any(name in concept.deltas for concept in center.concepts)
+    ]
     yield [name for name in touched if name.startswith("text_encoder.")]
     yield [name for name in touched if _KEYS_AND_VALUES.search(name)]
     yield [name for name in touched if name.startswith("unet.") and not _KEYS_AND_VALUES.search(name)]
@@ -132,8 +143,9 @@ def _solve(center: Center, name: str, sums: LayerSums, options: Mapping[str, Any
     change = METHODS[center.settings.method](changes, sums, **options)
     base = matrix(layer(center.pipeline, name))
     fused = (base.double() + change).to(base.dtype)
-    report = LayerReport(sums.rows, sums.energy, sums.objective(fused.double() - base.double()),
-                         sums.objective(average(changes, sums)))
+    report = LayerReport(
+        sums.rows, sums.energy, sums.objective(fused.double() - base.double()), sums.objective(average(changes, sums))
+    )
     return fused, report
 
 
@@ -154,7 +166,10 @@ def record_keys_and_values(center: Center, concept: Concept, names: Sequence[str
     """
     moments = Moments()
     inputs = [f"unet.{path}.input" for path in cross_attentions(center.pipeline.unet)]
-    end, first = center.pipeline.tokenizer.eos_token_id, center.pipeline.text_encoder.get_input_embeddings().num_embeddings
+    end, first = (
+        center.pipeline.tokenizer.eos_token_id,
+        center.pipeline.text_encoder.get_input_embeddings().num_embeddings,
+    )
     for prompt in center.settings.prompts:
         ids = center.prompt_ids(concept, prompt)
         telling = (ids[0] == end) | (ids[0] >= first)
@@ -175,7 +190,11 @@ def record_picture(center: Center, concept: Concept, names: Sequence[str]) -> Mo
     scheduler.set_timesteps(settings.steps, device=text.device)
     latents = _noise(pipeline, settings.seed) * scheduler.init_noise_sigma
     layers = {name: layer(pipeline, name) for name in names}
-    with replaced(pipeline, tuned_weights(pipeline, concept, names)), moments.recording(layers), layerwise(pipeline.unet):
+    with (
+        replaced(pipeline, tuned_weights(pipeline, concept, names)),
+        moments.recording(layers),
+        layerwise(pipeline.unet),
+    ):
         for timestep in scheduler.timesteps:
             made = pipeline.unet(scheduler.scale_model_input(latents, timestep), timestep, text).sample
             latents = scheduler.step(made, timestep, latents).prev_sample

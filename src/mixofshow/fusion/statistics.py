@@ -45,7 +45,7 @@ class Moments:
     @contextlib.contextmanager
     def recording(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
         """Inside, every call of these layers is counted in; an input that several share is counted once."""
-        first_reader = {input_of(name): module for name, module in reversed(layers.items())}
+        first_reader = {input_of(name): module for name, module in reversed(list(layers.items()))}
 
         def hook_for(name: str) -> Any:
             return lambda module, args: self.add(name, args[0])
@@ -74,7 +74,10 @@ class LayerSums:
     def zero(cls, weight: Tensor) -> LayerSums:
         """Sums over no concept, for a layer of this weight, (out, in)."""
         outputs, inputs = weight.shape
-        return cls(weight.new_zeros(inputs, inputs, dtype=torch.float64), weight.new_zeros(outputs, inputs, dtype=torch.float64))
+        return cls(
+            weight.new_zeros(inputs, inputs, dtype=torch.float64),
+            weight.new_zeros(outputs, inputs, dtype=torch.float64),
+        )
 
     @torch.no_grad()
     def add(self, delta: LowRank | None, moments: Tensor, rows: int) -> None:

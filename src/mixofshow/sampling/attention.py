@@ -35,8 +35,14 @@ class _RegionalProcessor:
         self.regions = [(region.box, region.text[:, index]) for region in regions]
         self.columns, self.rows = columns, rows
 
-    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
-                 attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         outside = self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         columns, rows = feature_grid(hidden_states.shape[1], columns=self.columns, rows=self.rows)
         picture = rearrange(hidden_states, "batch (rows columns) dim -> batch rows columns dim", rows=rows)
@@ -48,8 +54,12 @@ class _RegionalProcessor:
                 continue
             left, top, right, bottom = area
             inside = picture[:, top:bottom, left:right]
-            made = self.inner(attn, rearrange(inside, "batch rows columns dim -> batch (rows columns) dim"), text, **kwargs)
-            total[:, top:bottom, left:right] += rearrange(made, "batch (rows columns) dim -> batch rows columns dim", rows=bottom - top)
+            made = self.inner(
+                attn, rearrange(inside, "batch rows columns dim -> batch (rows columns) dim"), text, **kwargs
+            )
+            total[:, top:bottom, left:right] += rearrange(
+                made, "batch (rows columns) dim -> batch rows columns dim", rows=bottom - top
+            )
             count[:, top:bottom, left:right] += 1
         whole = rearrange(outside, "batch (rows columns) dim -> batch rows columns dim", rows=rows)
         blended = torch.where(count > 0, total / count.clamp(min=1), whole)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mixofshow.errors import RegionError, SettingsError, nearest, shown
 from mixofshow.files import writing
 from mixofshow.progress import Progress, silent
-from mixofshow.sampling.pipeline import MixOfShowPipeline
+from mixofshow.sampling.pipeline import GUIDANCE_SCALE, STEPS, MixOfShowPipeline
 from mixofshow.sampling.regions import Box, Region
 
 PNG_KEY: Final = "mixofshow"
@@ -44,8 +44,8 @@ class Composition(BaseModel):
     height: int | None = Field(None, ge=1)
     seed: int = 0
     num: int = Field(1, ge=1, le=10_000)
-    steps: int = Field(25, ge=1, le=1000)
-    guidance_scale: float = Field(5.0, ge=0, le=100)
+    steps: int = Field(STEPS, ge=1, le=1000)
+    guidance_scale: float = Field(GUIDANCE_SCALE, ge=0, le=100)
 
 
 def make_composition(table: Mapping[str, Any], source: str = "composition") -> Composition:
@@ -97,12 +97,22 @@ def compose(pipeline: MixOfShowPipeline, composition: Composition, *, progress: 
     for number in range(composition.num):
         # One at a time: in a batch, rounding depends on how many pictures are drawn together.
         images += pipeline(
-            composition.prompt, regions=regions, negative_prompt=composition.negative_prompt, width=composition.width,
-            height=composition.height, num_inference_steps=composition.steps, guidance_scale=composition.guidance_scale,
+            composition.prompt,
+            regions=regions,
+            negative_prompt=composition.negative_prompt,
+            width=composition.width,
+            height=composition.height,
+            num_inference_steps=composition.steps,
+            guidance_scale=composition.guidance_scale,
             seed=composition.seed + number,
-            progress=lambda step, total, info, done=number: progress(done * total + step, composition.num * total, info),
+            progress=_as_part(progress, number, composition.num),
         )
     return images
+
+
+def _as_part(progress: Progress, number: int, count: int) -> Progress:
+    """Progress of picture `number` out of `count` as progress of them all."""
+    return lambda step, total, info: progress(number * total + step, count * total, info)
 
 
 def save_picture(image: Image.Image, path: Path, composition: Composition, number: int = 0) -> None:

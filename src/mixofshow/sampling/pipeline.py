@@ -22,6 +22,8 @@ from mixofshow.progress import Progress, silent
 from mixofshow.sampling.attention import RegionText, regional
 from mixofshow.sampling.regions import Region, as_shares, require_a_cell
 
+STEPS: Final = 25
+GUIDANCE_SCALE: Final = 5.0
 MAX_STEPS: Final = 1000
 MAX_PIXELS: Final = 2**24
 MAX_SEED: Final = 2**63
@@ -66,8 +68,8 @@ class MixOfShowPipeline:
         width: int | None = None,
         height: int | None = None,
         num_images: int = 1,
-        num_inference_steps: int = 25,
-        guidance_scale: float = 5.0,
+        num_inference_steps: int = STEPS,
+        guidance_scale: float = GUIDANCE_SCALE,
         seed: int = 0,
         progress: Progress = silent,
     ) -> list[Image.Image]:
@@ -83,10 +85,25 @@ class MixOfShowPipeline:
         generators = [torch.Generator().manual_seed(seed + k) for k in range(num_images)]
         latents = initial_latents(base, generators, width=width, height=height)
         with self.model.active():
-            encoded = encode(self.model, prompt, negative_prompt, regions, width=width, height=height,
-                             rows=num_images, guided=guidance_scale != 1.0)
-            latents = denoise(base, latents, encoded, num_inference_steps=num_inference_steps,
-                              guidance_scale=guidance_scale, generators=generators, progress=progress)
+            encoded = encode(
+                self.model,
+                prompt,
+                negative_prompt,
+                regions,
+                width=width,
+                height=height,
+                rows=num_images,
+                guided=guidance_scale != 1.0,
+            )
+            latents = denoise(
+                base,
+                latents,
+                encoded,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                generators=generators,
+                progress=progress,
+            )
             return decode(base, latents)
 
     def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
@@ -114,8 +131,17 @@ def initial_latents(pipeline: Any, generators: Sequence[torch.Generator], *, wid
     return noise.to(pipeline.unet.device, pipeline.unet.dtype)
 
 
-def encode(model: ConceptModel, prompt: str, negative_prompt: str, regions: Sequence[Region], *,
-           width: int, height: int, rows: int, guided: bool) -> EncodedPrompt:
+def encode(
+    model: ConceptModel,
+    prompt: str,
+    negative_prompt: str,
+    regions: Sequence[Region],
+    *,
+    width: int,
+    height: int,
+    rows: int,
+    guided: bool,
+) -> EncodedPrompt:
     """All prompts of a composition, layer by layer, repeated for the rows of the batch."""
     factor = model.pipeline.vae_scale_factor
     boxes = [as_shares(region, width=width, height=height) for region in regions]
@@ -128,14 +154,24 @@ def encode(model: ConceptModel, prompt: str, negative_prompt: str, regions: Sequ
         return repeat(text, "sides layers tokens dim -> (sides rows) layers tokens dim", rows=rows)
 
     texts = tuple(
-        RegionText(box, both(region.prompt, negative_prompt if region.negative_prompt is None else region.negative_prompt))
+        RegionText(
+            box, both(region.prompt, negative_prompt if region.negative_prompt is None else region.negative_prompt)
+        )
         for region, box in zip(regions, boxes, strict=True)
     )
     return EncodedPrompt(both(prompt, negative_prompt), texts, guided)
 
 
-def denoise(pipeline: Any, latents: Tensor, encoded: EncodedPrompt, *, num_inference_steps: int,
-            guidance_scale: float, generators: Sequence[torch.Generator] = (), progress: Progress = silent) -> Tensor:
+def denoise(
+    pipeline: Any,
+    latents: Tensor,
+    encoded: EncodedPrompt,
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+    generators: Sequence[torch.Generator] = (),
+    progress: Progress = silent,
+) -> Tensor:
     """Noise to clean latents with the pipeline's own scheduler and classifier-free guidance.
 
     Some schedulers draw noise in every step: picture k's comes from generator k.
@@ -155,7 +191,9 @@ def denoise(pipeline: Any, latents: Tensor, encoded: EncodedPrompt, *, num_infer
                 noise = without + guidance_scale * (with_prompt - without)
             latents = scheduler.step(noise, timestep, latents, **noise_source).prev_sample
             if not torch.isfinite(latents).all():
-                raise MixOfShowError(f"sampling: numbers that are not finite appeared at step {step + 1} of {num_inference_steps}")
+                raise MixOfShowError(
+                    f"sampling: numbers that are not finite appeared at step {step + 1} of {num_inference_steps}"
+                )
             progress(step + 1, num_inference_steps, {})
     return latents
 

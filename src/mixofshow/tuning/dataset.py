@@ -46,7 +46,9 @@ def read_folder(folder: Path, *, instance_prompt: str, skip_bad: bool = False) -
     examples, problems = [], []
     for path in paths:
         try:
-            examples.append(Example(read_picture(path), read_caption(path.with_suffix(".txt"), instance_prompt), path.name))
+            examples.append(
+                Example(read_picture(path), read_caption(path.with_suffix(".txt"), instance_prompt), path.name)
+            )
         except DatasetError as error:
             problems.append(str(error))
     if problems and (not skip_bad or not examples):
@@ -61,9 +63,11 @@ def read_picture(path: Path) -> Image.Image:
     try:
         with Image.open(path, formats=FORMATS) as opened:
             if opened.width * opened.height > MAX_PIXELS:
-                raise DatasetError(f"{path.name}: {opened.width} x {opened.height} pixels, at most {MAX_PIXELS} are read")
-            if getattr(opened, "n_frames", 1) > 1:
-                raise DatasetError(f"{path.name}: an animation of {opened.n_frames} frames, expected a single picture")
+                raise DatasetError(
+                    f"{path.name}: {opened.width} x {opened.height} pixels, at most {MAX_PIXELS} are read"
+                )
+            if (frames := getattr(opened, "n_frames", 1)) > 1:
+                raise DatasetError(f"{path.name}: an animation of {frames} frames, expected a single picture")
             return _on_white(ImageOps.exif_transpose(opened))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DatasetError(f"{path.name}: not a readable picture ({shown(error)})") from error

@@ -65,7 +65,9 @@ def lora_injected(pipeline: Any, settings: TuningSettings) -> Iterator[dict[str,
             # peft scales by lora_alpha / r; the reference scales by alpha.
             config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha * settings.rank, target_modules=targets)  # type: ignore[arg-type]
             inject_adapter_in_model(config, getattr(pipeline, part), ADAPTER)
-        yield {name: getattr(pipeline, part).get_submodule(path) for name, (part, path) in zip(names, paths, strict=True)}
+        yield {
+            name: getattr(pipeline, part).get_submodule(path) for name, (part, path) in zip(names, paths, strict=True)
+        }
     finally:
         for part, path in paths:
             module = getattr(pipeline, part).get_submodule(path)

@@ -20,7 +20,9 @@ class TuningSettings(BaseModel):
     class_word: str = Field(max_length=64, description="An ordinary word for what it is; the second word starts as it.")
     data: Path = Field(description="Folder of pictures, each with a caption beside it in a .txt of the same name.")
     base: str = Field("emojiland", description="Embedded base, diffusers folder, or hub id in the local cache.")
-    instance_prompt: str | None = Field(None, description="Caption of pictures that have none; default: a photo of a <name>.")
+    instance_prompt: str | None = Field(
+        None, description="Caption of pictures that have none; default: a photo of a <name>."
+    )
     skip_bad: bool = Field(False, description="Leave out pictures that cannot be read instead of stopping.")
 
     method: Literal["ed-lora"] = "ed-lora"
@@ -55,15 +57,31 @@ class TuningSettings(BaseModel):
 
     def for_file(self) -> dict[str, bool | int | float | str | None]:
         """The settings that may stand in a concept file: how it was trained, nothing about where or by whom."""
-        private = {"name", "class_word", "data", "base", "instance_prompt", "skip_bad", "license", "author", "preview_every"}
+        private = {
+            "name",
+            "class_word",
+            "data",
+            "base",
+            "instance_prompt",
+            "skip_bad",
+            "license",
+            "author",
+            "preview_every",
+        }
         return self.model_dump(mode="json", exclude=private)
 
 
 PRESETS: Final[dict[str, dict[str, Any]]] = {
     # A small model with large token vectors learns with larger steps.
     "emojiland": {
-        "steps": 400, "batch_size": 8, "embedding_rate": 1e-2, "text_encoder_rate": 3e-4, "unet_rate": 3e-3,
-        "random_sigma": 0.05, "norm_limit": 100.0, "noise_offset": 0.0,
+        "steps": 400,
+        "batch_size": 8,
+        "embedding_rate": 1e-2,
+        "text_encoder_rate": 3e-4,
+        "unet_rate": 3e-3,
+        "random_sigma": 0.05,
+        "norm_limit": 100.0,
+        "noise_offset": 0.0,
     },
 }
 """What other bases need instead of the defaults."""

@@ -48,20 +48,27 @@ class Batches:
         return self.mean[chosen] + self.spread[chosen] * noise, self.ids[chosen]
 
 
-def tune(settings: TuningSettings, pipeline: Any, *, progress: Progress = silent, preview: Preview | None = None) -> Concept:
+def tune(
+    settings: TuningSettings, pipeline: Any, *, progress: Progress = silent, preview: Preview | None = None
+) -> Concept:
     """Tune a concept on a folder of pictures; the pipeline is left as it was.
 
     Ctrl-C ends early with what has been learned. Raises DatasetError, TokenError.
     """
-    examples = read_folder(settings.data, instance_prompt=settings.instance_prompt or f"a photo of a {settings.placeholder}",
-                           skip_bad=settings.skip_bad)
+    examples = read_folder(
+        settings.data,
+        instance_prompt=settings.instance_prompt or f"a photo of a {settings.placeholder}",
+        skip_bad=settings.skip_bad,
+    )
     generator = torch.Generator().manual_seed(settings.seed)
     batches = encode_examples(examples, settings, pipeline)
     layers = len(cross_attentions(pipeline.unet))
-    words = nn.Parameter(initial_words(pipeline, settings.class_word, layers=layers, sigma=settings.random_sigma, generator=generator))
+    words = nn.Parameter(
+        initial_words(pipeline, settings.class_word, layers=layers, sigma=settings.random_sigma, generator=generator)
+    )
     info = _describe(settings, pipeline, layers)  # before the layers are wrapped: the fingerprint is of the base
     with _seeded(settings.seed), lora_injected(pipeline, settings) as wrappers:
-        trainer = _Trainer(settings, pipeline, batches, words, wrappers, generator, info)
+        trainer = _Trainer(settings, pipeline, batches, words=words, wrappers=wrappers, generator=generator, info=info)
         trainer.run(progress, preview)
         return trainer.concept()
 
@@ -71,23 +78,41 @@ def encode_examples(examples: Sequence[Example], settings: TuningSettings, pipel
     """Encode pictures once; mean and spread are kept, so that sampling the latents stays random."""
     side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     pictures = as_tensor([example.image for example in examples], width=side, height=side)
-    posteriors = [pipeline.vae.encode(part.to(pipeline.vae.device, pipeline.vae.dtype)).latent_dist for part in pictures.split(8)]
+    posteriors = [
+        pipeline.vae.encode(part.to(pipeline.vae.device, pipeline.vae.dtype)).latent_dist for part in pictures.split(8)
+    ]
     scale = pipeline.vae.config.scaling_factor
     known = Vocabulary(dict.fromkeys(settings.words, torch.empty(0)), {settings.placeholder: settings.words})
     table = pipeline.text_encoder.get_input_embeddings().num_embeddings
     length = pipeline.text_encoder.config.max_position_embeddings
-    captions = [with_placeholder(example.caption, settings.placeholder, settings.words, settings.class_word) for example in examples]
+    captions = [
+        with_placeholder(example.caption, settings.placeholder, settings.words, settings.class_word)
+        for example in examples
+    ]
     ids = [token_ids(caption, pipeline.tokenizer, known, table, length) for caption in captions]
-    return Batches(scale * torch.cat([one.mean for one in posteriors]), scale * torch.cat([one.std for one in posteriors]),
-                   torch.tensor(ids, device=pipeline.text_encoder.device))
+    return Batches(
+        scale * torch.cat([one.mean for one in posteriors]),
+        scale * torch.cat([one.std for one in posteriors]),
+        torch.tensor(ids, device=pipeline.text_encoder.device),
+    )
 
 
 def _describe(settings: TuningSettings, pipeline: Any, layers: int) -> ConceptInfo:
     return ConceptInfo(
-        name=settings.name, words=settings.words, class_word=settings.class_word,
-        initializers=("random", settings.class_word), layers=layers, family=family_of(pipeline).name,
-        base=settings.base.rstrip("/").rsplit("/", 1)[-1], base_fingerprint=fingerprint(pipeline), method=settings.method,
-        rank=settings.rank, alpha=settings.alpha, settings=settings.for_file(), license=settings.license, author=settings.author,
+        name=settings.name,
+        words=settings.words,
+        class_word=settings.class_word,
+        initializers=("random", settings.class_word),
+        layers=layers,
+        family=family_of(pipeline).name,
+        base=settings.base.rstrip("/").rsplit("/", 1)[-1],
+        base_fingerprint=fingerprint(pipeline),
+        method=settings.method,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        settings=settings.for_file(),
+        license=settings.license,
+        author=settings.author,
     )
 
 
@@ -105,21 +130,40 @@ def _seeded(seed: int) -> Iterator[None]:
 class _Trainer:
     """State of one run: what is trained, the optimizer, and whether the words may still move."""
 
-    def __init__(self, settings: TuningSettings, pipeline: Any, batches: Batches, words: nn.Parameter,
-                 wrappers: dict[str, nn.Module], generator: torch.Generator, info: ConceptInfo) -> None:
+    def __init__(
+        self,
+        settings: TuningSettings,
+        pipeline: Any,
+        batches: Batches,
+        *,
+        words: nn.Parameter,
+        wrappers: dict[str, nn.Module],
+        generator: torch.Generator,
+        info: ConceptInfo,
+    ) -> None:
         self.settings, self.pipeline, self.batches, self.info = settings, pipeline, batches, info
         self.words, self.wrappers, self.generator = words, wrappers, generator
         self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         self.words_move, self.step = True, 0
         text, unet = self._matrices("text_encoder"), self._matrices("unet")
-        groups = [{"params": [words], "lr": settings.embedding_rate}, {"params": text, "lr": settings.text_encoder_rate},
-                  {"params": unet, "lr": settings.unet_rate}]
+        groups = [
+            {"params": [words], "lr": settings.embedding_rate},
+            {"params": text, "lr": settings.text_encoder_rate},
+            {"params": unet, "lr": settings.unet_rate},
+        ]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=settings.weight_decay)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: max(0.0, 1 - step / settings.steps))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: max(0.0, 1 - step / settings.steps)
+        )
 
     def _matrices(self, part: str) -> list[nn.Parameter]:
-        return [parameter for name, wrapper in self.wrappers.items() if name.startswith(f"{part}.")
-                for parameter in wrapper.parameters() if parameter.requires_grad]
+        return [
+            parameter
+            for name, wrapper in self.wrappers.items()
+            if name.startswith(f"{part}.")
+            for parameter in wrapper.parameters()
+            if parameter.requires_grad
+        ]
 
     def run(self, progress: Progress, preview: Preview | None) -> None:
         """All steps, or as many as Ctrl-C leaves."""
@@ -154,7 +198,9 @@ class _Trainer:
         count = self.scheduler.config.num_train_timesteps
         timesteps = torch.randint(count, (len(latents),), generator=self.generator).to(latents.device)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        with torch.autocast(latents.device.type, DTYPES[self.settings.precision], enabled=self.settings.precision != "fp32"):
+        with torch.autocast(
+            latents.device.type, DTYPES[self.settings.precision], enabled=self.settings.precision != "fp32"
+        ):
             made = self.pipeline.unet(noisy, timesteps, self._text(ids)).sample
         loss = masked_mse(made, denoising_target(self.scheduler, latents, noise, timesteps))
         loss.backward()
@@ -179,4 +225,6 @@ class _Trainer:
         """What has been learned so far."""
         info = self.info.model_copy(update={"settings": {**self.info.settings, "steps": self.step}})
         words = self.words.detach().cpu().transpose(0, 1).contiguous().half().float()
-        return Concept(info, words, {name: low_rank(wrapper, self.settings.alpha) for name, wrapper in self.wrappers.items()})
+        return Concept(
+            info, words, {name: low_rank(wrapper, self.settings.alpha) for name, wrapper in self.wrappers.items()}
+        )

@@ -30,9 +30,14 @@ UNET_CHANNELS: Final = (32, 96, 128, 128)
 CAPTION_DROPOUT: Final = 0.1
 SNR_CAP: Final = 5.0
 PREVIEW_PROMPTS: Final = (
-    "a photo of a cat on the beach", "a photo of an astronaut in the snow", "a photo of a guitar in the city",
-    "a photo of a police officer at night", "a photo of a mushroom in the forest", "a photo of a panda under the sea",
-    "a photo of a woman and a dog in the mountains", "a photo of a house and a cook on a red background",
+    "a photo of a cat on the beach",
+    "a photo of an astronaut in the snow",
+    "a photo of a guitar in the city",
+    "a photo of a police officer at night",
+    "a photo of a mushroom in the forest",
+    "a photo of a panda under the sea",
+    "a photo of a woman and a dog in the mountains",
+    "a photo of a house and a cook on a red background",
 )
 
 
@@ -78,20 +83,31 @@ def build_unet() -> UNet2DConditionModel:
 def noise_scheduler() -> DDPMScheduler:
     """Stable Diffusion's noise schedule, with v-prediction: colours settle sooner than with noise prediction."""
     return DDPMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1,
-        prediction_type="v_prediction", clip_sample=False,
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        steps_offset=1,
+        prediction_type="v_prediction",
+        clip_sample=False,
     )
 
 
-def assemble(vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer,
-             unet: UNet2DConditionModel) -> StableDiffusionPipeline:
+def assemble(
+    vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
+) -> StableDiffusionPipeline:
     """The parts as an ordinary pipeline."""
     scheduler = DPMSolverMultistepScheduler.from_config(
         noise_scheduler().config, timestep_spacing="linspace", final_sigmas_type="sigma_min"
     )
     pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -114,8 +130,9 @@ class LatentCache:
 
     SHARD = 2048
 
-    def __init__(self, folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, *, shards: int, process: int,
-                 processes: int) -> None:
+    def __init__(
+        self, folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, *, shards: int, process: int, processes: int
+    ) -> None:
         self.folder, self.vae, self.tokenizer = folder, vae, tokenizer
         folder.mkdir(parents=True, exist_ok=True)
         for shard in range(process, shards, processes):
@@ -134,7 +151,9 @@ class LatentCache:
         pictures = [random_picture(random) for _ in range(self.SHARD)]
         images = to_tensor(picture.image for picture in pictures)
         with torch.autocast(self.vae.device.type, torch.bfloat16):
-            latents = [self.vae.encode(part.to(self.vae.device)).latent_dist.mode().float() for part in images.split(64)]
+            latents = [
+                self.vae.encode(part.to(self.vae.device)).latent_dist.mode().float() for part in images.split(64)
+            ]
         ids = tokenize(self.tokenizer, [picture.caption for picture in pictures])
         torch.save({"latents": torch.cat(latents).half().cpu(), "ids": ids}, self._path(shard))
 
@@ -150,8 +169,9 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     return ids
 
 
-def stage(pipeline: StableDiffusionPipeline, cache: LatentCache, *, steps: int, batch: int,
-          learning_rate: float) -> Stage:
+def stage(
+    pipeline: StableDiffusionPipeline, cache: LatentCache, *, steps: int, batch: int, learning_rate: float
+) -> Stage:
     """v-prediction loss with min-SNR weights (Hang et al., 2023); one caption in ten is dropped for guidance."""
     unet, scheduler = pipeline.unet, noise_scheduler()
     # The plain processor is a third faster than the fused kernel at these small sizes on CPU.
@@ -178,8 +198,18 @@ def stage(pipeline: StableDiffusionPipeline, cache: LatentCache, *, steps: int, 
     def preview(model: nn.Module) -> Image.Image:
         prompts = [prompt for prompt in PREVIEW_PROMPTS for _ in range(2)]
         generator = torch.Generator().manual_seed(0)
-        images = pipeline(prompts, num_inference_steps=20, guidance_scale=4.0, generator=generator, height=SIZE, width=SIZE)
+        images = pipeline(
+            prompts, num_inference_steps=20, guidance_scale=4.0, generator=generator, height=SIZE, width=SIZE
+        )
         return grid(images.images, columns=16)
 
-    return Stage("generator", _Generator(pipeline.text_encoder, unet), loss, preview, steps, learning_rate,
-                 schedule=flat_then_down, ema_decay=0.9995)
+    return Stage(
+        "generator",
+        _Generator(pipeline.text_encoder, unet),
+        loss,
+        preview,
+        steps,
+        learning_rate,
+        schedule=flat_then_down,
+        ema_decay=0.9995,
+    )

@@ -57,12 +57,23 @@ def build_tokenizer() -> CLIPTokenizer:
 def build(tokenizer: CLIPTokenizer) -> CLIPModel:
     """An untrained judge: eight-pixel patches, two small towers."""
     text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     vision = CLIPVisionConfig(
-        image_size=SIZE, patch_size=8, hidden_size=192, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4
+        image_size=SIZE,
+        patch_size=8,
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
     )
     return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128))
 
@@ -116,8 +127,10 @@ def load(folder: Path = JUDGE_FOLDER) -> tuple[CLIPModel, CLIPTokenizer]:
 def image_features(images: Sequence[Image.Image], folder: Path = JUDGE_FOLDER) -> Tensor:
     """Unit vectors of pictures, (pictures, dim); pictures are resized to what the judge sees."""
     clip, _ = load(folder)
-    small = [image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC) if image.size != (SIZE, SIZE) else image
-             for image in images]
+    small = [
+        image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC) if image.size != (SIZE, SIZE) else image
+        for image in images
+    ]
     features = [clip.get_image_features(pixel_values=part).pooler_output for part in to_tensor(small).split(64)]
     return nn.functional.normalize(torch.cat(features), dim=-1)
 
@@ -126,4 +139,6 @@ def image_features(images: Sequence[Image.Image], folder: Path = JUDGE_FOLDER) -
 def text_features(captions: Sequence[str], folder: Path = JUDGE_FOLDER) -> Tensor:
     """Unit vectors of captions, (captions, dim)."""
     clip, tokenizer = load(folder)
-    return nn.functional.normalize(clip.get_text_features(input_ids=tokenize(tokenizer, captions)).pooler_output, dim=-1)
+    return nn.functional.normalize(
+        clip.get_text_features(input_ids=tokenize(tokenizer, captions)).pooler_output, dim=-1
+    )

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import torch
 from accelerate import Accelerator
+from diffusers import AutoencoderKL
 
 from mixofshow.bases.emojiland import autoencoder, generator, judge
 from mixofshow.bases.emojiland.training import train
@@ -52,22 +53,37 @@ def pretrain(recipe: Recipe, run: Path, *, stages: tuple[str, ...], minutes: flo
 
 def _autoencoder(recipe: Recipe, run: Path, accelerator: Accelerator, minutes: float) -> None:
     vae = autoencoder.build().to(accelerator.device)
-    stage = autoencoder.stage(vae, steps=recipe.autoencoder_steps, batch=_share(recipe.autoencoder_batch, accelerator),
-                              learning_rate=recipe.autoencoder_rate)
+    stage = autoencoder.stage(
+        vae,
+        steps=recipe.autoencoder_steps,
+        batch=_share(recipe.autoencoder_batch, accelerator),
+        learning_rate=recipe.autoencoder_rate,
+    )
     if train(stage, run, accelerator, minutes=minutes) and accelerator.is_main_process:
         autoencoder.balance(vae)
         vae.save_pretrained(run / "vae")
 
 
 def _generator(recipe: Recipe, run: Path, accelerator: Accelerator, minutes: float) -> None:
-    vae = autoencoder.AutoencoderKL.from_pretrained(run / "vae").to(accelerator.device).requires_grad_(False)
+    vae = AutoencoderKL.from_pretrained(run / "vae").to(accelerator.device).requires_grad_(False)
     tokenizer = generator.build_tokenizer()
     text_encoder = generator.build_text_encoder(tokenizer)
     pipeline = generator.assemble(vae, text_encoder, tokenizer, generator.build_unet()).to(accelerator.device)
-    cache = generator.LatentCache(run / "latents", vae, tokenizer, shards=recipe.cached_shards,
-                                  process=accelerator.process_index, processes=accelerator.num_processes)
-    stage = generator.stage(pipeline, cache, steps=recipe.generator_steps,
-                            batch=_share(recipe.generator_batch, accelerator), learning_rate=recipe.generator_rate)
+    cache = generator.LatentCache(
+        run / "latents",
+        vae,
+        tokenizer,
+        shards=recipe.cached_shards,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
+    stage = generator.stage(
+        pipeline,
+        cache,
+        steps=recipe.generator_steps,
+        batch=_share(recipe.generator_batch, accelerator),
+        learning_rate=recipe.generator_rate,
+    )
     train(stage, run, accelerator, minutes=minutes)
     if accelerator.is_main_process:
         pipeline.to(dtype=torch.float16).save_pretrained(run / "pipeline")
@@ -76,8 +92,13 @@ def _generator(recipe: Recipe, run: Path, accelerator: Accelerator, minutes: flo
 def _judge(recipe: Recipe, run: Path, accelerator: Accelerator, minutes: float) -> None:
     tokenizer = judge.build_tokenizer()
     model = judge.build(tokenizer).to(accelerator.device)
-    stage = judge.stage(model, tokenizer, steps=recipe.judge_steps, batch=_share(recipe.judge_batch, accelerator),
-                        learning_rate=recipe.judge_rate)
+    stage = judge.stage(
+        model,
+        tokenizer,
+        steps=recipe.judge_steps,
+        batch=_share(recipe.judge_batch, accelerator),
+        learning_rate=recipe.judge_rate,
+    )
     train(stage, run, accelerator, minutes=minutes)
     if accelerator.is_main_process:
         model.half().save_pretrained(run / "judge")

@@ -30,8 +30,14 @@ GUIDANCE: Final = 4.0
 BATCH: Final = 32
 
 
-def report(pipeline: Any, *, per_class: int, judge_folder: Path = judge.JUDGE_FOLDER, grids: Path | None = None,
-           progress: Progress = silent) -> dict[str, float]:
+def report(
+    pipeline: Any,
+    *,
+    per_class: int,
+    judge_folder: Path = judge.JUDGE_FOLDER,
+    grids: Path | None = None,
+    progress: Progress = silent,
+) -> dict[str, float]:
     """All required figures. `per_class` pictures of every class, spread over all scenes; as many pairs in all."""
     scenes = list(KNOWN_SCENES)
     singles = [(word, scenes[(k + row) % len(scenes)]) for row, word in enumerate(CLASSES) for k in range(per_class)]
@@ -51,7 +57,9 @@ def report(pipeline: Any, *, per_class: int, judge_folder: Path = judge.JUDGE_FO
         "vae_psnr": autoencoder.psnr(pipeline.vae),
         "class_accuracy": _share(guess[0] == word for guess, (word, _) in zip(classes, singles, strict=True)),
         "scene_accuracy": _share(guess[0] == scene for guess, (_, scene) in zip(places, singles, strict=True)),
-        "pair_accuracy": _share(guess == set(words) for guess, (words, _) in zip(best_pairs(two, judge_folder), pairs, strict=True)),
+        "pair_accuracy": _share(
+            guess == set(words) for guess, (words, _) in zip(best_pairs(two, judge_folder), pairs, strict=True)
+        ),
         "judge_accuracy": judge_accuracy(judge_folder),
     }
 
@@ -104,6 +112,8 @@ def _rank(images: Sequence[Image.Image], captions: dict[str, str], folder: Path)
 def judge_accuracy(folder: Path = judge.JUDGE_FOLDER, count: int = 1000, seed: int = 3 * 10**6) -> float:
     """How often the judge names the class of an unseen render with a single sprite, among all its classes."""
     random = Random(seed)
-    pictures = [picture for picture in (judge.judged_picture(random) for _ in range(2 * count)) if len(picture.subjects) == 1][:count]
+    pictures = [
+        picture for picture in (judge.judged_picture(random) for _ in range(2 * count)) if len(picture.subjects) == 1
+    ][:count]
     guesses = rank_classes([picture.image for picture in pictures], folder)
     return _share(guess[0] == picture.subjects[0] for guess, picture in zip(guesses, pictures, strict=True))

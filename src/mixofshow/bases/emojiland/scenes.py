@@ -161,7 +161,9 @@ def volcano(canvas: Canvas, random: Random) -> None:
     canvas.band(0, 1, tone(random, (150, 45, 50)))
     for x in canvas.places(random, 1.1):
         canvas.polygon([(x - 0.7, 0.9), (x - 0.12, 0.2), (x + 0.12, 0.2), (x + 0.7, 0.9)], (50, 38, 45))
-        canvas.polygon([(x - 0.1, 0.2), (x + 0.1, 0.2), (x + 0.05, 0.5), (x + 0.16, 0.85), (x - 0.05, 0.85)], (255, 130, 20))
+        canvas.polygon(
+            [(x - 0.1, 0.2), (x + 0.1, 0.2), (x + 0.05, 0.5), (x + 0.16, 0.85), (x - 0.05, 0.85)], (255, 130, 20)
+        )
     canvas.band(random.uniform(0.8, 0.85), 1, tone(random, (255, 110, 15)))
 
 

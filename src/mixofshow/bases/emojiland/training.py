@@ -53,15 +53,17 @@ class Stage:
     ema_decay: float = 0.999
 
 
-def train(stage: Stage, folder: Path, accelerator: Accelerator, *, minutes: float = 1e9,
-          save_minutes: float = 5) -> bool:
+def train(
+    stage: Stage, folder: Path, accelerator: Accelerator, *, minutes: float = 1e9, save_minutes: float = 5
+) -> bool:
     """Train up to `stage.steps`, going on from the folder's checkpoint; True when the last step is done.
 
     Stops early, after saving, once `minutes` have passed. The model ends holding its EMA weights.
     """
     model = stage.model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=0.01,
-                                  fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
     schedule = stage.schedule(optimizer, stage.steps)
     average = EMAModel(model.parameters(), decay=stage.ema_decay, use_ema_warmup=True, power=0.75)
     average.to(accelerator.device)
@@ -94,8 +96,7 @@ def train(stage: Stage, folder: Path, accelerator: Accelerator, *, minutes: floa
     return done == stage.steps
 
 
-def _step(stage: Stage, model: nn.Module, optimizer: Optimizer, accelerator: Accelerator,
-          step: int) -> Tensor:
+def _step(stage: Stage, model: nn.Module, optimizer: Optimizer, accelerator: Accelerator, step: int) -> Tensor:
     seed = hash((stage.seed, step, accelerator.process_index)) & 0x7FFFFFFF
     with accelerator.autocast():
         loss = stage.loss(model, seed)

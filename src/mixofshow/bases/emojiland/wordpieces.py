@@ -26,4 +26,4 @@ def train_tokenizer(captions: Sequence[str], length: int) -> CLIPTokenizer:
     merges = [tuple(pair) for pair in json.loads(pairs.to_str())["model"]["merges"]]
     pieces = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)  # type: ignore[arg-type]

@@ -63,8 +63,10 @@ def places(random: Random, count: int, *, width: int = SIZE) -> list[Placement]:
     """Places for `count` sprites side by side, left to right."""
     share = width / count
     largest = min(share, SIZE)
-    sides = [round(largest * random.uniform(0.6, 0.74) if count == 1 else largest * random.uniform(0.82, 0.98))
-             for _ in range(count)]
+    sides = [
+        round(largest * random.uniform(0.6, 0.74) if count == 1 else largest * random.uniform(0.82, 0.98))
+        for _ in range(count)
+    ]
     return [
         Placement(
             x=share * (k + 0.5) + random.uniform(-0.07, 0.07) * largest,
@@ -87,8 +89,14 @@ def describe(subjects: Sequence[str], scene: str, random: Random) -> str:
     return random.choice(["a photo of {}", "{}"]).format(named) + (f" {scene}" if scene else "")
 
 
-def compose(subjects: Sequence[tuple[str, Image.Image]], scene: str, random: Random, *,
-            scenes: dict[str, Scene] = KNOWN_SCENES, width: int = SIZE) -> Picture:
+def compose(
+    subjects: Sequence[tuple[str, Image.Image]],
+    scene: str,
+    random: Random,
+    *,
+    scenes: dict[str, Scene] = KNOWN_SCENES,
+    width: int = SIZE,
+) -> Picture:
     """A picture of the given (word, sprite) pairs, left to right, in the named scene."""
     image = draw_scene(scenes[scene], random, width=width)
     for (_, subject), place in zip(subjects, places(random, len(subjects), width=width), strict=True):
