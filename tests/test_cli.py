@@ -1,0 +1,152 @@
+"""The command line: exit codes, one-line errors, and that nothing is lost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mixofshow import cli
+from mixofshow.errors import MixOfShowError
+
+GOLDEN_BASE = str(Path(__file__).parent / "goldens" / "pipeline")
+
+
+def _run(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
+    """Exit code and standard error of a command run in this process."""
+    monkeypatch.setattr(sys, "argv", ["mixofshow", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    code = stopped.value.code
+    return (code if isinstance(code, int) else 0), capsys.readouterr().err
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (16, 16), "red").save(pictures / "good.png")
+    (tmp_path / "pickle.safetensors").write_bytes(b"\x80\x04K\x01.")
+    (tmp_path / "cut.safetensors").write_bytes((100).to_bytes(8, "little") + b"{")
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "bad.yaml").write_text("prompt: [unclosed")
+    (tmp_path / "wrong.yaml").write_text("promt: a cat")
+    return tmp_path
+
+
+TUNE = ["tune", "--base", GOLDEN_BASE, "--name", "thing", "--class-word", "man", "--out", "{0}/thing.safetensors"]
+SAMPLE = ["sample", "--model", GOLDEN_BASE, "--prompt", "a man", "--size", "64x64", "--out", "{0}/a.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*TUNE, "--data", "{0}/missing"], "missing: no such folder"),
+        ([*TUNE, "--data", "{0}"], "no pictures in it"),
+        ([*TUNE, "--data", "{0}/pictures", "--set", "stpes=3"], "did you mean 'steps'"),
+        ([*TUNE, "--data", "{0}/pictures", "--set", "steps"], "expected KEY=VALUE"),
+        ([*TUNE[:4], "cat dog", *TUNE[5:], "--data", "{0}/pictures"], "'name'"),
+        ([*TUNE[:-1], "{0}/file/thing.safetensors", "--data", "{0}/pictures"], "cannot be written"),
+        (["tune", "--base", "/nowhere/at all", *TUNE[3:], "--data", "{0}/pictures"], "no such folder"),
+        (["fuse", "{0}/missing.safetensors", "--out", "{0}/fused"], "missing.safetensors: cannot be read"),
+        (["fuse", "{0}/pickle.safetensors", "--out", "{0}/fused"], "pickles are never opened"),
+        (["fuse", "{0}/cut.safetensors", "--out", "{0}/fused"], "the file is cut"),
+        (["fuse", "{0}/cut.safetensors", "--out", "{0}/file"], "exists and is not a folder"),
+        (["fuse", "{0}/cut.safetensors", "--out", "{0}/x", "--method", "gradeint"], "did you mean 'gradient'"),
+        (["inspect", "{0}/pictures/good.png"], "not safetensors"),
+        ([*SAMPLE, "--region", "0,0,200,64: a man"], "outside the picture of 64 x 64"),
+        ([*SAMPLE, "--region", "0,0,2,2: a man"], "too small"),
+        ([*SAMPLE, "--region", "nonsense"], "left,top,right,bottom: prompt"),
+        ([*SAMPLE, "--size", "63x64"], "multiple of 8 such as 64"),
+        ([*SAMPLE[:4], "a <man>", *SAMPLE[5:]], "unknown concept '<man>'"),
+        ([*SAMPLE[:-1], "{0}/file/a.png"], "cannot be written"),
+        (["sample", "{0}/bad.yaml"], "not valid YAML"),
+        (["sample", "{0}/wrong.yaml"], "'prompt'"),
+        (["evaluate", "just-a-file"], "expected FILE=FOLDER"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(folder, arguments, message, capsys, monkeypatch):
+    if arguments[0] in ("fuse", "evaluate"):
+        arguments = [*arguments, "--base", GOLDEN_BASE]
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    code, error = _run([part.replace("{0}", str(folder)) for part in arguments], capsys, monkeypatch)
+    line = error.strip().splitlines()[-1]
+    assert code == 2 and line.startswith("error: ") and message in line
+    assert "Traceback" not in error
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
+    def broken() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_a_full_disk_is_exit_code_3(folder, capsys, monkeypatch):
+    import errno
+
+    import safetensors.torch
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    old = folder / "thing.safetensors"
+    old.write_bytes(b"what was here before")
+    arguments = [*TUNE, "--data", "{0}/pictures", "--steps", "1"]
+    code, error = _run([part.replace("{0}", str(folder)) for part in arguments], capsys, monkeypatch)
+    assert code == 3 and "No space left" in error
+    assert old.read_bytes() == b"what was here before"
+    assert not list(folder.glob(".*"))
+
+
+def test_tune_fuse_sample_inspect_on_a_foreign_base(folder, capsys, monkeypatch):
+    def run(*arguments: str) -> None:
+        code, error = _run([part.replace("{0}", str(folder)) for part in arguments], capsys, monkeypatch)
+        assert code == 0, error
+
+    run(*TUNE, "--data", "{0}/pictures", "--steps", "2")
+    run("inspect", "{0}/thing.safetensors")
+    run("fuse", "{0}/thing.safetensors", "--out", "{0}/fused", "--base", GOLDEN_BASE)
+    wide = ["--size", "96x64", "--steps", "2", "--region", "0,0,48,64: a <thing>", "--prompt", "a man"]
+    run("sample", "--model", "{0}/fused", *wide, "--out", "{0}/a.png")
+    run("sample", "--model", "{0}/fused", *wide, "--out", "{0}/b.png")
+    run(
+        "sample",
+        "--model",
+        GOLDEN_BASE,
+        "--concept",
+        "{0}/thing.safetensors",
+        *wide,
+        "--num",
+        "2",
+        "--out",
+        "{0}/c.png",
+    )
+    assert (folder / "a.png").read_bytes() == (folder / "b.png").read_bytes()
+    assert (folder / "c-001.png").is_file()
+    from mixofshow.sampling.composition import composition_of
+
+    assert composition_of(folder / "a.png").regions[0].prompt == "a <thing>"
+    assert composition_of(folder / "c-001.png").seed == 1
+
+
+def test_help_names_every_verb():
+    shown = subprocess.run([sys.executable, "-m", "mixofshow", "--help"], capture_output=True, text=True, check=True)
+    for verb in ("tune", "fuse", "sample", "evaluate", "inspect", "demo"):
+        assert verb in shown.stdout
+
+
+def test_exit_codes_are_2_and_3():
+    codes = {error.exit_code for error in _leaves(MixOfShowError)}
+    assert codes == {2, 3}
+
+
+def _leaves(error: type[MixOfShowError]) -> list[type[MixOfShowError]]:
+    return [error, *(leaf for child in error.__subclasses__() for leaf in _leaves(child))]
