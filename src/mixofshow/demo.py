@@ -84,14 +84,17 @@ def _shipped(name: str, pipeline: Any) -> Concept:
 
 
 def composition(seed: int, *, regions: bool) -> Composition:
-    """The wide picture: all concepts in one prompt, and each in its own region if asked for."""
-    together = ", ".join(f"a <{name}>" for name in CONCEPTS)
-    entries = [
-        RegionEntry(box=box, prompt=f"a photo of a <{name}> {SCENE}")
-        for name, box in zip(CONCEPTS, REGIONS, strict=True)
-    ]
-    prompt = f"a photo {SCENE}" if regions else f"a photo of {together} {SCENE}"
-    return Composition(prompt=prompt, regions=tuple(entries) if regions else (), width=WIDTH, height=HEIGHT, seed=seed)
+    """The wide picture: all concepts in one prompt and, if asked for, each in a region of its own as well."""
+    together = " and ".join(f"a <{name}>" for name in CONCEPTS)
+    prompts = [f"a photo of a <{name}> {SCENE}" for name in CONCEPTS]
+    entries = tuple(RegionEntry(box=box, prompt=prompt) for prompt, box in zip(prompts, REGIONS, strict=True))
+    return Composition(
+        prompt=f"a photo of {together} {SCENE}",
+        regions=entries if regions else (),
+        width=WIDTH,
+        height=HEIGHT,
+        seed=seed,
+    )
 
 
 def _compositions(out: Path, models: Mapping[str, ConceptModel], *, seeds: int) -> dict[str, list[Image.Image]]:

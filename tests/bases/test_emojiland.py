@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from random import Random
 
 import pytest
@@ -46,8 +47,8 @@ def test_sprites_lie_inside_the_picture_and_apart():
     for count in (1, 2, 3):
         for _ in range(50):
             laid = places(random, count, width=64 * count)
-            assert all(0 <= one.y - one.side / 2 and one.y + one.side / 2 <= 68 for one in laid)
-            assert all(left.x < right.x for left, right in zip(laid, laid[1:], strict=False))
+            assert all(one.y - one.side / 2 >= 0 and one.y + one.side / 2 <= 68 for one in laid)
+            assert all(left.x < right.x for left, right in itertools.pairwise(laid))
 
 
 def test_concepts_are_kept_from_pretraining():
