@@ -153,33 +153,25 @@ def sample(
     """Draw pictures, with regions if you like."""
     from mixofshow.concepts.concept import load_concept
     from mixofshow.concepts.model import load_model, with_concept
-    from mixofshow.files import refuse_unwritable
     from mixofshow.sampling import composition as compositions
     from mixofshow.sampling.pipeline import MixOfShowPipeline
 
     given = {
         "prompt": prompt,
         "negative_prompt": negative_prompt,
+        "size": size,
+        "regions": region,
         "seed": seed,
         "num": num,
         "steps": steps,
         "guidance_scale": guidance_scale,
     }
-    table = compositions.read_table(composition) if composition else {}
-    table |= {key: value for key, value in given.items() if value is not None}
-    if size:
-        table["width"], table["height"] = compositions.parse_size(size)
-    if region:
-        table["regions"] = [compositions.region_entry(text) for text in region]
-    wanted = compositions.make_composition(table, str(composition or "options"))
-    targets = [out if wanted.num == 1 else out.with_stem(f"{out.stem}-{number:03d}") for number in range(wanted.num)]
-    for target in targets:
-        refuse_unwritable(target)
+    wanted = compositions.from_options(composition, {key: value for key, value in given.items() if value is not None})
+    targets = compositions.picture_paths(out, wanted.num)
     known = load_model(model, device=device)
     if concept:
-        known = with_concept(
-            known.pipeline, load_concept(concept, known.pipeline), unet=strength, text_encoder=strength
-        )
+        file = load_concept(concept, known.pipeline)
+        known = with_concept(known.pipeline, file, unet=strength, text_encoder=strength)
     with terminal_bar("sampling") as progress:
         images = compositions.compose(MixOfShowPipeline(known), wanted, progress=progress)
     for number, (image, target) in enumerate(zip(images, targets, strict=True)):

@@ -46,6 +46,15 @@ def test_no_method_fits_better(golden_pipeline, golden_concepts, both):
     assert all(one.fused <= one.average for one in both.layers.values())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_keeps_one_concept_and_forgets_the_order(method, golden_pipeline, golden_concepts):
+    settings = FusionSettings(method=method, steps=1)
+    alone = fuse(golden_concepts[:1], golden_pipeline, settings)
+    assert max(one.residual for one in alone.layers.values()) <= 1e-3
+    there, back = (fuse(order, golden_pipeline, settings) for order in (golden_concepts, golden_concepts[::-1]))
+    assert all(torch.equal(weight, back.model.weights[name]) for name, weight in there.model.weights.items())
+
+
 def test_the_base_model_is_left_as_it_was(golden_pipeline, golden_concepts):
     before = {name: value.clone() for name, value in golden_pipeline.unet.state_dict().items()}
     fuse(golden_concepts, golden_pipeline, FEW)

@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mixofshow.errors import RegionError, SettingsError, nearest, shown
-from mixofshow.files import writing
+from mixofshow.files import refuse_unwritable, writing
 from mixofshow.progress import Progress, silent
 from mixofshow.sampling.pipeline import GUIDANCE_SCALE, STEPS, MixOfShowPipeline
 from mixofshow.sampling.regions import Box, Region
@@ -88,6 +88,27 @@ def region_entry(text: str) -> dict[str, Any]:
     if not region.prompt:
         raise RegionError(f"region '{shown(text)}': its prompt is empty")
     return {"box": region.box, "prompt": region.prompt}
+
+
+def from_options(path: Path | None, options: Mapping[str, Any]) -> Composition:
+    """A composition from a YAML file (or none) and options as typed, which come first.
+
+    `size` is "WIDTHxHEIGHT" and `regions` are texts there. Raises SettingsError, RegionError.
+    """
+    table = (read_table(path) if path else {}) | dict(options)
+    if "size" in options:
+        table["width"], table["height"] = parse_size(table.pop("size"))
+    if "regions" in options:
+        table["regions"] = [region_entry(text) for text in options["regions"]]
+    return make_composition(table, str(path or "options"))
+
+
+def picture_paths(path: Path, count: int) -> list[Path]:
+    """Where `count` pictures go: `path`, or that name with numbers. Raises BadInputError when one cannot be written."""
+    paths = [path if count == 1 else path.with_stem(f"{path.stem}-{number:03d}") for number in range(count)]
+    for one in paths:
+        refuse_unwritable(one)
+    return paths
 
 
 def compose(pipeline: MixOfShowPipeline, composition: Composition, *, progress: Progress = silent) -> list[Image.Image]:
