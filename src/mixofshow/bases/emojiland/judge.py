@@ -6,6 +6,7 @@ It takes the place that CLIP ViT-B/32 has in the paper's evaluation and is never
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -21,7 +22,7 @@ from mixofshow.bases.emojiland.sprites import recolour, sprite
 from mixofshow.bases.emojiland.training import Stage, grid
 from mixofshow.bases.emojiland.vocabulary import CLASSES, FURTHER_CLASSES, ICONS_OF_SET
 from mixofshow.bases.emojiland.wordpieces import train_tokenizer
-from mixofshow.bases.emojiland.world import CONCEPT_SCENE_PHRASES, KNOWN_SCENES, SIZE, Picture, article, compose
+from mixofshow.bases.emojiland.world import CONCEPT_SCENE_PHRASES, KNOWN_SCENES, SIZE, article, compose
 
 JUDGE_FOLDER: Final = Path(__file__).parent / "judge"
 ALL_CLASSES: Final = {**CLASSES, **FURTHER_CLASSES}
@@ -31,21 +32,50 @@ TINTS: Final = {"rosy": 1 / 8, "minty": 1 / 3, "azure": 1 / 2, "violet": 3 / 4}
 MAX_TOKENS: Final = 24
 
 
-def judged_picture(random: Random) -> Picture:
-    """A picture whose caption also tells, half of the time, the drawing style and tint of its sprites."""
-    words = random.sample(list(ALL_CLASSES), 1 if random.random() < 0.75 else 2)
-    subjects, named = [], []
-    detailed = random.random() < 0.6
-    for word in words:
-        style = random.choice(list(ICONS_OF_SET))
-        tint = random.choice(list(TINTS)) if random.random() < 0.35 else ""
-        image = sprite(style, ALL_CLASSES[word])
-        subjects.append((word, recolour(image, TINTS[tint]) if tint else image))
-        named.append(article(" ".join(filter(None, [tint, style.split("-")[0], word])) if detailed else word))
+@dataclass(frozen=True)
+class Judged:
+    """A picture, a caption, all that is true of the picture and what the caption claims of it."""
+
+    image: Image.Image
+    caption: str
+    subjects: tuple[str, ...]
+    truths: frozenset[str]
+    claims: frozenset[str]
+
+
+def judged_picture(random: Random) -> Judged:
+    """A picture of any set and tint; its caption may tell or leave out drawing style, tint and place."""
+    words = random.sample(list(ALL_CLASSES), 1 if random.random() < 0.8 else 2)
+    styles = [random.choice(list(ICONS_OF_SET)) for _ in words]
+    tints = [random.choice(list(TINTS)) if random.random() < 0.35 else "" for _ in words]
     scene = random.choice(list(ALL_SCENES))
-    picture = compose(subjects, scene, random, scenes=ALL_SCENES)
-    place = f" {scene}" if random.random() < 0.8 else ""
-    return Picture(picture.image, f"a photo of {' and '.join(named)}{place}", picture.subjects, scene)
+    kinds = list(zip(words, styles, tints, strict=True))
+    picture = compose(
+        [(word, _tinted(style, tint, word)) for word, style, tint in kinds], scene, random, scenes=ALL_SCENES
+    )
+    detail, placed = random.choice(["", "style", "tint", "style tint"]), random.random() < 0.35
+    said = [
+        _name(word, style if "style" in detail else "", tint if "tint" in detail else "") for word, style, tint in kinds
+    ]
+    count = str(len(words))
+    every_name = {_name(word, a, b) for word, style, tint in kinds for a in ("", style) for b in ("", tint)}
+    return Judged(
+        picture.image,
+        f"a photo of {' and '.join(map(article, said))}" + (f" {scene}" if placed else ""),
+        picture.subjects,
+        truths=frozenset({*every_name, scene, count}),
+        claims=frozenset({*said, count, *([scene] if placed else [])}),
+    )
+
+
+def _name(word: str, style: str, tint: str) -> str:
+    return " ".join(filter(None, [tint, style.split("-", maxsplit=1)[0], word]))
+
+
+@cache
+def _tinted(style: str, tint: str, word: str) -> Image.Image:
+    image = sprite(style, ALL_CLASSES[word])
+    return recolour(image, TINTS[tint]) if tint else image
 
 
 def build_tokenizer() -> CLIPTokenizer:
@@ -90,25 +120,28 @@ class _Similarity(nn.Module):
 
 
 def stage(clip: CLIPModel, tokenizer: CLIPTokenizer, *, steps: int, batch: int, learning_rate: float) -> Stage:
-    """CLIP's contrastive loss, in which equal captions count as equal."""
+    """CLIP's contrastive loss, in which every caption that is true of a picture counts as its own."""
 
     def loss(model: nn.Module, seed: int) -> Tensor:
         random = Random(seed)
         pictures = [judged_picture(random) for _ in range(batch)]
-        captions = [picture.caption for picture in pictures]
         images = to_tensor(picture.image for picture in pictures)
+        ids = tokenize(tokenizer, [picture.caption for picture in pictures])
         device = clip.device
-        scores = model(images.to(device), tokenize(tokenizer, captions).to(device)).float()
-        same = torch.tensor([[a == b for b in captions] for a in captions], device=device).float()
-        wanted = same / same.sum(1, keepdim=True)
+        scores = model(images.to(device), ids.to(device)).float()
+        true = torch.tensor([[one.claims <= shown.truths for one in pictures] for shown in pictures], device=device)
         cross_entropy = nn.functional.cross_entropy
-        return (cross_entropy(scores, wanted) + cross_entropy(scores.T, wanted)) / 2
+        return (cross_entropy(scores, _shares(true)) + cross_entropy(scores.T, _shares(true.T))) / 2
 
     def preview(model: nn.Module) -> Image.Image:
         random = Random(-1)
         return grid([judged_picture(random).image for _ in range(16)], columns=16)
 
     return Stage("judge", _Similarity(clip), loss, preview, steps, learning_rate)
+
+
+def _shares(true: Tensor) -> Tensor:
+    return true / true.sum(1, keepdim=True)
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:

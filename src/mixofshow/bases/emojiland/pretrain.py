@@ -35,7 +35,7 @@ class Recipe:
     generator_batch: int = 32
     generator_rate: float = 1e-3
     cached_shards: int = 24
-    judge_steps: int = 2000
+    judge_steps: int = 3600
     judge_batch: int = 64
     judge_rate: float = 1e-3
 
