@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     Image.new("RGB", (16, 16), "red").save(pictures / "good.png")
-    (tmp_path / "pickle.safetensors").write_bytes(b"\x80\x04K\x01.")
+    (tmp_path / "pickle.safetensors").write_bytes(b"\x80\x04K\x01." + bytes(100))
     (tmp_path / "cut.safetensors").write_bytes((100).to_bytes(8, "little") + b"{")
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "bad.yaml").write_text("prompt: [unclosed")
@@ -89,14 +91,10 @@ def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
 
 
 def test_a_full_disk_is_exit_code_3(folder, capsys, monkeypatch):
-    import errno
-
-    import safetensors.torch
-
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(os, "fsync", full)
     old = folder / "thing.safetensors"
     old.write_bytes(b"what was here before")
     arguments = [*TUNE, "--data", "{0}/pictures", "--steps", "1"]
