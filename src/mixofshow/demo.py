@@ -36,7 +36,7 @@ SEEDS: Final = 4
 
 
 def run_demo(out: Path, *, quick: bool = False) -> None:
-    """Everything into `out`: concept files, fused model, pictures, report.html and summary.json.
+    """Everything into `out`: concept files, fused model, pictures, overview.png, report.html and summary.json.
 
     `quick` takes the concept files that ship with the package and draws fewer pictures.
     """
@@ -62,6 +62,7 @@ def run_demo(out: Path, *, quick: bool = False) -> None:
     alignments = means(scores)
     summary = {**alignments, "seconds": round(time.monotonic() - started)}
     write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    _overview(out, pictures).save(out / "overview.png")
     _write_report(out, gradient, scores, pictures)
     print_alignments(alignments)
     _print_lines(gradient, out)
@@ -112,6 +113,22 @@ def _compositions(out: Path, models: Mapping[str, ConceptModel], *, seeds: int) 
         for one, image in zip(wanted, pictures[label], strict=True):
             save_picture(image, out / f"wide-{number}-{one.seed}.png", one)
     return pictures
+
+
+def _overview(out: Path, pictures: Mapping[str, Sequence[Image.Image]], *, scale: int = 4, gap: int = 8) -> Image.Image:
+    """A training picture of each concept above one wide picture of each way to draw them together."""
+    tops = [Image.open(out / "pictures" / name / "train" / "00.png") for name in CONCEPTS]
+    wide = [images[0] for images in pictures.values()]
+    sheet = Image.new("RGB", (WIDTH * scale, (HEIGHT * scale + gap) * (1 + len(wide)) - gap), "white")
+    share = WIDTH * scale // len(tops)
+    for column, image in enumerate(tops):
+        side = min(share - gap, HEIGHT * scale)
+        large = image.resize((side, side), Image.Resampling.BICUBIC)
+        sheet.paste(large, (column * share + (share - side) // 2, (HEIGHT * scale - side) // 2))
+    for row, image in enumerate(wide, start=1):
+        large = image.resize((WIDTH * scale, HEIGHT * scale), Image.Resampling.BICUBIC)
+        sheet.paste(large, (0, row * (HEIGHT * scale + gap)))
+    return sheet
 
 
 def _write_report(out: Path, fused: Fused, scores: Scores, pictures: Mapping[str, Sequence[Image.Image]]) -> None:

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+RUN_FOLDER = Path.home() / ".cache/mixofshow/emojiland"
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
 
@@ -19,17 +21,18 @@ def main() -> None:
 
 @app.command()
 def pretrain(
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and sample grids.")] = Path("runs/emojiland"),
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and sample grids.")] = RUN_FOLDER,
     stage: Annotated[list[str] | None, typer.Option(help="autoencoder, generator, judge; default: all.")] = None,
     minutes: Annotated[float, typer.Option(help="Save and stop after this long; go on later.")] = 1e9,
     generator_steps: Annotated[int | None, typer.Option(help="Train the generator for this many steps in all.")] = None,
+    start: Annotated[str | None, typer.Option(help="Base whose weights the generator begins from.")] = None,
 ) -> None:
     """Train the three networks; the same command resumes."""
     from mixofshow.bases.emojiland.pretrain import STAGES, Recipe
     from mixofshow.bases.emojiland.pretrain import pretrain as run_recipe
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    recipe = Recipe()
+    recipe = Recipe(start=start)
     if generator_steps is not None:
         recipe = dataclasses.replace(recipe, generator_steps=generator_steps)
     run_recipe(recipe, out, stages=tuple(stage or STAGES), minutes=minutes)

@@ -3,7 +3,8 @@
     python -m mixofshow.bases.emojiland pretrain --out FOLDER            one process
     torchrun --nproc-per-node 2 -m mixofshow.bases.emojiland pretrain …  two (on CPU, with OMP_NUM_THREADS=1)
 
-Interrupt it whenever you like; the same command goes on from the newest checkpoint in FOLDER.
+Interrupt it whenever you like; the same command goes on from the newest checkpoint in FOLDER. With `--start emojiland`
+and no checkpoint there, the generator goes on from the shipped weights; give it more steps with `--generator-steps`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from diffusers import AutoencoderKL
 
 from mixofshow.bases.emojiland import autoencoder, generator, judge
 from mixofshow.bases.emojiland.training import train
-from mixofshow.bases.loading import EMBEDDED
+from mixofshow.bases.loading import EMBEDDED, load_base
 
 WEIGHTS: Final = EMBEDDED["emojiland"]
 JUDGE: Final = WEIGHTS.parent / "judge"
@@ -38,10 +39,12 @@ class Recipe:
     judge_steps: int = 3000
     judge_batch: int = 64
     judge_rate: float = 1e-3
+    start: str | None = None
+    """Base model whose autoencoder, text encoder and UNet the generator begins from; None: from the run's autoencoder."""
 
 
 def pretrain(recipe: Recipe, run: Path, *, stages: tuple[str, ...], minutes: float = 1e9) -> None:
-    """Run the named stages in `run`; each finished stage leaves its network there as a diffusers folder."""
+    """Run the named stages in `run`; each finished stage leaves its network there as a diffusers or transformers folder."""
     run.mkdir(parents=True, exist_ok=True)
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
@@ -65,14 +68,13 @@ def _autoencoder(recipe: Recipe, run: Path, accelerator: Accelerator, minutes: f
 
 
 def _generator(recipe: Recipe, run: Path, accelerator: Accelerator, minutes: float) -> None:
-    vae = AutoencoderKL.from_pretrained(run / "vae").to(accelerator.device).requires_grad_(False)
-    tokenizer = generator.build_tokenizer()
-    text_encoder = generator.build_text_encoder(tokenizer)
-    pipeline = generator.assemble(vae, text_encoder, tokenizer, generator.build_unet()).to(accelerator.device)
+    pipeline = (load_base(recipe.start) if recipe.start else _fresh_generator(run)).to(accelerator.device)
+    for part in (pipeline.unet, pipeline.text_encoder):
+        part.requires_grad_(True)
     cache = generator.LatentCache(
         run / "latents",
-        vae,
-        tokenizer,
+        pipeline.vae.requires_grad_(False),
+        pipeline.tokenizer,
         shards=recipe.cached_shards,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
@@ -87,6 +89,12 @@ def _generator(recipe: Recipe, run: Path, accelerator: Accelerator, minutes: flo
     train(stage, run, accelerator, minutes=minutes)
     if accelerator.is_main_process:
         pipeline.to(dtype=torch.float16).save_pretrained(run / "pipeline")
+
+
+def _fresh_generator(run: Path) -> Any:
+    vae = AutoencoderKL.from_pretrained(run / "vae")
+    tokenizer = generator.build_tokenizer()
+    return generator.assemble(vae, generator.build_text_encoder(tokenizer), tokenizer, generator.build_unet())
 
 
 def _judge(recipe: Recipe, run: Path, accelerator: Accelerator, minutes: float) -> None:
