@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from PIL import Image
 
 from mixofshow.bases.emojiland.concepts import class_word, write_concept
@@ -17,7 +18,16 @@ from mixofshow.concepts.model import ConceptModel
 from mixofshow.errors import BadInputError
 from mixofshow.evaluation.metrics import judge_scorer
 from mixofshow.evaluation.prompts import EMOJILAND
-from mixofshow.evaluation.protocol import Case, EvaluationSettings, Scores, evaluate, means, references_of
+from mixofshow.evaluation.protocol import (
+    SINGLE,
+    Case,
+    EvaluationSettings,
+    Scores,
+    evaluate,
+    means,
+    references_of,
+    score,
+)
 from mixofshow.evaluation.report import Page, alignment_rows, print_alignments
 from mixofshow.files import write_text
 from mixofshow.fusion.stages import Fused, FusionSettings, fuse
@@ -59,13 +69,14 @@ def run_demo(out: Path, *, quick: bool = False) -> None:
     ]
     with terminal_bar("evaluating") as progress:
         scores = evaluate(pipeline, cases, models, judge_scorer(), EvaluationSettings(), progress=progress)
+    facts = _facts(pipeline, cases, gradient, scores)
     alignments = means(scores)
     summary = {**alignments, "seconds": round(time.monotonic() - started)}
     write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     _overview(out, pictures).save(out / "overview.png")
-    _write_report(out, gradient, scores, pictures)
+    _write_report(out, gradient, scores, pictures, facts)
     print_alignments(alignments)
-    _print_lines(gradient, out)
+    print("\n".join([*facts, str(out / "report.html"), str(out / "summary.json")]))
 
 
 def _tuned(name: str, out: Path, pipeline: Any) -> Concept:
@@ -82,6 +93,34 @@ def _shipped(name: str, pipeline: Any) -> Concept:
         if (path := folder / "concepts" / f"{name}.safetensors").is_file():
             return load_concept(path, pipeline)
     raise BadInputError(f"{name}.safetensors: not found among the examples; run the demo without --quick")
+
+
+def _facts(pipeline: Any, cases: Sequence[Case], gradient: Fused, scores: Scores) -> list[str]:
+    """What must hold of any fusion, tried on these concepts; a line for each with its numbers."""
+    concepts, first = [case.concept for case in cases], cases[0]
+    better = sum(one.fused <= one.average for one in gradient.layers.values())
+    alone = fuse([first.concept], pipeline)
+    residual = max(one.residual for one in alone.layers.values())
+    scorer, name = judge_scorer(), first.concept.info.name
+    itself = score(
+        alone.model,
+        first.concept.prompt,
+        first,
+        references=scorer.images(first.references),
+        scorer=scorer,
+        settings=EvaluationSettings(),
+    )
+    turned = fuse(concepts[::-1], pipeline).model.weights
+    equal = all(torch.equal(weight, turned[layer]) for layer, weight in gradient.model.weights.items())
+    draw = MixOfShowPipeline(gradient.model)
+    there, again = (draw(f"a photo of a {first.concept.prompt}", seed=1)[0].tobytes() for _ in range(2))
+    return [
+        f"gradient fusion fits at least as well as weight fusion in {better} of {len(gradient.layers)} layers",
+        f"<{name}> fused alone: largest residual {residual:.1e}, "
+        f"image alignment {itself.image:.4f} (its own model: {scores[SINGLE][name].image:.4f})",
+        f"other order of the files: weights {'bit-equal' if equal else 'DIFFER'}",
+        f"same seed twice: pictures {'bit-equal' if there == again else 'DIFFER'}",
+    ]
 
 
 def composition(seed: int, *, regions: bool) -> Composition:
@@ -131,7 +170,13 @@ def _overview(out: Path, pictures: Mapping[str, Sequence[Image.Image]], *, scale
     return sheet
 
 
-def _write_report(out: Path, fused: Fused, scores: Scores, pictures: Mapping[str, Sequence[Image.Image]]) -> None:
+def _write_report(
+    out: Path,
+    fused: Fused,
+    scores: Scores,
+    pictures: Mapping[str, Sequence[Image.Image]],
+    facts: Sequence[str],
+) -> None:
     page = Page("Mix-of-Show on Emojiland")
     page.heading("The concepts")
     page.paragraph("Pictures that each concept was tuned on; the base model has never seen any of them.")
@@ -165,10 +210,7 @@ def _write_report(out: Path, fused: Fused, scores: Scores, pictures: Mapping[str
             if one.unchanged
         ],
     )
+    page.heading("What must hold")
+    for fact in facts:
+        page.paragraph(fact)
     page.save(out / "report.html")
-
-
-def _print_lines(gradient: Fused, out: Path) -> None:
-    better = sum(one.fused <= one.average for one in gradient.layers.values())
-    print(f"gradient fusion fits at least as well as weight fusion in {better} of {len(gradient.layers)} layers")
-    print(f"{out / 'report.html'}\n{out / 'summary.json'}")

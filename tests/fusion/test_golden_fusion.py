@@ -28,6 +28,8 @@ def _strengthened(concept):
     return dataclasses.replace(concept, deltas=deltas)
 
 
+PAPER = stages.FusionSettings(steps=5, options={"ridge": 1e-6, "toward": "base"})
+"""As in the paper: all weight on the recorded inputs."""
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
 
@@ -43,7 +45,7 @@ def fused(golden_pipeline, golden_concepts, golden):
     starts = iter([recorded[f"rec_latents_init.{concept.info.words[0][1:-1]}"] for concept in concepts])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "_noise", lambda pipeline, seed: next(starts))
-        return stages.fuse(concepts, golden_pipeline, stages.FusionSettings(steps=5))
+        return stages.fuse(concepts, golden_pipeline, PAPER)
 
 
 def _short(name: str) -> str:

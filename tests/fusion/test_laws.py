@@ -15,6 +15,7 @@ from mixofshow.fusion.stages import FusionSettings, fuse
 from mixofshow.fusion.statistics import LayerSums, Moments, input_of
 
 FEW = FusionSettings(steps=3)
+EXACT = FusionSettings(steps=3, options={"ridge": 1e-6, "toward": "base"})
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +38,13 @@ def test_the_order_of_the_files_does_not_matter(golden_pipeline, golden_concepts
         assert torch.equal(weight, turned.model.weights[name]), name
 
 
-def test_no_method_fits_better(golden_pipeline, golden_concepts, both):
+def test_no_method_fits_better_than_the_least_damped(golden_pipeline, golden_concepts, both):
+    exact = fuse(golden_concepts, golden_pipeline, EXACT)
     for method in METHODS:
         other = fuse(golden_concepts, golden_pipeline, FusionSettings(method=method, steps=3))
         for name in other.layers:
             if name.startswith("text_encoder."):  # later stages see what this method made of the earlier ones
-                assert both.layers[name].fused <= other.layers[name].fused * (1 + 1e-9), (method, name)
+                assert exact.layers[name].fused <= other.layers[name].fused * (1 + 1e-4), (method, name)
     assert all(one.fused <= one.average for one in both.layers.values())
 
 
@@ -120,7 +122,7 @@ def test_inputs_in_a_subspace_move_nothing_outside_of_it():
     change = LowRank(torch.randn(2, 10, generator=generator).double(), torch.randn(6, 2, generator=generator).double())
     sums = LayerSums.zero(torch.zeros(6, 10))
     sums.add(change, seen.T @ seen, 40)
-    found = gradient([change], sums, ridge=1e-9)
+    found = gradient([change], sums, ridge=1e-9, toward="base")
     outside = torch.linalg.qr(seen.T, mode="complete").Q[:, 3:]
     torch.testing.assert_close(found @ seen.T, change.matrix() @ seen.T, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found @ outside, torch.zeros(6, 7, dtype=torch.float64), atol=1e-5, rtol=0)

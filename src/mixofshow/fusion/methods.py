@@ -32,12 +32,22 @@ def fusion_method(name: str) -> Callable[[Method], Method]:
 
 
 @fusion_method("gradient")
-def gradient(changes: Sequence[LowRank | None], sums: LayerSums, *, ridge: float = 1e-6) -> Tensor:
-    """Gradient fusion (Mix-of-Show §3.3, eq. 4) by its exact answer: (Σ ΔW_i C_i)(Σ C_i + λI)⁻¹.
+def gradient(
+    changes: Sequence[LowRank | None], sums: LayerSums, *, ridge: float = 0.1, toward: str = "average"
+) -> Tensor:
+    """Gradient fusion (Mix-of-Show §3.3, eq. 4) by its exact answer, damped: (Σ ΔW_i C_i + λ D)(Σ C_i + λI)⁻¹.
 
-    λ is `ridge` times the mean diagonal of Σ C_i; as it goes to 0 this is the solution nearest to the base weight.
+    This minimizes Σ ‖(ΔW_i − ΔW) X_i‖² + λ ‖ΔW − D‖², λ being `ridge` times the mean diagonal of Σ C_i. Where the
+    recorded inputs say little, the answer stays near D: the mean of the changes (`toward` "average"; then one concept
+    alone is kept exactly, and the objective is never above weight fusion's) or no change ("base"; as λ goes to 0 this
+    is the solution nearest to the base weight, which the paper's LBFGS approaches). Too small a ridge fits the
+    recorded prompts at the cost of all others.
     """
-    return solve_ridge(sums.moments, sums.pulls, ridge)
+    if toward not in ("average", "base"):
+        raise SettingsError(f"toward: expected average or base, found {toward!r}")
+    middle = average(changes, sums) if toward == "average" else torch.zeros_like(sums.pulls)
+    # Solved for the distance from D, so that rounding does not grow with D.
+    return middle + solve_ridge(sums.moments, sums.pulls - middle @ sums.moments, ridge)
 
 
 @fusion_method("average")

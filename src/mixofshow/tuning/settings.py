@@ -75,7 +75,7 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
     # A small model with large token vectors learns with larger steps.
     "emojiland": {
         "steps": 400,
-        "batch_size": 8,
+        "batch_size": 4,
         "embedding_rate": 1e-2,
         "text_encoder_rate": 3e-4,
         "unet_rate": 3e-3,
