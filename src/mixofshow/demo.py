@@ -160,9 +160,9 @@ def _overview(out: Path, pictures: Mapping[str, Sequence[Image.Image]], *, scale
     wide = [images[0] for images in pictures.values()]
     sheet = Image.new("RGB", (WIDTH * scale, (HEIGHT * scale + gap) * (1 + len(wide)) - gap), "white")
     share = WIDTH * scale // len(tops)
-    for column, image in enumerate(tops):
+    for column, top in enumerate(tops):
         side = min(share - gap, HEIGHT * scale)
-        large = image.resize((side, side), Image.Resampling.BICUBIC)
+        large = top.resize((side, side), Image.Resampling.BICUBIC)
         sheet.paste(large, (column * share + (share - side) // 2, (HEIGHT * scale - side) // 2))
     for row, image in enumerate(wide, start=1):
         large = image.resize((WIDTH * scale, HEIGHT * scale), Image.Resampling.BICUBIC)
