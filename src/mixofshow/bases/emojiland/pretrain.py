@@ -36,7 +36,7 @@ class Recipe:
     generator_batch: int = 32
     generator_rate: float = 1e-3
     cached_shards: int = 24
-    judge_steps: int = 3000
+    judge_steps: int = 4100
     judge_batch: int = 64
     judge_rate: float = 1e-3
     start: str | None = None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, Final
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -15,7 +15,7 @@ from mixofshow.bases.emojiland import autoencoder, judge
 from mixofshow.bases.emojiland.judge import ALL_CLASSES, ALL_SCENES
 from mixofshow.bases.emojiland.training import grid
 from mixofshow.bases.emojiland.vocabulary import CLASSES
-from mixofshow.bases.emojiland.world import KNOWN_SCENES, article
+from mixofshow.bases.emojiland.world import KNOWN_SCENES, SPRITE_HEIGHT, article
 from mixofshow.progress import Progress, silent
 
 REQUIRED: Final = {
@@ -28,6 +28,8 @@ REQUIRED: Final = {
 STEPS: Final = 25
 GUIDANCE: Final = 4.0
 BATCH: Final = 32
+HALF_SHARE: Final = 0.63
+"""Side of what is cut out around one of two sprites, as a share of the picture's width."""
 
 
 def report(
@@ -96,11 +98,20 @@ def rank_scenes(images: Sequence[Image.Image], folder: Path = judge.JUDGE_FOLDER
 
 
 def best_pairs(images: Sequence[Image.Image], folder: Path = judge.JUDGE_FOLDER) -> list[set[str]]:
-    """For each picture the two classes, out of all pairs of the judge's, that it shows best."""
-    pairs = list(itertools.permutations(ALL_CLASSES, 2))
-    captions = [f"a photo of {article(a)} and {article(b)}" for a, b in pairs]
-    scores = judge.image_features(images, folder) @ judge.text_features(captions, folder).T
-    return [set(pairs[k]) for k in scores.argmax(1).tolist()]
+    """For each picture of two sprites the class that the judge names first in its left half and in its right."""
+    halves = [_half(image, side) for image in images for side in (0, 1)]
+    named = [ranking[0] for ranking in rank_classes(halves, folder)]
+    return [set(pair) for pair in zip(named[::2], named[1::2], strict=True)]
+
+
+def _half(image: Image.Image, side: int) -> Image.Image:
+    """The left (0) or right (1) half, enlarged so that its sprite is as large as in a picture of one."""
+    width, height = image.size
+    reach, x, y = round(HALF_SHARE * width / 2), (2 * side + 1) * width // 4, round(SPRITE_HEIGHT * height)
+    # Mirroring beyond the edge keeps the place what it is.
+    padded = np.pad(np.asarray(image), ((reach, reach), (reach, reach), (0, 0)), mode="symmetric")
+    cut = Image.fromarray(padded[y : y + 2 * reach, x : x + 2 * reach])
+    return cut.resize(image.size, Image.Resampling.BICUBIC)
 
 
 def _rank(images: Sequence[Image.Image], captions: dict[str, str], folder: Path) -> list[list[str]]:

@@ -16,6 +16,8 @@ from mixofshow.bases.emojiland.vocabulary import CLASSES, GENERATOR_SETS
 SIZE: Final = 64
 """Height of every picture, and width of the square ones, in pixels."""
 
+SPRITE_HEIGHT: Final = 0.56
+"""How far down sprites stand on average, as a share of the height."""
 SOFTNESS: Final = 0.65
 """Radius in pixels of the blur laid over every picture: like a lens, it leaves no single-pixel detail."""
 
@@ -70,7 +72,7 @@ def places(random: Random, count: int, *, width: int = SIZE) -> list[Placement]:
     return [
         Placement(
             x=share * (k + 0.5) + random.uniform(-0.07, 0.07) * largest,
-            y=SIZE * 0.56 + random.uniform(-0.06, 0.06) * SIZE,
+            y=SIZE * SPRITE_HEIGHT + random.uniform(-0.06, 0.06) * SIZE,
             side=side,
             tilt=random.uniform(-8, 8),
         )
