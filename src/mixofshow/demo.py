@@ -40,7 +40,7 @@ from mixofshow.tuning.trainer import tune
 CONCEPTS: Final = ("reddog", "robot", "golddog")
 """Two of one class, and one of a kind that the base model has never seen between them."""
 WIDTH, HEIGHT = 160, 64
-SCENE: Final = "on the beach"
+SCENE: Final = "in the desert"
 REGIONS: Final = ((2, 6, 54, 62), (54, 6, 106, 62), (106, 6, 158, 62))
 SEEDS: Final = 4
 
@@ -67,9 +67,10 @@ def run_demo(out: Path, *, quick: bool = False) -> None:
         Case(concept, references_of(out / "pictures" / concept.info.name / "reference"), prompts)
         for concept in concepts
     ]
+    settings = EvaluationSettings(images_per_prompt=2 if quick else 4)
     with terminal_bar("evaluating") as progress:
-        scores = evaluate(pipeline, cases, models, judge_scorer(), EvaluationSettings(), progress=progress)
-    facts = _facts(pipeline, cases, gradient, scores)
+        scores = evaluate(pipeline, cases, models, judge_scorer(), settings, progress=progress)
+    facts = _facts(pipeline, cases, gradient, scores, settings)
     alignments = means(scores)
     summary = {**alignments, "seconds": round(time.monotonic() - started)}
     write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -95,7 +96,9 @@ def _shipped(name: str, pipeline: Any) -> Concept:
     raise BadInputError(f"{name}.safetensors: not found among the examples; run the demo without --quick")
 
 
-def _facts(pipeline: Any, cases: Sequence[Case], gradient: Fused, scores: Scores) -> list[str]:
+def _facts(
+    pipeline: Any, cases: Sequence[Case], gradient: Fused, scores: Scores, settings: EvaluationSettings
+) -> list[str]:
     """What must hold of any fusion, tried on these concepts; a line for each with its numbers."""
     concepts, first = [case.concept for case in cases], cases[0]
     better = sum(one.fused <= one.average for one in gradient.layers.values())
@@ -108,7 +111,7 @@ def _facts(pipeline: Any, cases: Sequence[Case], gradient: Fused, scores: Scores
         first,
         references=scorer.images(first.references),
         scorer=scorer,
-        settings=EvaluationSettings(),
+        settings=settings,
     )
     turned = fuse(concepts[::-1], pipeline).model.weights
     equal = all(torch.equal(weight, turned[layer]) for layer, weight in gradient.model.weights.items())
