@@ -18,6 +18,7 @@ def preview_grids(pipeline: Any, folder: Path, *, images: int = 4) -> Preview:
     """A callback for `tune` that writes `folder`/STEP.png, one row per strength."""
 
     def preview(concept: Concept, step: int) -> None:
+        """Draw and write one grid."""
         rows = [
             MixOfShowPipeline.single(pipeline, concept, strength=strength)(
                 f"a photo of a {concept.prompt}", num_images=images

@@ -25,6 +25,7 @@ def pretrain(
     stage: Annotated[list[str] | None, typer.Option(help="autoencoder, generator, judge; default: all.")] = None,
     minutes: Annotated[float, typer.Option(help="Save and stop after this long; go on later.")] = 1e9,
     generator_steps: Annotated[int | None, typer.Option(help="Train the generator for this many steps in all.")] = None,
+    judge_steps: Annotated[int | None, typer.Option(help="The same for the judge.")] = None,
     start: Annotated[str | None, typer.Option(help="Base whose weights the generator begins from.")] = None,
 ) -> None:
     """Train the three networks; the same command resumes."""
@@ -35,6 +36,8 @@ def pretrain(
     recipe = Recipe(start=start)
     if generator_steps is not None:
         recipe = dataclasses.replace(recipe, generator_steps=generator_steps)
+    if judge_steps is not None:
+        recipe = dataclasses.replace(recipe, judge_steps=judge_steps)
     run_recipe(recipe, out, stages=tuple(stage or STAGES), minutes=minutes)
 
 
