@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -103,3 +104,10 @@ def test_vectors_that_are_not_finite(broken):
 def test_no_such_model(name):
     with pytest.raises(BaseModelError):
         load_model(name)
+
+
+def test_a_saved_model_names_no_folder_of_this_machine(golden_fused, tmp_path):
+    golden_fused.save(tmp_path / "fused")
+    here = str(Path(__file__).parents[1])
+    for path in (tmp_path / "fused").rglob("*.json"):
+        assert here not in path.read_text(), path

@@ -45,6 +45,9 @@ def load_base(name: str | Path, *, device: str | torch.device = "cpu", dtype: to
         raise BaseModelError(f"{name}: could not be loaded as a base model ({reason})") from error
     family_of(pipeline)
     pipeline.set_progress_bar_config(disable=True)
+    for part in (pipeline, pipeline.unet, pipeline.vae):
+        # diffusers notes the folder here, and would write it into every model saved from this one.
+        part.register_to_config(_name_or_path=Path(name).name)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False).eval()
     return pipeline.to(device)
