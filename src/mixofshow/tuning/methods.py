@@ -1,4 +1,4 @@
-"""Tuning methods: what is trained. A method is one entry of METHODS; the training loop is the same for all.
+"""What a tuning method trains; the training loop knows nothing of it.
 
 ED-LoRA (Mix-of-Show §3.2): two words per concept with one vector per cross-attention layer, the first random, the
 second started as the class word; and a LoRA on every linear layer in the attention of text encoder and UNet.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -22,17 +21,6 @@ from mixofshow.errors import TokenError, shown
 from mixofshow.tuning.settings import TuningSettings
 
 ADAPTER: Final = "concept"
-
-
-@dataclass(frozen=True)
-class Method:
-    """What a method trains."""
-
-    layerwise_words: bool
-    lora: bool
-
-
-METHODS: Final = {"ed-lora": Method(layerwise_words=True, lora=True)}
 
 
 def class_token(pipeline: Any, class_word: str) -> int:

@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mixofshow.bases.emojiland.autoencoder import LATENT_CHANNELS, to_tensor
 from mixofshow.bases.emojiland.training import Stage, flat_then_down, grid
-from mixofshow.bases.emojiland.wordpieces import train_tokenizer
+from mixofshow.bases.emojiland.wordpieces import tokenize, train_tokenizer
 from mixofshow.bases.emojiland.world import SIZE, random_picture
 
 TEXT_WIDTH: Final = 128
@@ -161,12 +161,6 @@ class LatentCache:
         """Random latents (size, channels, height, width) and token ids (size, tokens)."""
         chosen = torch.randint(len(self.latents), (size,), generator=generator)
         return self.latents[chosen].float(), self.ids[chosen]
-
-
-def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """Token ids padded to the tokenizer's length, (captions, tokens)."""
-    ids: Tensor = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    return ids
 
 
 def stage(

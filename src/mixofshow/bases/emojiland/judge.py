@@ -21,7 +21,7 @@ from mixofshow.bases.emojiland.autoencoder import to_tensor
 from mixofshow.bases.emojiland.sprites import recolour, sprite
 from mixofshow.bases.emojiland.training import Stage, grid
 from mixofshow.bases.emojiland.vocabulary import CLASSES, FURTHER_CLASSES, ICONS_OF_SET
-from mixofshow.bases.emojiland.wordpieces import train_tokenizer
+from mixofshow.bases.emojiland.wordpieces import tokenize, train_tokenizer
 from mixofshow.bases.emojiland.world import CONCEPT_SCENE_PHRASES, KNOWN_SCENES, SIZE, article, compose
 
 JUDGE_FOLDER: Final = Path(__file__).parent / "judge"
@@ -142,12 +142,6 @@ def stage(clip: CLIPModel, tokenizer: CLIPTokenizer, *, steps: int, batch: int, 
 
 def _shares(true: Tensor) -> Tensor:
     return true / true.sum(1, keepdim=True)
-
-
-def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
-    """Token ids padded to the tokenizer's length, (captions, tokens)."""
-    ids: Tensor = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
-    return ids
 
 
 @cache
