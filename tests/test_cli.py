@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from mixofshow import cli
+from mixofshow.concepts.concept import load_concept
 from mixofshow.errors import MixOfShowError
+from mixofshow.tuning.settings import make_settings, schema
 
 GOLDEN_BASE = str(Path(__file__).parent / "goldens" / "pipeline")
 
@@ -36,6 +39,9 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "bad.yaml").write_text("prompt: [unclosed")
     (tmp_path / "wrong.yaml").write_text("promt: a cat")
+    (tmp_path / "typo.yaml").write_text("name: thing\nclass_word: man\ndata: x\nunet: {rnk: 8}")
+    concept = "{name: thing, class_word: man, data: x}"
+    (tmp_path / "twice.yaml").write_text(f"steps: 2\nconcepts: [{concept}, {concept}]")
     return tmp_path
 
 
@@ -48,8 +54,14 @@ SAMPLE = ["sample", "--model", GOLDEN_BASE, "--prompt", "a man", "--size", "64x6
     [
         ([*TUNE, "--data", "{0}/missing"], "missing: no such folder"),
         ([*TUNE, "--data", "{0}"], "no pictures in it"),
-        ([*TUNE, "--data", "{0}/pictures", "--set", "stpes=3"], "did you mean 'steps'"),
-        ([*TUNE, "--data", "{0}/pictures", "--set", "steps"], "expected KEY=VALUE"),
+        (["tune", "{0}/typo.yaml"], "unknown key 'unet.rnk'; did you mean 'unet.rank'"),
+        (["tune", "{0}/twice.yaml"], "two concepts are called thing"),
+        ([*TUNE, "--data", "{0}/pictures", "--unet.rank", "four"], "'unet.rank'"),
+        ([*TUNE, "--data", "{0}/pictures", "--resume"], "nothing to resume"),
+        ([*TUNE, "--data", "{0}/pictures", "--optimizer.name", "adamw8bit"], "pip install bitsandbytes"),
+        ([*TUNE, "--data", "{0}/pictures", "--tracker", "wandb"], "pip install wandb"),
+        (["check", "{0}"], "no pictures in it"),
+        (["fuse", "{0}/cut.safetensors", "--out", "{0}/x", "--set", "ridge"], "expected KEY=VALUE"),
         ([*TUNE[:4], "cat dog", *TUNE[5:], "--data", "{0}/pictures"], "'name'"),
         ([*TUNE[:-1], "{0}/file/thing.safetensors", "--data", "{0}/pictures"], "cannot be written"),
         (["tune", "--base", "/nowhere/at all", *TUNE[3:], "--data", "{0}/pictures"], "no such folder"),
@@ -133,6 +145,40 @@ def test_tune_fuse_sample_inspect_on_a_foreign_base(folder, capsys, monkeypatch)
 
     assert composition_of(folder / "a.png").regions[0].prompt == "a <thing>"
     assert composition_of(folder / "c-001.png").seed == 1
+
+
+def test_the_printed_configuration_is_the_one_that_is_meant(folder, capsys, monkeypatch):
+    given = ["--data", "{0}/pictures", "--unet.rank", "8", "--pictures.flip", "--loss.min_snr=5", "--no-loss.masked"]
+    arguments = [part.replace("{0}", str(folder)) for part in (*TUNE, *given, "--print-config")]
+    monkeypatch.setattr(sys, "argv", ["mixofshow", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    settings = make_settings(yaml.safe_load(capsys.readouterr().out))
+    assert (settings.unet.rank, settings.pictures.flip, settings.loss.min_snr, settings.loss.masked) == (
+        8,
+        True,
+        5,
+        False,
+    )
+    assert (settings.name, settings.class_word, settings.base) == ("thing", "man", GOLDEN_BASE)
+
+
+def test_one_file_of_settings_may_tune_several_concepts(folder, capsys, monkeypatch):
+    table = {"base": GOLDEN_BASE, "data": str(folder / "pictures"), "steps": 9, "class_word": "man", "tracker": "none"}
+    concepts = [{"name": "one"}, {"name": "two", "method": "lora", "unet": {"rank": 2}}]
+    (folder / "both.yaml").write_text(yaml.safe_dump({**table, "concepts": concepts}))
+    arguments = ["tune", str(folder / "both.yaml"), "--steps", "1", "--out", str(folder / "made"), "--device", "cpu"]
+    code, error = _run(arguments, capsys, monkeypatch)
+    assert code == 0, error
+    one, two = (load_concept(folder / "made" / f"{name}.safetensors").info for name in ("one", "two"))
+    assert (one.method, two.method, two.rank) == ("ed-lora", "lora", 2)
+    assert one.settings["steps"] == two.settings["steps"] == 1
+
+
+def test_the_schema_of_the_examples_is_the_settings_own():
+    shipped = (Path(__file__).parents[1] / "examples" / "tune.schema.json").read_text(encoding="utf-8")
+    assert shipped == schema()
 
 
 def test_help_names_every_verb():

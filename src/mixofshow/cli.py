@@ -5,9 +5,12 @@ Torch and diffusers are imported inside the commands, so that `--help` answers a
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import sys
+from collections.abc import Callable
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +18,7 @@ import typer
 
 from mixofshow.errors import MixOfShowError, ResourceError, SettingsError
 from mixofshow.progress import terminal_bar
+from mixofshow.tuning.settings import dotted_keys
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,50 +59,96 @@ def _assignments(pairs: list[str] | None) -> dict[str, Any]:
     return table
 
 
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for every tuning setting by its dotted name, handed over as a table `given`."""
+    own = [one for one in signature(command, eval_str=True).parameters.values() if one.name != "given"]
+    keys = {key.replace(".", "__"): key for key, _ in dotted_keys()}
+
+    @functools.wraps(command)
+    def with_settings(**values: Any) -> None:
+        given = {keys[name]: values.pop(name) for name in keys if name in values}
+        command(**values, given={key: value for key, value in given.items() if value is not None})
+
+    options = [_setting_option(name, field) for name, (_, field) in zip(keys, dotted_keys(), strict=True)]
+    with_settings.__signature__ = Signature([*own, *options])  # type: ignore[attr-defined]
+    with_settings.__annotations__ = {one.name: one.annotation for one in (*own, *options)}
+    return with_settings
+
+
+def _setting_option(name: str, field: Any) -> Parameter:
+    key = name.replace("__", ".")
+    spellings = [f"--{spelling}" for spelling in dict.fromkeys((key.replace("_", "-"), key))]
+    kind: Any = str
+    if field.annotation is bool:
+        kind, spellings = bool, [f"{one}/--no-{one.removeprefix('--')}" for one in spellings[:1]]
+    panel = f"Settings: {key.rpartition('.')[0] or 'the run'}"
+    option = typer.Option(*spellings, help=field.description, rich_help_panel=panel, metavar="VALUE")
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
+
+
 @app.command()
+@_with_settings
 def tune(
-    config: Annotated[Path | None, typer.Argument(help="YAML of one concept; the options below override it.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of pictures with captions (.txt beside each).")] = None,
-    name: Annotated[str | None, typer.Option(help="The concept; prompts call it <name>.")] = None,
-    class_word: Annotated[str | None, typer.Option(help="An ordinary word for what it is.")] = None,
-    base: Annotated[str | None, typer.Option(help="Base model; default emojiland.")] = None,
-    steps: Annotated[int | None, typer.Option()] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
-    skip_bad: Annotated[bool | None, typer.Option("--skip-bad", help="Leave out pictures that cannot be read.")] = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="Any other setting, as KEY=VALUE.")] = None,
-    out: Annotated[Path | None, typer.Option(help="File to write; default NAME.safetensors.")] = None,
-    device: Device = "cpu",
+    *,
+    config: Annotated[Path | None, typer.Argument(help="YAML of one concept, or of several under `concepts`.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write, default NAME.safetensors; of several concepts, a folder.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings and stop.")] = False,
+    print_schema: Annotated[bool, typer.Option("--print-schema", help="Print their JSON Schema and stop.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps …; auto: the fastest there is.")] = "auto",
+    given: dict[str, Any],
 ) -> None:
-    """Tune a concept (ED-LoRA) on a folder of pictures."""
+    """Tune a concept on a folder of pictures. Every key of the YAML is an option too, on top of it."""
+    from mixofshow.sampling.composition import read_table
+    from mixofshow.tuning import settings as tuning
+
+    if print_schema:
+        typer.echo(tuning.schema(), nl=False)
+        return
+    table = read_table(config) if config else {}
+    several = tuning.several(table, given, source=str(config or "options"))
+    if print_config:
+        typer.echo("---\n".join(map(tuning.printed, several)), nl=False)
+        return
+    for settings in several:
+        name = f"{settings.name}.safetensors"
+        target = (out / name if out and "concepts" in table else out) or Path(name)
+        _tune_one(settings, target, resume=resume, device=device)
+
+
+def _tune_one(settings: Any, target: Path, *, resume: bool, device: str) -> None:
+    from accelerate import PartialState
+
     from mixofshow.bases.loading import load_base
     from mixofshow.evaluation.previews import preview_grids
     from mixofshow.files import refuse_unwritable
-    from mixofshow.sampling.composition import read_table
-    from mixofshow.tuning.settings import make_settings
     from mixofshow.tuning.trainer import tune as run
 
-    given = {
-        "data": data,
-        "name": name,
-        "class_word": class_word,
-        "base": base,
-        "steps": steps,
-        "seed": seed,
-        "skip_bad": skip_bad,
-    }
-    table = read_table(config) if config else {}
-    table |= {key: value for key, value in given.items() if value is not None} | _assignments(setting)
-    settings = make_settings(table, str(config or "options"))
-    target = out or Path(f"{settings.name}.safetensors")
     refuse_unwritable(target)
-    pipeline = load_base(settings.base, device=device)
-    preview = preview_grids(pipeline, target.with_suffix("")) if settings.preview_every else None
-    with terminal_bar(f"tuning {settings.placeholder}") as progress:
-        concept = run(settings, pipeline, progress=progress, preview=preview)
-    concept.save(target)
-    typer.echo(
-        f"{target}: {settings.placeholder}, {concept.info.settings['steps']} steps, {target.stat().st_size / 2**20:.2f} MB"
-    )
+    state = PartialState(cpu=device == "cpu")
+    pipeline = load_base(settings.base, device=state.device if device == "auto" else device)
+    folder = target.with_suffix("")
+    preview = preview_grids(pipeline, folder) if settings.preview_every else None
+    with terminal_bar(f"tuning {settings.placeholder}", hidden=not state.is_main_process) as progress:
+        concept = run(settings, pipeline, folder=folder, resume=resume, progress=progress, preview=preview)
+    if state.is_main_process:
+        concept.save(target)
+        steps, size = concept.info.settings["steps"], target.stat().st_size / 2**20
+        typer.echo(f"{target}: {settings.placeholder}, {settings.method}, {steps} steps, {size:.2f} MB")
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="Folder of pictures, as for tune.")],
+    masks: Annotated[Path | None, typer.Option(help="Folder of masks; default: FOLDER/../masks.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the findings here.")] = None,
+) -> None:
+    """Read every picture, caption and mask of a folder, change none, and list what is wrong."""
+    from mixofshow.tuning.check import check_folder, report
+
+    report(check_folder(folder, masks=masks), json_file)
 
 
 @app.command()

@@ -31,6 +31,7 @@ from mixofshow.evaluation.protocol import (
 from mixofshow.evaluation.report import Page, alignment_rows, print_alignments
 from mixofshow.files import write_text
 from mixofshow.fusion.stages import Fused, FusionSettings, fuse
+from mixofshow.grids import grid
 from mixofshow.progress import terminal_bar
 from mixofshow.sampling.composition import Composition, RegionEntry, compose, save_picture
 from mixofshow.sampling.pipeline import MixOfShowPipeline
@@ -159,18 +160,19 @@ def _compositions(out: Path, models: Mapping[str, ConceptModel], *, seeds: int) 
 
 def _overview(out: Path, pictures: Mapping[str, Sequence[Image.Image]], *, scale: int = 4, gap: int = 8) -> Image.Image:
     """A training picture of each concept above one wide picture of each way to draw them together."""
-    tops = [Image.open(out / "pictures" / name / "train" / "00.png") for name in CONCEPTS]
-    wide = [images[0] for images in pictures.values()]
-    sheet = Image.new("RGB", (WIDTH * scale, (HEIGHT * scale + gap) * (1 + len(wide)) - gap), "white")
-    share = WIDTH * scale // len(tops)
-    for column, top in enumerate(tops):
-        side = min(share - gap, HEIGHT * scale)
-        large = top.resize((side, side), Image.Resampling.BICUBIC)
-        sheet.paste(large, (column * share + (share - side) // 2, (HEIGHT * scale - side) // 2))
-    for row, image in enumerate(wide, start=1):
-        large = image.resize((WIDTH * scale, HEIGHT * scale), Image.Resampling.BICUBIC)
-        sheet.paste(large, (0, row * (HEIGHT * scale + gap)))
-    return sheet
+    width, text_size = WIDTH * scale, HEIGHT * scale // 16
+    side = (width - gap * (len(CONCEPTS) - 1)) // len(CONCEPTS)
+    tops = [_enlarged(Image.open(out / "pictures" / name / "train" / "00.png"), side, side) for name in CONCEPTS]
+    names = [f"<{name}>, a picture of it" for name in CONCEPTS]
+    sheets = [grid(tops, len(tops), gap=gap, column_labels=names, text_size=text_size)]
+    for label, images in pictures.items():
+        large = _enlarged(images[0], width, HEIGHT * scale)
+        sheets.append(grid([large], 1, gap=0, column_labels=[label], text_size=text_size))
+    return grid(sheets, 1, gap=gap)
+
+
+def _enlarged(image: Image.Image, width: int, height: int) -> Image.Image:
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _write_report(

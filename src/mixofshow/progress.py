@@ -14,7 +14,7 @@ def silent(step: int, total: int, info: Mapping[str, float]) -> None:
 
 
 @contextlib.contextmanager
-def terminal_bar(label: str) -> Iterator[Progress]:
+def terminal_bar(label: str, *, hidden: bool = False) -> Iterator[Progress]:
     """A progress bar with figures, time passed and time left, on standard error."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -28,7 +28,7 @@ def terminal_bar(label: str) -> Iterator[Progress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=Console(stderr=True)) as bar:
+    with Bar(*columns, console=Console(stderr=True), disable=hidden) as bar:
         task = bar.add_task(label, total=None, figures="")
 
         def show(step: int, total: int, info: Mapping[str, float]) -> None:

@@ -11,7 +11,7 @@ from mixofshow.bases.layers import cross_attentions
 from mixofshow.concepts.adapters import applied, replaced
 from mixofshow.concepts.concept import vocabulary
 from mixofshow.concepts.prompts import encode_ids, encode_prompts, layerwise, placeholder_vectors
-from mixofshow.concepts.words import token_ids
+from mixofshow.concepts.words import Vocabulary, token_ids
 from mixofshow.sampling.attention import RegionText, regional
 
 
@@ -65,6 +65,21 @@ def test_two_spellings_of_one_prompt(written, meant, golden_pipeline, golden_con
     )
 
 
+@pytest.mark.parametrize("prompt", ["a <dogx1> here", "a <dogx1> <dogx2>", "a <manx1> and <dogx1>", "a castle"])
+@torch.no_grad()
+def test_a_word_with_one_vector_is_the_same_in_all_layers(prompt, golden_pipeline, golden_concepts):
+    known = vocabulary(golden_concepts)
+    single = {word: vector[:1] if word.startswith("<dog") else vector for word, vector in known.embeddings.items()}
+    repeated = {word: vector.expand(16, -1) for word, vector in single.items()}
+    passed = []
+    mlp = golden_pipeline.text_encoder.encoder.layers[0].mlp
+    with mlp.register_forward_pre_hook(lambda module, args: passed.append(args[0].shape[:-1].numel())):
+        found = encode_prompts(golden_pipeline, [prompt], Vocabulary(single, known.aliases))
+    expected = encode_prompts(golden_pipeline, [prompt], Vocabulary(repeated, known.aliases))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert (passed == [77]) == ("<man" not in prompt)
+
+
 def test_gradients_reach_the_vectors_of_used_words_only(golden_pipeline, golden_concepts):
     known = vocabulary(golden_concepts)
     vectors = known.vectors(16).clone().requires_grad_()
@@ -113,7 +128,7 @@ CHANGES = {
     "applied": applied,
     "applied at half strength": lambda pipeline, concept: applied(pipeline, concept, unet=0.5, text_encoder=0.5),
     "placeholder_vectors": lambda pipeline, concept: placeholder_vectors(
-        pipeline.text_encoder, concept.embeddings.transpose(0, 1)
+        pipeline.text_encoder, concept.embeddings.flatten(0, 1)
     ),
 }
 

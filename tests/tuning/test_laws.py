@@ -6,32 +6,50 @@ import pytest
 import torch
 from PIL import Image
 
-from mixofshow.concepts.concept import load_concept
+from mixofshow.bases.layers import cross_attentions, lora_layers
+from mixofshow.concepts.concept import Full, LowRank, load_concept
+from mixofshow.concepts.model import with_concept
 from mixofshow.errors import SettingsError, TokenError
+from mixofshow.fusion.stages import fuse
 from mixofshow.sampling.pipeline import MixOfShowPipeline
-from mixofshow.tuning.losses import masked_mse, offset_noise
-from mixofshow.tuning.methods import class_token, initial_words
+from mixofshow.tuning.batches import Order, Source
+from mixofshow.tuning.dataset import read_folder
+from mixofshow.tuning.losses import masked_mse, min_snr_weights, negative_log_density, offset_noise
+from mixofshow.tuning.methods import METHODS, class_token, initial_words
+from mixofshow.tuning.objective import noise_scheduler
 from mixofshow.tuning.settings import make_settings
 from mixofshow.tuning.trainer import tune
 
 
 @pytest.fixture
-def settings(tmp_path):
+def make(tmp_path):
+    """`make(key=value, …)`: settings of three steps on two small pictures."""
     (tmp_path / "pictures").mkdir()
     for number, colour in enumerate(("red", "blue")):
-        Image.new("RGB", (16, 16), colour).save(tmp_path / "pictures" / f"{number}.png")
-    return make_settings(
-        {
+        Image.new("RGB", (20, 16), colour).save(tmp_path / "pictures" / f"{number}.png")
+
+    def settings(**changed):
+        table = {
             "name": "thing",
             "class_word": "man",
             "base": "tiny",
             "data": tmp_path / "pictures",
             "steps": 3,
             "batch_size": 2,
-            "embedding_rate": 0.01,
-            "unet_rate": 0.01,
+            "pictures.size": 64,
+            "words.rate": 0.01,
+            "text_encoder.rate": 0.01,
+            "unet.rate": 0.01,
+            "prior.count": 2,
         }
-    )
+        return make_settings({**table, **changed})
+
+    return settings
+
+
+@pytest.fixture
+def settings(make):
+    return make()
 
 
 def _state(pipeline):
@@ -39,12 +57,130 @@ def _state(pipeline):
     return [{name: value.clone() for name, value in part.state_dict().items()} for part in parts]
 
 
-def test_the_base_is_bit_equal_afterwards(golden_pipeline, settings):
+@pytest.mark.parametrize("method", METHODS)
+def test_the_base_is_bit_equal_afterwards(golden_pipeline, make, method):
     before = _state(golden_pipeline)
-    tune(settings, golden_pipeline)
+    tune(make(method=method), golden_pipeline)
     for old, new in zip(before, _state(golden_pipeline), strict=True):
         assert old.keys() == new.keys()
         assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+WORDS = {"ed-lora": (2, 16), "lora": (2, 1), "p-plus": (1, 16), "textual-inversion": (1, 1), "custom-diffusion": (2, 1)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_trains_what_it_says(golden_pipeline, make, method):
+    start = initial_words(golden_pipeline, make(method=method), torch.Generator().manual_seed(0))()
+    # The middle of the UNet must see more than one place, or it has nothing to attend to.
+    concept = tune(make(method=method, **{"pictures.size": 128, "steps": 2, "batch_size": 1}), golden_pipeline)
+    assert concept.embeddings.shape[:2] == WORDS[method]
+    moved = (concept.embeddings.transpose(0, 1) - start).abs().amax((0, 2)) > 1e-3
+    assert moved.tolist() == ([True, False] if method == "custom-diffusion" else [True] * WORDS[method][0])
+    changed = {name for name, delta in concept.deltas.items() if delta.matrix().any()}
+    every = set(lora_layers(golden_pipeline))
+    cross = {name for name in every if name.endswith(("attn2.to_k", "attn2.to_v"))}
+    assert changed == {"ed-lora": every, "lora": every, "custom-diffusion": cross}.get(method, set())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_saved_loaded_fused_and_drawn(golden_pipeline, make, method, tmp_path):
+    concept = tune(make(method=method), golden_pipeline)
+    concept.save(tmp_path / "thing.safetensors")
+    loaded = load_concept(tmp_path / "thing.safetensors", golden_pipeline)
+    assert loaded.hash == concept.hash
+    own, fused = with_concept(golden_pipeline, loaded).weights, fuse([loaded], golden_pipeline).model.weights
+    assert own.keys() == fused.keys()
+    assert all(torch.allclose(own[name], fused[name], atol=1e-5) for name in own)
+    draw = MixOfShowPipeline.single(golden_pipeline, loaded)
+    draw("a <thing>", num_inference_steps=1, width=32, height=32)
+
+
+def test_targets_say_which_layers_are_changed(golden_pipeline, make):
+    everything = {"unet.targets": "projections", "text_encoder.targets": "layers", "pictures.size": 128, "steps": 2}
+    wide = tune(make(**everything), golden_pipeline)
+    names = set(wide.deltas)
+    assert names > set(lora_layers(golden_pipeline))
+    for ending in ("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "mlp.fc1", "mlp.fc2"):
+        assert any(name.endswith(ending) for name in names), ending
+    assert all(isinstance(delta, LowRank) and delta.matrix().any() for delta in wide.deltas.values())
+    assert fuse([wide], golden_pipeline).model.weights.keys() == names
+
+
+def test_a_full_change_is_stored_in_two_factors_when_that_says_the_same(golden_pipeline, make):
+    one_step = make(method="custom-diffusion", steps=1, **{"prior.weight": 0, "batch_size": 1})
+    kinds = {type(delta) for delta in tune(one_step, golden_pipeline).deltas.values()}
+    assert kinds <= {LowRank, Full} and Full in kinds  # Adam's first step is a matrix of signs: no factors are smaller
+
+
+def test_training_nothing_changes_nothing(golden_pipeline, make):
+    still = make(**{"words.rate": 0, "text_encoder.rate": 0, "unet.rate": 0})
+    concept = tune(still, golden_pipeline)
+    start = initial_words(golden_pipeline, still, torch.Generator().manual_seed(0))()
+    assert torch.equal(concept.embeddings.transpose(0, 1), start.half().float())
+    assert not any(delta.matrix().any() for delta in concept.deltas.values())
+
+
+OPTIONS = {
+    "flips and cuts": {"pictures.flip": True, "pictures.crops": 3},
+    "a new cut every step": {"pictures.crops": 0},
+    "padding": {"pictures.fit": "pad"},
+    "buckets": {"pictures.fit": "bucket", "pictures.size": 192, "steps": 1},
+    "min-SNR": {"loss.min_snr": 5},
+    "another prediction": {"loss.prediction": "v_prediction"},
+    "noise offset": {"loss.noise_offset": 0.5},
+    "captions": {"captions.templates": "object", "captions.dropout": 0.5},
+    "density": {"words.density_weight": 2e-3},
+    "keys and values dropped": {"unet.drop_kv": 1.0},
+    "accumulation": {"optimizer.accumulate": 2},
+    "warm-up": {"optimizer.warmup": 2},
+    "cosine": {"optimizer.schedule": "cosine"},
+    "constant": {"optimizer.schedule": "constant"},
+    "running mean": {"optimizer.ema": 0.5},
+    "prior": {"prior.weight": 1.0},
+    "bf16": {"precision": "bf16"},
+    "clipping": {"optimizer.max_grad_norm": 1e-3, "optimizer.weight_decay": 0.0, "optimizer.beta2": 0.5},
+    "epochs": {"epochs": 2},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_works_and_tells(golden_pipeline, make, option, plain_hash=[]):  # noqa: B006 - tuned once for all
+    if not plain_hash:
+        plain_hash.append(tune(make(), golden_pipeline).hash)
+    assert tune(make(**OPTIONS[option]), golden_pipeline).hash != plain_hash[0]
+
+
+def test_pictures_of_two_shapes_go_into_two_buckets(golden_pipeline, make, tmp_path):
+    Image.new("RGB", (40, 20), "green").save(tmp_path / "pictures" / "2.png")
+    settings = make(**{"pictures.fit": "bucket", "pictures.size": 192})
+    examples = read_folder(settings.data, instance_prompt="a <thing>")
+    source = Source(examples, settings.pictures, golden_pipeline, seed=0)
+    assert sorted(map(sorted, source.groups)) == [[0, 1], [2]]
+    order = Order(source.groups, 2, batches=30, seed=0)
+    shapes = {source.draw(order.batch(number), torch.Generator()).latents.shape[-2:] for number in range(30)}
+    assert len(shapes) == 2
+
+
+def test_every_picture_comes_once_before_any_comes_twice():
+    order = Order([list(range(7))], 3, batches=70, seed=0)
+    stream = [index for number in range(70) for index in order.batch(number)]
+    for start in range(0, 210, 7):
+        assert sorted(stream[start : start + 7]) == list(range(7))
+    assert stream[:7] != stream[7:14]
+
+
+def test_recomputing_activations_changes_no_result(golden_pipeline, make):
+    plain = tune(make(), golden_pipeline)
+    thrifty = tune(make(gradient_checkpointing=True), golden_pipeline)
+    assert torch.allclose(plain.embeddings, thrifty.embeddings, atol=1e-3)
+    assert not golden_pipeline.text_encoder.training and not golden_pipeline.unet.is_gradient_checkpointing
+
+
+def test_without_keys_and_values_they_stay_the_bases(golden_pipeline, make):
+    concept = tune(make(**{"unet.drop_kv": 1.0, "pictures.size": 128, "steps": 2}), golden_pipeline)
+    for name, delta in concept.deltas.items():
+        assert bool(delta.matrix().any()) != name.endswith(("attn2.to_k", "attn2.to_v")), name
 
 
 def test_the_same_seed_gives_the_same_concept_and_another_does_not(golden_pipeline, settings):
@@ -65,7 +201,7 @@ def test_no_path_or_caption_is_in_the_file(golden_pipeline, settings, tmp_path):
     (tmp_path / "pictures" / "0.txt").write_text("a very private man")
     tune(settings, golden_pipeline).save(tmp_path / "thing.safetensors")
     content = (tmp_path / "thing.safetensors").read_bytes()
-    for secret in (b"private", str(tmp_path).encode(), b"pictures"):
+    for secret in (b"private", str(tmp_path).encode(), b".png"):
         assert secret not in content
 
 
@@ -96,22 +232,38 @@ def test_a_preview_sees_the_concept_once_and_changes_nothing(golden_pipeline, se
     assert again[0].tobytes() == picture
 
 
-def test_words_stop_at_the_norm_limit(golden_pipeline, settings):
-    stopped = tune(settings.model_copy(update={"norm_limit": 1e-6}), golden_pipeline)
-    free = tune(settings, golden_pipeline)
-    one_step = tune(
-        settings.model_copy(update={"norm_limit": 1e-6, "unet_rate": 0, "text_encoder_rate": 0}), golden_pipeline
-    )
+def test_words_stop_at_the_norm_limit(golden_pipeline, make):
+    stopped = tune(make(**{"words.norm_limit": 1e-6}), golden_pipeline)
+    one_step = tune(make(**{"words.norm_limit": 1e-6, "unet.rate": 0, "text_encoder.rate": 0}), golden_pipeline)
     assert torch.equal(stopped.embeddings, one_step.embeddings)
-    assert not torch.equal(stopped.embeddings, free.embeddings)
+    assert not torch.equal(stopped.embeddings, tune(make(), golden_pipeline).embeddings)
 
 
-def test_words_start_random_and_as_the_class_word(golden_pipeline):
-    words = initial_words(golden_pipeline, "man", layers=16, sigma=0.013, generator=torch.Generator().manual_seed(0))
+def test_words_start_random_and_as_the_class_word(golden_pipeline, make):
+    words = initial_words(golden_pipeline, make(), torch.Generator().manual_seed(0))()
     known = golden_pipeline.text_encoder.get_input_embeddings().weight[class_token(golden_pipeline, "man")]
-    assert words.shape == (16, 2, 32)
+    assert words.shape == (len(cross_attentions(golden_pipeline.unet)), 2, 32)
     assert torch.equal(words[:, 1], known.expand(16, -1))
     assert torch.equal(words[0, 0], words[15, 0]) and 0.008 < float(words[0, 0].std()) < 0.018
+
+
+def test_min_snr_weights_in_closed_form(golden_pipeline, make):
+    for prediction, extra in (("epsilon", 0), ("v_prediction", 1)):
+        scheduler = noise_scheduler(golden_pipeline, make(**{"loss.prediction": prediction}).loss)
+        timesteps = torch.tensor([0, 500, 999])
+        kept = scheduler.alphas_cumprod[timesteps]
+        snr = kept / (1 - kept)
+        expected = torch.minimum(snr, torch.tensor(5.0)) / (snr + extra)
+        torch.testing.assert_close(min_snr_weights(scheduler, timesteps, 5.0), expected)
+
+
+def test_density_draws_far_vectors_to_the_vocabulary():
+    table = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    far = torch.full((1, 1, 8), 10.0, requires_grad=True)
+    loss = negative_log_density(far, table)
+    loss.backward()
+    assert bool((far.grad > 0).all())  # going down leads back to the middle
+    assert float(loss) > float(negative_log_density(torch.zeros(1, 1, 8), table))
 
 
 def test_a_meaningless_class_word_is_refused(golden_pipeline):
@@ -144,10 +296,13 @@ def test_noise_offset_shifts_whole_channels():
     [
         ({"stpes": 3}, "unknown key 'stpes'; did you mean 'steps'"),
         ({"steps": 0}, "'steps'"),
-        ({"unet_rate": float("nan")}, "'unet_rate'"),
+        ({"unet.rate": float("nan")}, "'unet.rate'"),
+        ({"unet.rnk": 3}, "unknown key 'unet.rnk'; did you mean 'unet.rank'"),
+        ({"unet": {"rank": 0}}, "'unet.rank'"),
+        ({"method": "lora+"}, "'method'"),
         ({"name": "<cat>"}, "'name'"),
         ({"name": "Cat"}, "'name'"),
-        ({"rank": "four"}, "'rank'"),
+        ({"unet.rank": "four"}, "'unet.rank'"),
     ],
 )
 def test_settings_are_checked_when_made(change, message):

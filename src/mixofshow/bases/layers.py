@@ -14,8 +14,19 @@ from torch import Tensor, nn
 from mixofshow.errors import BaseModelError
 
 BLOCK_ORDER: Final = ("down_blocks", "mid_block", "up_blocks")
-UNET_TARGETS: Final = re.compile(r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$")
-TEXT_TARGETS: Final = re.compile(r"\.self_attn\.(q_proj|k_proj|v_proj|out_proj)$")
+_ATTENTION: Final = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$"
+_FEED_FORWARD: Final = r"\.ff\.net\.(0\.proj|2)$"
+_SELF_ATTENTION: Final = r"\.self_attn\.(q_proj|k_proj|v_proj|out_proj)$"
+UNET_TARGETS: Final = {
+    "attention": re.compile(_ATTENTION),
+    "feed-forward": re.compile(f"{_ATTENTION}|{_FEED_FORWARD}"),
+    "projections": re.compile(rf"{_ATTENTION}|{_FEED_FORWARD}|attentions\.\d+\.proj_(in|out)$"),
+}
+TEXT_TARGETS: Final = {
+    "attention": re.compile(_SELF_ATTENTION),
+    "layers": re.compile(rf"{_SELF_ATTENTION}|\.mlp\.fc[12]$"),
+}
+"""Sets of layers that a concept may change, each holding the one before."""
 TEXT_PREFIX: Final = "text_model."
 
 
@@ -28,16 +39,21 @@ def cross_attentions(unet: nn.Module) -> dict[str, nn.Module]:
     return {name: found[name] for block in BLOCK_ORDER for name in found if name.startswith(block)}
 
 
-def lora_layers(pipeline: Any) -> dict[str, nn.Module]:
-    """Every linear layer in the attention blocks of text encoder and UNet, by our name, in forward order."""
+def lora_layers(pipeline: Any, *, unet: str = "attention", text_encoder: str = "attention") -> dict[str, nn.Module]:
+    """The linear layers and 1×1 convolutions in sets of targets, by our name, in forward order."""
     layers = {}
     for path, module in pipeline.text_encoder.named_modules():
-        if TEXT_TARGETS.search(path):
+        if TEXT_TARGETS[text_encoder].search(path):
             layers[f"text_encoder.{TEXT_PREFIX}{path.removeprefix(TEXT_PREFIX)}"] = module
-    unet = {path: module for path, module in pipeline.unet.named_modules() if UNET_TARGETS.search(path)}
+    found = {path: module for path, module in pipeline.unet.named_modules() if UNET_TARGETS[unet].search(path)}
     for block in BLOCK_ORDER:
-        layers |= {f"unet.{path}": module for path, module in unet.items() if path.startswith(block)}
+        layers |= {f"unet.{path}": module for path, module in found.items() if path.startswith(block)}
     return layers
+
+
+def tunable_layers(pipeline: Any) -> dict[str, nn.Module]:
+    """Every layer that some method or setting can change, by our name, in forward order."""
+    return lora_layers(pipeline, unet="projections", text_encoder="layers")
 
 
 def module_path(pipeline: Any, name: str) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from mixofshow.bases.families import family_of
-from mixofshow.bases.layers import cross_attentions, lora_layers, matrix, token_width
+from mixofshow.bases.layers import cross_attentions, matrix, token_width, tunable_layers
 from mixofshow.bases.loading import fingerprint
 from mixofshow.concepts.words import Vocabulary, check_word
 from mixofshow.errors import ConceptFileError, TokenError, shown
@@ -30,7 +30,7 @@ DIGEST_KEY: Final = "sha256"
 MAX_METADATA_BYTES: Final = 16 * 2**10
 EMBEDDINGS: Final = "lora_embeddings"
 """Named so that diffusers' `load_lora_weights` takes the whole file: it refuses names without "lora"."""
-DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+DOWN, UP, FULL = ".lora_A.weight", ".lora_B.weight", ".diff"
 LARGEST_VALUE: Final = 1e4
 LARGEST_EMBEDDING: Final = 100.0
 """Longest embedding allowed, in lengths of the base's mean token embedding."""
@@ -66,18 +66,53 @@ class LowRank:
     down: Tensor
     up: Tensor
 
-    def matrix(self, strength: float = 1.0) -> Tensor:
+    def matrix(self, strength: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """The change as a matrix, (out, in)."""
-        return strength * (self.up @ self.down)
+        return strength * (self.up.to(dtype) @ self.down.to(dtype))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the layer."""
+        return self.up.shape[0], self.down.shape[1]
+
+    def tensors(self, layer: str) -> dict[str, Tensor]:
+        """Its tensors by their names in the file."""
+        return {layer + DOWN: self.down, layer + UP: self.up}
+
+
+@dataclass(frozen=True)
+class Full:
+    """The change of one layer's weight as it is, (out, in): of methods that train whole layers."""
+
+    change: Tensor
+
+    def matrix(self, strength: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        """The change as a matrix, (out, in)."""
+        return strength * self.change.to(dtype)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the layer."""
+        return self.change.shape[0], self.change.shape[1]
+
+    def tensors(self, layer: str) -> dict[str, Tensor]:
+        """Its tensors by their names in the file."""
+        return {layer + FULL: self.change}
+
+
+Change = LowRank | Full
 
 
 @dataclass(frozen=True)
 class Concept:
-    """A tuned concept: `embeddings` is (words, layers, dim); `deltas` maps our layer names to weight changes."""
+    """A tuned concept: `embeddings` is (words, layers or 1, dim); `deltas` maps our layer names to weight changes.
+
+    One vector instead of one per layer serves all layers.
+    """
 
     info: ConceptInfo
     embeddings: Tensor
-    deltas: Mapping[str, LowRank]
+    deltas: Mapping[str, Change]
 
     @property
     def prompt(self) -> str:
@@ -97,7 +132,7 @@ class Concept:
         """All numbers by their names in the file, in half precision."""
         named = {EMBEDDINGS: self.embeddings}
         for layer, delta in self.deltas.items():
-            named |= {layer + DOWN: delta.down, layer + UP: delta.up}
+            named |= delta.tensors(layer)
         return {name: tensor.detach().half().cpu() for name, tensor in named.items()}
 
     def save(self, path: Path) -> None:
@@ -173,7 +208,7 @@ def _read_info(metadata: Mapping[str, str], name: str) -> ConceptInfo:
     return info
 
 
-def _read_tensors(tensors: dict[str, Tensor], info: ConceptInfo, name: str) -> tuple[Tensor, dict[str, LowRank]]:
+def _read_tensors(tensors: dict[str, Tensor], info: ConceptInfo, name: str) -> tuple[Tensor, dict[str, Change]]:
     problems = value_problems(tensors)
     # Full precision is allowed, but what is used is what the digest covers: the values in half precision.
     tensors = {key: tensor.half().float() for key, tensor in tensors.items()}
@@ -182,10 +217,14 @@ def _read_tensors(tensors: dict[str, Tensor], info: ConceptInfo, name: str) -> t
         problems.append(
             f"tensor '{EMBEDDINGS}': expected ({len(info.words)} words, {info.layers} layers, dim), found {tuple(embeddings.shape)}"
         )
-    deltas = {}
-    for key in tensors:
-        layer = key.removesuffix(DOWN).removesuffix(UP)
-        if layer == key:
+    deltas: dict[str, Change] = {}
+    for key, tensor in tensors.items():
+        layer = key.removesuffix(DOWN).removesuffix(UP).removesuffix(FULL)
+        if key == layer + FULL:
+            if tensor.ndim != 2 or 0 in tensor.shape or layer + DOWN in tensors:
+                problems.append(f"tensor '{shown(key)}': expected (out, in) alone, found {tuple(tensor.shape)}")
+            deltas[layer] = Full(tensor)
+        elif layer == key:
             problems.append(f"tensor '{shown(key)}' is not known")
         elif layer + DOWN not in tensors or layer + UP not in tensors:
             problems.append(f"tensor '{shown(key)}' stands alone, its other half is missing")
@@ -234,26 +273,23 @@ def check_fits(concept: Concept, pipeline: Any, name: str) -> None:
 def _shape_problems(concept: Concept, pipeline: Any) -> list[str]:
     problems = []
     layers, width = len(cross_attentions(pipeline.unet)), token_width(pipeline)
-    if concept.embeddings.shape[1:] != (layers, width):
+    if concept.embeddings.shape[1] not in (1, layers) or concept.embeddings.shape[2] != width:
         problems.append(
             f"tensor '{EMBEDDINGS}': this base has {layers} layers of width {width}, found {tuple(concept.embeddings.shape[1:])}"
         )
     usual = pipeline.text_encoder.get_input_embeddings().weight.norm(dim=-1).mean()
     if (longest := concept.embeddings.norm(dim=-1).max()) > LARGEST_EMBEDDING * usual:
         problems.append(f"tensor '{EMBEDDINGS}': length {longest:.3g}, the base's words have {usual:.3g} on average")
-    known = lora_layers(pipeline)
+    known = tunable_layers(pipeline)
     for layer, delta in concept.deltas.items():
         if layer not in known:
             problems.append(f"layer '{shown(layer)}' is not in this base")
             continue
-        outputs, inputs = matrix(known[layer]).shape
-        found = (delta.up.shape[0], delta.down.shape[1])
-        if found != (outputs, inputs):
-            problems.append(f"layer '{layer}': expected (out, in) = {(outputs, inputs)}, found {found}")
-        elif delta.down.shape[0] > min(outputs, inputs):
-            problems.append(
-                f"layer '{layer}': rank {delta.down.shape[0]} is more than the layer's own {min(outputs, inputs)}"
-            )
+        expected = tuple(matrix(known[layer]).shape)
+        if delta.shape != expected:
+            problems.append(f"layer '{layer}': expected (out, in) = {expected}, found {delta.shape}")
+        elif isinstance(delta, LowRank) and delta.down.shape[0] > min(expected):
+            problems.append(f"layer '{layer}': rank {delta.down.shape[0]} is more than the layer's own {min(expected)}")
     return problems
 
 

@@ -123,9 +123,9 @@ def _read_vocabulary(folder: Path, shape: tuple[int, int]) -> tuple[Vocabulary, 
             raise ConceptFileError(f"{listing}: alias {alias} is taken or stands for unknown words, {shown(parts)}")
     problems = value_problems(vectors)
     problems += [
-        f"word {word}: expected (layers, dim) = {shape}, found {tuple(vector.shape)}"
+        f"word {word}: expected (layers, dim) = {shape} or (1, {shape[1]}), found {tuple(vector.shape)}"
         for word, vector in vectors.items()
-        if vector.shape != shape
+        if vector.shape not in (shape, (1, shape[1]))
     ]
     if problems:
         raise ConceptFileError(f"{path}: {problems[0]}")

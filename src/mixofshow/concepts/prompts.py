@@ -12,34 +12,33 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mixofshow.bases.layers import cross_attentions
+from mixofshow.concepts.encoding import Encode, encode_shared
 from mixofshow.concepts.words import Vocabulary, token_ids
 
 
 class _WordTable(nn.Module):
-    """Token embeddings that also know the placeholder words. Ids (layers × prompts, tokens) -> vectors."""
+    """Token embeddings that also know the placeholder words. Ids (rows, tokens) -> vectors (rows, tokens, dim)."""
 
     def __init__(self, table: nn.Embedding, vectors: Tensor) -> None:
         super().__init__()
         self.table = table
-        self.vectors = vectors  # (layers, words, dim); a plain attribute, so that gradients reach its owner
+        self.vectors = vectors  # (words, dim); a plain attribute, so that gradients reach its owner
 
     def forward(self, ids: Tensor) -> Tensor:
         first = self.table.num_embeddings
         plain = self.table(ids.clamp(max=first - 1))
-        layer_of_row = torch.arange(len(self.vectors), device=ids.device).repeat_interleave(
-            len(ids) // len(self.vectors)
-        )
-        words = self.vectors.to(plain.device, plain.dtype)[layer_of_row[:, None], (ids - first).clamp(min=0)]
+        words = F.embedding((ids - first).clamp(min=0), self.vectors.to(plain.device, plain.dtype))
         return torch.where((ids >= first)[..., None], words, plain)
 
 
 @contextlib.contextmanager
 def placeholder_vectors(text_encoder: Any, vectors: Tensor) -> Iterator[None]:
-    """Inside, ids beyond the vocabulary stand for these vectors, (layers, words, dim)."""
+    """Inside, ids beyond the vocabulary stand for these vectors, (words, dim)."""
     table = text_encoder.get_input_embeddings()
     text_encoder.set_input_embeddings(_WordTable(table, vectors))
     try:
@@ -48,33 +47,41 @@ def placeholder_vectors(text_encoder: Any, vectors: Tensor) -> Iterator[None]:
         text_encoder.set_input_embeddings(table)
 
 
-def encode_ids(text_encoder: Any, ids: Tensor, vectors: Tensor) -> Tensor:
-    """Encode token ids in every layer's variant. (prompts, tokens), (layers, words, dim) -> (prompts, layers, tokens, dim)."""
-    layers = len(vectors)
-    with placeholder_vectors(text_encoder, vectors):
-        hidden = text_encoder(repeat(ids, "prompts tokens -> (layers prompts) tokens", layers=layers)).last_hidden_state
+def encode_ids(text_encoder: Any, ids: Tensor, vectors: Tensor, *, encode: Encode = encode_shared) -> Tensor:
+    """Encode token ids in every layer's variant. (prompts, tokens), (layers, words, dim) -> (prompts, layers, tokens, dim).
+
+    What variants or prompts share is encoded once; to record every token of each, pass `encode_fully`.
+    """
+    layers, words, _ = vectors.shape
+    first = text_encoder.get_input_embeddings().num_embeddings
+    # Each layer's variant of a word has an id of its own, so that rows alike in ids are alike in vectors.
+    offsets = words * torch.arange(layers, device=ids.device)[:, None, None]
+    variants = rearrange(ids + offsets * (ids >= first), "layers prompts tokens -> (layers prompts) tokens")
+    with placeholder_vectors(text_encoder, vectors.flatten(0, 1)):
+        hidden = encode(text_encoder, variants)
     return rearrange(hidden, "(layers prompts) tokens dim -> prompts layers tokens dim", layers=layers)
 
 
 def encode_prompts(pipeline: Any, prompts: Sequence[str], vocabulary: Vocabulary) -> Tensor:
     """Encode prompts layer by layer, padded to the text encoder's length: (prompts, layers, tokens, dim).
 
-    Prompts without placeholders are the same for all layers and are encoded once; so is a repeated prompt.
-    Raises TokenError for unknown words.
+    Prompts without placeholders are the same for all layers and are encoded once; so are those whose words have one
+    vector for all layers, and repeated prompts. Raises TokenError for unknown words.
     """
     text_encoder, tokenizer = pipeline.text_encoder, pipeline.tokenizer
     layers = len(cross_attentions(pipeline.unet))
     first = text_encoder.get_input_embeddings().num_embeddings
     length = text_encoder.config.max_position_embeddings
-    distinct = list(dict.fromkeys(prompts))
     encoded: dict[str, Tensor] = {}
-    for prompt in distinct:
+    for prompt in dict.fromkeys(prompts):  # one by one, so that no prompt's last bit depends on its neighbours
         ids = torch.tensor([token_ids(prompt, tokenizer, vocabulary, first, length)], device=text_encoder.device)
-        if (ids >= first).any():
-            (encoded[prompt],) = encode_ids(text_encoder, ids, vocabulary.vectors(layers))
+        used = [vector for row, vector in enumerate(vocabulary.embeddings.values(), start=first) if (ids == row).any()]
+        if used:
+            variants = max(len(vector) for vector in used)
+            (hidden,) = encode_ids(text_encoder, ids, vocabulary.vectors(layers)[:variants])
         else:
             hidden = text_encoder(ids).last_hidden_state
-            encoded[prompt] = repeat(hidden, "1 tokens dim -> layers tokens dim", layers=layers)
+        encoded[prompt] = hidden.expand(layers, -1, -1)
     return torch.stack([encoded[prompt] for prompt in prompts])
 
 

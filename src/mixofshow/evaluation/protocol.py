@@ -80,7 +80,7 @@ def scorer_for(base: str, clip: Path | None) -> Scorer:
 
 def references_of(folder: Path) -> list[Image.Image]:
     """Held-out pictures of a folder. Raises DatasetError."""
-    return [example.image for example in read_folder(folder, instance_prompt="")]
+    return [example.image for example in read_folder(folder, instance_prompt="", with_masks=False)]
 
 
 def evaluate(

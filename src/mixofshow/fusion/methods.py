@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from mixofshow.concepts.concept import LowRank
+from mixofshow.concepts.concept import Change
 from mixofshow.errors import SettingsError, nearest
 from mixofshow.fusion.statistics import LayerSums
 
@@ -33,7 +33,7 @@ def fusion_method(name: str) -> Callable[[Method], Method]:
 
 @fusion_method("gradient")
 def gradient(
-    changes: Sequence[LowRank | None], sums: LayerSums, *, ridge: float = 0.1, toward: str = "average"
+    changes: Sequence[Change | None], sums: LayerSums, *, ridge: float = 0.1, toward: str = "average"
 ) -> Tensor:
     """Gradient fusion (Mix-of-Show §3.3, eq. 4) by its exact answer, damped: (Σ ΔW_i C_i + λ D)(Σ C_i + λI)⁻¹.
 
@@ -51,12 +51,12 @@ def gradient(
 
 
 @fusion_method("average")
-def average(changes: Sequence[LowRank | None], sums: LayerSums) -> Tensor:
+def average(changes: Sequence[Change | None], sums: LayerSums) -> Tensor:
     """Weight fusion, the paper's baseline: the mean of the changes, Σ ΔW_i / n."""
     total = torch.zeros_like(sums.pulls)
     for change in changes:
         if change is not None:
-            total += change.up.to(total) @ change.down.to(total)
+            total += change.matrix(dtype=total.dtype).to(total.device)
     return total / len(changes)
 
 

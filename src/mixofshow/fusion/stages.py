@@ -16,9 +16,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from mixofshow.bases.layers import cross_attentions, layer, lora_layers, matrix
+from mixofshow.bases.layers import cross_attentions, layer, matrix, tunable_layers
 from mixofshow.concepts.adapters import replaced, tuned_weights
 from mixofshow.concepts.concept import Concept, vocabulary
+from mixofshow.concepts.encoding import Encode, encode_fully, encode_shared
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.concepts.prompts import encode_ids, layerwise
 from mixofshow.concepts.words import Vocabulary, token_ids
@@ -81,10 +82,10 @@ class Center:
         ids = token_ids(text, self.pipeline.tokenizer, self.vocabulary, first, length)
         return torch.tensor([ids], device=self.pipeline.text_encoder.device)
 
-    def encode(self, ids: Tensor) -> Tensor:
+    def encode(self, ids: Tensor, encode: Encode = encode_shared) -> Tensor:
         """(1, tokens) -> (layers, tokens, dim) through the text encoder as it is now."""
         vectors = self.vocabulary.vectors(len(cross_attentions(self.pipeline.unet)))
-        return encode_ids(self.pipeline.text_encoder, ids, vectors)[0]
+        return encode_ids(self.pipeline.text_encoder, ids, vectors, encode=encode)[0]
 
 
 Stage = Callable[[Center, Concept, Sequence[str]], Moments]
@@ -131,7 +132,7 @@ def fuse(
 def _layers_of_stages(center: Center) -> Iterator[list[str]]:
     """The changed layers, each in the stage where it is fused."""
     touched = [
-        name for name in lora_layers(center.pipeline) if any(name in concept.deltas for concept in center.concepts)
+        name for name in tunable_layers(center.pipeline) if any(name in concept.deltas for concept in center.concepts)
     ]
     yield [name for name in touched if name.startswith("text_encoder.")]
     yield [name for name in touched if _KEYS_AND_VALUES.search(name)]
@@ -150,12 +151,15 @@ def _solve(center: Center, name: str, sums: LayerSums, options: Mapping[str, Any
 
 
 def record_text(center: Center, concept: Concept, names: Sequence[str]) -> Moments:
-    """Text encoder: all tokens of the concept's prompts, in every layer's variant, through its own text encoder."""
+    """Text encoder: all tokens of the concept's prompts, in every layer's variant, through its own text encoder.
+
+    A token that variants share counts once in each, so each must pass the encoder in full.
+    """
     moments = Moments()
     own = tuned_weights(center.pipeline, concept, names)
     with replaced(center.pipeline, own), moments.recording({name: layer(center.pipeline, name) for name in names}):
         for prompt in center.settings.prompts:
-            center.encode(center.prompt_ids(concept, prompt))
+            center.encode(center.prompt_ids(concept, prompt), encode_fully)
     return moments
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from mixofshow.concepts.concept import LowRank
+from mixofshow.concepts.concept import Change, LowRank
 
 _SHARED_INPUT: Final = re.compile(r"(attn1\.to_[qkv]|attn2\.to_[kv]|self_attn\.[qkv]_proj)$")
 
@@ -80,16 +80,22 @@ class LayerSums:
         )
 
     @torch.no_grad()
-    def add(self, delta: LowRank | None, moments: Tensor, rows: int) -> None:
+    def add(self, delta: Change | None, moments: Tensor, rows: int) -> None:
         """Count in one concept's change of this layer (None: it did not change it) and the inputs it saw."""
         self.moments += moments
         self.rows += rows
         if delta is None:
             return
-        down, up = delta.down.to(moments), delta.up.to(moments)
-        seen = down @ moments
-        self.pulls += up @ seen
-        self.energy += float(((up.T @ up) * (seen @ down.T)).sum())
+        if isinstance(delta, LowRank):
+            down, up = delta.down.to(moments), delta.up.to(moments)
+            seen = down @ moments
+            self.pulls += up @ seen
+            self.energy += float(((up.T @ up) * (seen @ down.T)).sum())
+        else:
+            change = delta.matrix(dtype=moments.dtype).to(moments)
+            pull = change @ moments
+            self.pulls += pull
+            self.energy += float((pull * change).sum())
 
     def objective(self, change: Tensor) -> float:
         """Σ_i ‖(ΔW_i − change) X_iᵀ‖²_F for a change of the weight (out, in): the fusion objective, from the sums alone."""

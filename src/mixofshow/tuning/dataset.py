@@ -1,99 +1,235 @@
-"""A folder of pictures and captions, read and checked as a whole before anything is trained."""
+"""A folder of pictures, captions and masks, read and checked as a whole before anything is trained."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps
-from torch import Tensor
+from PIL import Image
 
 from mixofshow.errors import DatasetError, shown
+from mixofshow.tuning.captions import METADATA, read_caption, read_metadata
+from mixofshow.tuning.masks import mask_folder, read_mask_of
+from mixofshow.tuning.pictures import SUFFIXES, Alpha, colour_of, label, read_picture
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp")
-FORMATS: Final = ("PNG", "JPEG", "WEBP")
-MAX_PIXELS: Final = 50_000_000
-MAX_CAPTION_BYTES: Final = 10_000
+Level = Literal["error", "warning", "note"]
+"""It cannot be used; it is used but hardly meant; it is used, and this is what happens to it."""
+
+OTHER_SUFFIXES: Final = (
+    *(".avif", ".bmp", ".eps", ".gif", ".heic", ".heif", ".jfif"),
+    *(".jp2", ".jxl", ".psd", ".svg", ".tga", ".tif", ".tiff"),
+)
+"""Pictures of kinds that are not read, which are worth a word, as nobody would miss them otherwise."""
+
+DARK: Final = 128
+"""A mask without brighter values is taken for black: such as one of zeros and ones."""
+
+SHOWN_AT_ONCE: Final = 10
 
 
 @dataclass(frozen=True)
 class Example:
-    """A picture (RGB, upright) and its caption."""
+    """A picture (RGB, upright), its caption, and its mask (L, same size): white where the concept is.
+
+    `digest` tells examples apart: SHA-256 of pixels, mask and caption.
+    """
 
     image: Image.Image
     caption: str
     name: str
+    mask: Image.Image | None = None
+    digest: str = ""
 
 
-def read_folder(folder: Path, *, instance_prompt: str, skip_bad: bool = False) -> list[Example]:
+@dataclass(frozen=True)
+class Finding:
+    """Something about one file of a folder."""
+
+    file: str
+    level: Level
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.message}"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What came of one file: an example unless a finding is an error."""
+
+    example: Example | None
+    findings: tuple[Finding, ...]
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """What belongs to a folder's pictures: their captions and masks, and what becomes of transparency."""
+
+    instance_prompt: str
+    captions: dict[str, str]
+    masks: Path | None
+    alpha: Alpha
+    background: str
+
+
+def read_folder(
+    folder: Path,
+    *,
+    instance_prompt: str,
+    skip_bad: bool = False,
+    masks: Path | None = None,
+    with_masks: bool = True,
+    alpha: Alpha = "fill",
+    background: str = "white",
+) -> list[Example]:
     """All pictures of a folder in natural order. Raises DatasetError naming every file that cannot be used.
 
-    With `skip_bad` such files are left out with a warning; none is ever changed.
+    With `skip_bad` such pictures are left out with a warning; no file is ever changed. Masks are those of `masks`, or
+    of a folder of that name beside this one if there is one; with `with_masks=False` none are read.
     """
-    if not folder.is_dir():
-        raise DatasetError(f"{folder}: no such folder of pictures")
-    paths = sorted((path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES), key=_natural)
-    if not paths:
-        raise DatasetError(f"{folder}: no pictures in it; expected {', '.join(SUFFIXES)}")
-    examples, problems = [], []
-    for path in paths:
-        try:
-            examples.append(
-                Example(read_picture(path), read_caption(path.with_suffix(".txt"), instance_prompt), path.name)
-            )
-        except DatasetError as error:
-            problems.append(str(error))
-    if problems and (not skip_bad or not examples):
-        raise DatasetError("; ".join(problems) + ("" if skip_bad else "; --skip-bad leaves them out"))
-    for problem in problems:
-        logger.warning("left out: %s", problem)
+    every = list(
+        readings(
+            folder,
+            instance_prompt=instance_prompt,
+            masks=masks,
+            with_masks=with_masks,
+            alpha=alpha,
+            background=background,
+        )
+    )
+    examples = [reading.example for reading in every if reading.example]
+    findings = [finding for reading in every for finding in reading.findings]
+    errors = [finding for finding in findings if finding.level == "error"]
+    # A bad line of metadata is no bad picture: leaving it out would train its picture with another caption.
+    whole = any(error.file == METADATA for error in errors)
+    if errors and (not skip_bad or not examples or whole):
+        raise DatasetError(_listed(errors) + ("" if skip_bad or whole else "; --skip-bad leaves them out"))
+    if errors:
+        bad = sum(any(finding.level == "error" for finding in reading.findings) for reading in every)
+        logger.warning("%d of %d pictures are used; left out: %s", len(examples), len(examples) + bad, _listed(errors))
+    if doubts := [finding for finding in findings if finding.level == "warning"]:
+        logger.warning("%s", _listed(doubts))
     return examples
 
 
-def read_picture(path: Path) -> Image.Image:
-    """A picture, fully decoded, upright, RGB; transparency becomes white. Raises DatasetError."""
+def readings(
+    folder: Path,
+    *,
+    instance_prompt: str,
+    masks: Path | None = None,
+    with_masks: bool = True,
+    alpha: Alpha = "fill",
+    background: str = "white",
+) -> Iterator[Reading]:
+    """One reading for each file of a folder in natural order, one at a time. Raises DatasetError for the folder."""
+    colour_of(background)
+    paths = picture_paths(folder)
+    captions, problems = read_metadata(folder, {path.name for path in paths})
+    if problems:
+        yield Reading(None, tuple(Finding(METADATA, "error", problem) for problem in problems))
+    masks = mask_folder(folder, masks) if with_masks else None
+    beside = _Beside(instance_prompt, captions, masks, alpha, background)
+    seen: dict[str, str] = {}
+    for path in paths:
+        yield _with_repeats(_read(path, beside), seen)
+    for path in _files(folder, OTHER_SUFFIXES):
+        yield Reading(None, (Finding(label(path), "warning", f"not read; expected {', '.join(SUFFIXES)}"),))
+
+
+def picture_paths(folder: Path) -> list[Path]:
+    """The pictures of a folder in natural order, 2 before 10. Raises DatasetError if there are none."""
+    if not folder.is_dir():
+        raise DatasetError(f"{folder}: no such folder of pictures")
+    if not (paths := _files(folder, SUFFIXES)):
+        raise DatasetError(f"{folder}: no pictures in it; expected {', '.join(SUFFIXES)}")
+    return paths
+
+
+def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """Files by suffix in natural order, without hidden ones such as macOS's `._1.jpg`."""
+    found = [path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith(".")]
+    return sorted(found, key=_natural)
+
+
+def _read(path: Path, beside: _Beside) -> Reading:
+    """One picture with what belongs to it; all that is wrong with any of it is found, not only the first."""
+    found: list[Finding] = []
+    image = mask = None
+    caption = beside.instance_prompt
+    with _noted(label(path), found):
+        picture = read_picture(path, alpha=beside.alpha, background=beside.background)
+        image, mask = picture.image, picture.mask
+        found += [Finding(label(path), "note", note) for note in picture.notes]
+    with _noted(label(path.with_suffix(".txt")), found):
+        caption = _caption(path, beside, found)
+    if beside.masks:
+        with _noted(label(path), found):
+            mask = read_mask_of(path, beside.masks, image, mask)
+            if (brightest := int(np.asarray(mask).max())) < DARK:
+                what = f"its mask is all black (brightest value {brightest} of 255): nothing of the picture counts"
+                found.append(Finding(label(path), "warning", what))
+    if image is None or any(finding.level == "error" for finding in found):
+        return Reading(None, tuple(found))
+    return Reading(Example(image, caption, path.name, mask, _digest(image, mask, caption)), tuple(found))
+
+
+@contextlib.contextmanager
+def _noted(file: str, found: list[Finding]) -> Iterator[None]:
+    """A DatasetError inside becomes a finding about the file."""
     try:
-        with Image.open(path, formats=FORMATS) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise DatasetError(
-                    f"{path.name}: {opened.width} x {opened.height} pixels, at most {MAX_PIXELS} are read"
-                )
-            if (frames := getattr(opened, "n_frames", 1)) > 1:
-                raise DatasetError(f"{path.name}: an animation of {frames} frames, expected a single picture")
-            return _on_white(ImageOps.exif_transpose(opened))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{path.name}: not a readable picture ({shown(error)})") from error
+        yield
+    except DatasetError as error:
+        found.append(Finding(file, "error", str(error).removeprefix(f"{file}: ")))
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        opaque = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(opaque, picture.convert("RGBA")).convert("RGB")
-    return picture.convert("RGB")
+def _caption(path: Path, beside: _Beside, found: list[Finding]) -> str:
+    """The picture's caption, from either place or the instance prompt. Raises DatasetError."""
+    file = path.with_suffix(".txt")
+    text, notes = read_caption(file)
+    found += [Finding(label(file), "note", note) for note in notes]
+    if path.name in beside.captions:
+        if text is not None:
+            raise DatasetError(f"{label(file)}: {METADATA} has a caption of this picture too; keep one of them")
+        file, text = file.with_name(METADATA), beside.captions[path.name]
+    if text == "":
+        what = f"the caption of {label(path)} is empty; '{shown(beside.instance_prompt)}' is used"
+        found.append(Finding(label(file), "warning", what))
+    return text or beside.instance_prompt
 
 
-def read_caption(path: Path, otherwise: str) -> str:
-    """The text file's caption, or `otherwise` when there is none. Raises DatasetError."""
-    if not path.exists():
-        return otherwise
-    data = path.read_bytes()
-    if len(data) > MAX_CAPTION_BYTES:
-        raise DatasetError(f"{path.name}: a caption of {len(data)} bytes, at most {MAX_CAPTION_BYTES} are read")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{path.name}: not UTF-8 at byte {error.start}; save the caption as UTF-8") from error
-    return " ".join(text.replace("\0", " ").split()) or otherwise
+def _digest(image: Image.Image, mask: Image.Image | None, caption: str) -> str:
+    """SHA-256 of everything that an example teaches."""
+    digest = hashlib.sha256(repr((image.size, mask is not None, caption)).encode())
+    digest.update(image.tobytes())
+    digest.update(mask.tobytes() if mask else b"")
+    return digest.hexdigest()
+
+
+def _with_repeats(reading: Reading, seen: dict[str, str]) -> Reading:
+    """The reading, with a warning if its pixels have been seen under another name."""
+    if not (example := reading.example):
+        return reading
+    first = seen.setdefault(_digest(example.image, None, ""), label(Path(example.name)))
+    if first == (name := label(Path(example.name))):
+        return reading
+    repeat = Finding(name, "warning", f"the same picture as {first}; it counts twice")
+    return Reading(example, (*reading.findings, repeat))
+
+
+def _listed(findings: Sequence[Finding]) -> str:
+    """The first findings in one line, and how many more there are."""
+    more = len(findings) - SHOWN_AT_ONCE
+    rest = [f"and {more} more; `mixofshow check` lists them"] if more > 0 else []
+    return "; ".join([*map(str, findings[:SHOWN_AT_ONCE]), *rest])
 
 
 def with_placeholder(caption: str, placeholder: str, words: Sequence[str], class_word: str) -> str:
@@ -104,13 +240,6 @@ def with_placeholder(caption: str, placeholder: str, words: Sequence[str], class
     if not count:
         raise DatasetError(f"caption '{shown(caption)}' names neither {placeholder} nor its class word '{class_word}'")
     return named
-
-
-def as_tensor(images: Sequence[Image.Image], *, width: int, height: int) -> Tensor:
-    """Pictures cut to one size around their middle, (pictures, 3, height, width) in [-1, 1]."""
-    fitted = [ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS) for image in images]
-    array = np.stack([np.asarray(image) for image in fitted])
-    return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _natural(path: Path) -> list[tuple[int, int | str]]:

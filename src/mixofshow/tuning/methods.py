@@ -1,26 +1,68 @@
-"""What a tuning method trains; the training loop knows nothing of it.
+"""What each tuning method trains, as a table; the training loop knows nothing of it.
 
-ED-LoRA (Mix-of-Show §3.2): two words per concept with one vector per cross-attention layer, the first random, the
-second started as the class word; and a LoRA on every linear layer in the attention of text encoder and UNet.
+method             words                     vectors    weights
+ed-lora            random, class word        per layer  LoRA in text encoder and UNet    Mix-of-Show §3.2
+lora               random, class word        one        LoRA in text encoder and UNet    Hu et al. 2021
+p-plus             class word                per layer  none                             P+, Voynov et al. 2023
+textual-inversion  class word                one        none                             Gal et al. 2022
+custom-diffusion   random, fixed class word  one        keys, values of cross-attention  Kumari et al. 2023
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Final, Literal
 
 import torch
 from einops import repeat
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from mixofshow.bases.layers import lora_layers, module_path, token_width
-from mixofshow.concepts.concept import LowRank
+from mixofshow.bases.layers import cross_attentions, token_width
 from mixofshow.errors import TokenError, shown
+from mixofshow.tuning.changes import Changes, full_keys_and_values, low_rank_layers
 from mixofshow.tuning.settings import TuningSettings
 
-ADAPTER: Final = "concept"
+Start = Literal["random", "class"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """The concept's words by how they start, how many of them (the first) move, and what else is trained."""
+
+    starts: tuple[Start, ...]
+    layerwise: bool
+    changes: Callable[[Any, TuningSettings], AbstractContextManager[Changes]]
+    moving: int | None = None
+
+
+@contextlib.contextmanager
+def _words_only(pipeline: Any, settings: TuningSettings) -> Iterator[Changes]:
+    yield {}
+
+
+METHODS: Final = {
+    "ed-lora": Method(("random", "class"), True, low_rank_layers),
+    "lora": Method(("random", "class"), False, low_rank_layers),
+    "p-plus": Method(("class",), True, _words_only),
+    "textual-inversion": Method(("class",), False, _words_only),
+    "custom-diffusion": Method(("random", "class"), False, full_keys_and_values, moving=1),
+}
+
+
+def word_names(settings: TuningSettings) -> tuple[str, ...]:
+    """The concept's words: `<name>` alone, or `<name1> <name2>`, for which `<name>` then stands."""
+    count = len(METHODS[settings.method].starts)
+    if count == 1:
+        return (settings.placeholder,)
+    return tuple(f"<{settings.name}{number}>" for number in range(1, count + 1))
+
+
+def initializers(settings: TuningSettings) -> tuple[str, ...]:
+    """What each word starts as: "random" or the class word."""
+    return tuple(settings.class_word if start == "class" else start for start in METHODS[settings.method].starts)
 
 
 def class_token(pipeline: Any, class_word: str) -> int:
@@ -31,42 +73,29 @@ def class_token(pipeline: Any, class_word: str) -> int:
     return int(ids[-1])
 
 
-def initial_words(pipeline: Any, class_word: str, *, layers: int, sigma: float, generator: torch.Generator) -> Tensor:
-    """Start of V_rand and V_class, equal in all layers: (layers, 2, dim)."""
-    random = sigma * torch.randn(token_width(pipeline), generator=generator)
-    known = pipeline.text_encoder.get_input_embeddings().weight[class_token(pipeline, class_word)]
-    pair = torch.stack([random.to(known), known.detach()])
-    return repeat(pair, "words dim -> layers words dim", layers=layers).clone().float()
+class Words(nn.Module):
+    """The vectors of the concept's words; calling it gives all of them, (layers or 1, words, dim)."""
+
+    def __init__(self, vectors: Tensor, moving: int) -> None:
+        super().__init__()
+        self.moving = nn.Parameter(vectors[:, :moving].clone())
+        self.register_buffer("fixed", vectors[:, moving:].clone())
+
+    def forward(self) -> Tensor:
+        """(layers or 1, words, dim)."""
+        return torch.cat([self.moving, self.fixed], dim=1)  # type: ignore[list-item]
 
 
-@contextlib.contextmanager
-def lora_injected(pipeline: Any, settings: TuningSettings) -> Iterator[dict[str, nn.Module]]:
-    """Inside, every LoRA layer is wrapped by peft; yields the wrappers by our layer names. Afterwards all is as before.
-
-    Only the wrappers' own matrices can be trained; the base stays frozen.
-    """
-    names = list(lora_layers(pipeline))
-    paths = [module_path(pipeline, name) for name in names]
-    try:
-        for part in ("text_encoder", "unet"):
-            targets = [path for own_part, path in paths if own_part == part]
-            # peft scales by lora_alpha / r; the reference scales by alpha.
-            config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha * settings.rank, target_modules=targets)  # type: ignore[arg-type]
-            inject_adapter_in_model(config, getattr(pipeline, part), ADAPTER)
-        yield {
-            name: getattr(pipeline, part).get_submodule(path) for name, (part, path) in zip(names, paths, strict=True)
-        }
-    finally:
-        for part, path in paths:
-            module = getattr(pipeline, part).get_submodule(path)
-            getattr(pipeline, part).set_submodule(path, getattr(module, "base_layer", module))
-        for model in (pipeline.text_encoder, pipeline.unet):
-            if hasattr(model, "peft_config"):
-                del model.peft_config
-
-
-def low_rank(wrapper: Any, alpha: float) -> LowRank:
-    """The change that a peft wrapper holds, alpha included."""
-    down, up = wrapper.lora_A[ADAPTER].weight, wrapper.lora_B[ADAPTER].weight
-    # Half precision is what the file holds; rounding here makes the concept in memory the one in the file.
-    return LowRank(down.detach().cpu().half().float(), (alpha * up.detach()).cpu().half().float())
+def initial_words(pipeline: Any, settings: TuningSettings, generator: torch.Generator) -> Words:
+    """The words as they start, equal in all layers."""
+    method = METHODS[settings.method]
+    known = pipeline.text_encoder.get_input_embeddings().weight[class_token(pipeline, settings.class_word)].float()
+    starts = [
+        settings.words.sigma * torch.randn(token_width(pipeline), generator=generator).to(known)
+        if start == "random"
+        else known.detach()
+        for start in method.starts
+    ]
+    layers = len(cross_attentions(pipeline.unet)) if method.layerwise else 1
+    vectors = repeat(torch.stack(starts), "words dim -> layers words dim", layers=layers)
+    return Words(vectors, len(starts) if method.moving is None else method.moving)

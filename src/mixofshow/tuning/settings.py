@@ -1,8 +1,13 @@
-"""How a concept is tuned: one frozen table, checked once when made."""
+"""How a concept is tuned: one frozen table in groups, checked once when made.
+
+Every key has a dotted name (`unet.rank`); YAML, command line, printed configuration and JSON Schema are all made from
+the models below.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -11,36 +16,154 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mixofshow.errors import SettingsError, nearest, shown
 
 
-class TuningSettings(BaseModel):
-    """Settings of one concept. The defaults are the reference's for Stable Diffusion 1.x (DESIGN of the paper, §4.1)."""
+class Group(BaseModel):
+    """A frozen table that refuses unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class WordSettings(Group):
+    """The concept's words."""
+
+    rate: float = Field(1e-3, ge=0, le=1, description="Learning rate of the words' vectors.")
+    sigma: float = Field(0.013, ge=0, le=10, description="Spread of a random word's start.")
+    norm_limit: float = Field(0.55, gt=0, description="The words stop moving once their mean length reaches this.")
+    density_weight: float = Field(
+        0.0, ge=0, description="Keeps the vectors where the base's own words are dense (the reference's: 2e-3)."
+    )
+
+
+class TextEncoderSettings(Group):
+    """The change of the text encoder."""
+
+    rate: float = Field(1e-5, ge=0, le=1, description="Learning rate.")
+    rank: int = Field(4, ge=1, le=256, description="Rank of the LoRA.")
+    alpha: float = Field(1.0, gt=0, le=100, description="Scale of the LoRA: W0 + alpha · up · down (not alpha / rank).")
+    targets: Literal["attention", "layers"] = Field(
+        "attention", description="Attention only, or whole layers (with their feed-forward)."
+    )
+
+
+class UNetSettings(Group):
+    """The change of the UNet."""
+
+    rate: float = Field(1e-4, ge=0, le=1, description="Learning rate.")
+    rank: int = Field(4, ge=1, le=256, description="Rank of the LoRA.")
+    alpha: float = Field(1.0, gt=0, le=100, description="Scale of the LoRA: W0 + alpha · up · down (not alpha / rank).")
+    targets: Literal["attention", "feed-forward", "projections"] = Field(
+        "attention", description="Attention only; or with the feed-forward; or with that and proj_in and proj_out."
+    )
+    drop_kv: float = Field(
+        0.0, ge=0, le=1, description="Share of steps without the change of cross-attention's keys and values."
+    )
+
+
+class LossSettings(Group):
+    """What is minimized."""
+
+    prediction: Literal["auto", "epsilon", "v_prediction"] = Field(
+        "auto", description="What the UNet says; auto: as its scheduler's configuration tells."
+    )
+    noise_offset: float = Field(0.01, ge=0, le=1, description="Shift of whole channels of noise.")
+    min_snr: float | None = Field(None, gt=0, description="Gamma of min-SNR weighting (5 is usual); none: all equal.")
+    masked: bool = Field(True, description="Where a picture has a mask, only what it covers counts.")
+    attention_weight: float = Field(
+        0.0, ge=0, description="Weight of attention regularization, for pictures with masks (the reference's: 0.01)."
+    )
+    full_identity: bool = Field(
+        True, description="Regularized attention of the class word matches the mask; false: it only stays inside."
+    )
+
+
+class PictureSettings(Group):
+    """How pictures are brought to size."""
+
+    size: int | None = Field(None, ge=8, le=4096, description="Side in pixels; none: what the base was trained on.")
+    fit: Literal["crop", "pad", "bucket"] = Field(
+        "crop", description="Cut to a square, pad to one (padding does not count), or keep the shape in buckets."
+    )
+    crops: int = Field(
+        1,
+        ge=0,
+        le=64,
+        description="Cuts kept of each picture: 1 around the middle, more at random, 0 a new one every step.",
+    )
+    flip: bool = Field(False, description="Use mirrored pictures too.")
+    alpha: Literal["fill", "mask"] = Field("fill", description="Transparency is filled with a colour, or is the mask.")
+    background: str = Field("white", description="The colour that fills transparency.")
+
+
+class CaptionSettings(Group):
+    """How captions vary."""
+
+    templates: Literal["none", "character", "object", "style", "scene"] = Field(
+        "none", description="Replace captions by random ones for this kind of concept, as 'a rendering of a <name>'."
+    )
+    dropout: float = Field(0.0, ge=0, le=1, description="Share of pictures shown without any caption.")
+    shuffle: bool = Field(False, description="Shuffle what stands between commas.")
+    keep: int = Field(1, ge=0, description="How many of the first parts stay in place when shuffled.")
+
+
+class OptimizerSettings(Group):
+    """How the numbers move."""
+
+    name: Literal["adamw", "adamw8bit", "prodigy"] = Field(
+        "adamw", description="adamw8bit needs bitsandbytes, prodigy needs prodigyopt (set all rates to 1 for it)."
+    )
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0, le=1)
+    max_grad_norm: float = Field(1.0, gt=0, description="Longer gradients are cut to this length.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Linear and cosine fall to 0.")
+    warmup: int = Field(0, ge=0, description="Steps over which the rates rise from 0.")
+    accumulate: int = Field(1, ge=1, le=1024, description="Batches per step.")
+    ema: float = Field(0.0, ge=0, lt=1, description="Decay of the running mean that is saved; 0: the last numbers.")
+
+
+class PriorSettings(Group):
+    """Pictures of the class word, which keep the base from forgetting it (Custom Diffusion §3.2, DreamBooth)."""
+
+    weight: float = Field(0.0, ge=0, description="Weight of their loss; 0: none are used.")
+    count: int = Field(50, ge=1, le=10_000, description="How many the base draws before the first step.")
+    data: Path | None = Field(None, description="Folder of pictures to use instead.")
+    prompt: str | None = Field(None, description="Their caption; default: a photo of a CLASS_WORD.")
+
+
+class TuningSettings(Group):
+    """Settings of one concept. The defaults are the reference's for Stable Diffusion 1.x (Mix-of-Show §4.1)."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,30}$", description="The concept; prompts call it <name>.")
-    class_word: str = Field(max_length=64, description="An ordinary word for what it is; the second word starts as it.")
-    data: Path = Field(description="Folder of pictures, each with a caption beside it in a .txt of the same name.")
+    class_word: str = Field(max_length=64, description="An ordinary word for what it is.")
+    data: Path = Field(description="Folder of pictures, captions in .txt files beside them or in metadata.jsonl.")
+    masks: Path | None = Field(None, description="Folder of masks with the pictures' names; default: DATA/../masks.")
     base: str = Field("emojiland", description="Embedded base, diffusers folder, or hub id in the local cache.")
     instance_prompt: str | None = Field(
         None, description="Caption of pictures that have none; default: a photo of a <name>."
     )
     skip_bad: bool = Field(False, description="Leave out pictures that cannot be read instead of stopping.")
 
-    method: Literal["ed-lora"] = "ed-lora"
+    method: Literal["ed-lora", "lora", "p-plus", "textual-inversion", "custom-diffusion"] = "ed-lora"
     steps: int = Field(1000, ge=1, le=1_000_000)
-    batch_size: int = Field(4, ge=1, le=1024)
-    rank: int = Field(4, ge=1, le=256, description="Rank of the LoRA in text encoder and UNet.")
-    alpha: float = Field(1.0, gt=0, le=100, description="Scale of the LoRA: W0 + alpha · up · down (not alpha / rank).")
-    embedding_rate: float = Field(1e-3, gt=0, le=1, description="Learning rate of the words' vectors.")
-    text_encoder_rate: float = Field(1e-5, ge=0, le=1)
-    unet_rate: float = Field(1e-4, ge=0, le=1)
-    random_sigma: float = Field(0.013, ge=0, le=10, description="Spread of the first word's random start.")
-    norm_limit: float = Field(0.55, gt=0, description="The words stop moving once their mean length reaches this.")
-    noise_offset: float = Field(0.01, ge=0, le=1)
-    weight_decay: float = Field(0.01, ge=0, le=1)
-    max_grad_norm: float = Field(1.0, gt=0)
+    epochs: int | None = Field(None, ge=1, le=1_000_000, description="Passes over all pictures; instead of steps.")
+    batch_size: int = Field(4, ge=1, le=1024, description="Pictures per batch and process.")
+    seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    gradient_checkpointing: bool = Field(False, description="Less memory, a third more time.")
+
+    words: WordSettings = WordSettings()
+    text_encoder: TextEncoderSettings = TextEncoderSettings()
+    unet: UNetSettings = UNetSettings()
+    loss: LossSettings = LossSettings()
+    pictures: PictureSettings = PictureSettings()
+    captions: CaptionSettings = CaptionSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    prior: PriorSettings = PriorSettings()
+
     preview_every: int = Field(0, ge=0, description="Steps between preview grids; 0 for none.")
-    seed: int = 0
+    save_every: int = Field(200, ge=0, description="Steps between checkpoints; 0 for none.")
+    tracker: Literal["auto", "none", "tensorboard", "wandb", "trackio"] = Field(
+        "auto", description="Where curves go; auto: tensorboard if installed."
+    )
 
     license: str | None = None
     author: str | None = None
@@ -50,54 +173,157 @@ class TuningSettings(BaseModel):
         """How prompts call the concept."""
         return f"<{self.name}>"
 
-    @property
-    def words(self) -> tuple[str, str]:
-        """The two words behind the placeholder, V_rand and V_class (paper §3.2)."""
-        return f"<{self.name}1>", f"<{self.name}2>"
+    def steps_for(self, pictures: int, processes: int = 1) -> int:
+        """Steps of a run over so many pictures: as given, or as many as make the epochs."""
+        if self.epochs is None:
+            return self.steps
+        return max(1, -(-self.epochs * pictures // (self.batch_size * self.optimizer.accumulate * processes)))
 
     def for_file(self) -> dict[str, bool | int | float | str | None]:
-        """The settings that may stand in a concept file: how it was trained, nothing about where or by whom."""
-        private = {
-            "name",
-            "class_word",
-            "data",
-            "base",
-            "instance_prompt",
-            "skip_bad",
-            "license",
-            "author",
-            "preview_every",
-        }
-        return self.model_dump(mode="json", exclude=private)
+        """The settings that may stand in a concept file, by dotted name: how it was trained, not where or by whom."""
+        private = {"name", "class_word", "data", "masks", "base", "instance_prompt", "skip_bad", "license", "author"}
+        running = {"preview_every", "save_every", "tracker"}
+        table = self.model_dump(
+            mode="json", exclude={**dict.fromkeys(private | running, True), "prior": {"data", "prompt"}}
+        )
+        return dict(_flat(table))
 
 
-PRESETS: Final[dict[str, dict[str, Any]]] = {
+BASE_PRESETS: Final[dict[str, dict[str, Any]]] = {
     # A small model with large token vectors learns with larger steps.
     "emojiland": {
         "steps": 400,
-        "batch_size": 4,
-        "embedding_rate": 1e-2,
-        "text_encoder_rate": 3e-4,
-        "unet_rate": 3e-3,
-        "random_sigma": 0.05,
-        "norm_limit": 100.0,
-        "noise_offset": 0.0,
+        "words": {"rate": 1e-2, "sigma": 0.05, "norm_limit": 100.0},
+        "text_encoder": {"rate": 3e-4},
+        "unet": {"rate": 3e-3},
+        "loss": {"noise_offset": 0.0},
     },
 }
-"""What other bases need instead of the defaults."""
+"""What some bases need instead of the defaults."""
+
+METHOD_PRESETS: Final[dict[str, dict[str, Any]]] = {
+    # Words alone have to carry everything, and learn without a limit.
+    "p-plus": {"words": {"norm_limit": 1e4}},
+    "textual-inversion": {"words": {"norm_limit": 1e4}},
+    "custom-diffusion": {"prior": {"weight": 1.0}},
+}
+"""What some methods need instead of the defaults."""
 
 
 def make_settings(table: Mapping[str, Any], source: str = "settings") -> TuningSettings:
-    """Settings from a table, on top of the base's preset. Raises SettingsError naming the field and the nearest one."""
-    preset = PRESETS.get(str(table.get("base", "emojiland")), {})
+    """Settings from a table of nested or dotted keys, on top of what its base and method need.
+
+    Raises SettingsError naming the field and the nearest one.
+    """
+    given = nested(table)
+    preset: dict[str, Any] = {}
+    for presets, key in ((BASE_PRESETS, "base"), (METHOD_PRESETS, "method")):
+        default = TuningSettings.model_fields[key].default
+        preset = merged(preset, presets.get(str(given.get(key, default)), {}))
     try:
-        return TuningSettings.model_validate({**preset, **table})
+        return TuningSettings.model_validate(merged(preset, given))
     except ValidationError as error:
         raise SettingsError(f"{source}: {'; '.join(_problem(one) for one in error.errors())}") from error
+
+
+def several(
+    table: Mapping[str, Any], options: Mapping[str, Any] | None = None, *, source: str = "settings"
+) -> list[TuningSettings]:
+    """The settings of each entry of the table's `concepts`, or else of the table itself; the options go on top of all.
+
+    Raises SettingsError.
+    """
+    above = nested(options or {})
+    if "concepts" not in table:
+        return [make_settings(merged(nested(table), above), source)]
+    shared = nested({key: value for key, value in table.items() if key != "concepts"})
+    entries = table["concepts"]
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, Mapping) for entry in entries):
+        raise SettingsError(f"{source}: 'concepts': expected a list of tables, found {shown(entries)}")
+    made = [
+        make_settings(merged(merged(shared, nested(entry)), above), f"{source}: concept {number}")
+        for number, entry in enumerate(entries, 1)
+    ]
+    names = [one.name for one in made]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise SettingsError(f"{source}: two concepts are called {', '.join(sorted(twice))}")
+    return made
+
+
+def nested(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys opened up: {"unet.rank": 8} -> {"unet": {"rank": 8}}."""
+    opened: dict[str, Any] = {}
+    for key, value in table.items():
+        *groups, last = str(key).split(".")
+        entry: Any = {last: dict(value) if isinstance(value, Mapping) else value}
+        for group in reversed(groups):
+            entry = {group: entry}
+        opened = merged(opened, entry)
+    return opened
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested tables, the second on top of the first."""
+    table = dict(below)
+    for key, value in above.items():
+        under = table.get(key)
+        table[key] = merged(under, value) if isinstance(under, Mapping) and isinstance(value, Mapping) else value
+    return table
+
+
+def dotted_keys(model: type[BaseModel] = TuningSettings, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting's dotted name with its pydantic field."""
+    for key, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from dotted_keys(field.annotation, f"{prefix}{key}.")
+        else:
+            yield prefix + key, field
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _problem(error: Any) -> str:
     field = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
-        return f"unknown key '{shown(field)}'{nearest(field, TuningSettings.model_fields)}"
+        return f"unknown key '{shown(field)}'{nearest(field, _all_names())}"
     return f"'{shown(field)}': {error['msg'].lower()}, found {shown(error.get('input'))}"
+
+
+def _all_names() -> set[str]:
+    dotted = {key for key, _ in dotted_keys()}
+    return dotted | set(TuningSettings.model_fields)
+
+
+def printed(settings: TuningSettings) -> str:
+    """The whole configuration as YAML with a comment on every key; reading it back gives equal settings."""
+    import yaml
+
+    lines: list[str] = []
+
+    def add(group: BaseModel, indent: str) -> None:
+        for key, field in type(group).model_fields.items():
+            value = getattr(group, key)
+            if isinstance(value, BaseModel):
+                lines.append(f"{indent}{key}:")
+                add(value, indent + "  ")
+                continue
+            plain = str(value) if isinstance(value, Path) else value
+            text = yaml.safe_dump({key: plain}, allow_unicode=True, width=1000).strip()
+            lines.append(f"{indent}{text}" + (f"  # {field.description}" if field.description else ""))
+
+    add(settings, "")
+    return "\n".join(lines) + "\n"
+
+
+def schema() -> str:
+    """JSON Schema of a configuration, for editors; `concepts` may list several."""
+    table = TuningSettings.model_json_schema()
+    table["properties"]["concepts"] = {"type": "array", "description": "Several concepts, each on top of the rest."}
+    table["required"] = []  # they may stand in each entry of `concepts`, or on the command line
+    return json.dumps(table, indent=1) + "\n"

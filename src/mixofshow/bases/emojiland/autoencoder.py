@@ -12,8 +12,9 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
-from mixofshow.bases.emojiland.training import Stage, grid
+from mixofshow.bases.emojiland.training import Stage
 from mixofshow.bases.emojiland.world import random_picture
+from mixofshow.grids import grid
 
 CHANNELS: Final = (16, 32, 64)
 LATENT_CHANNELS: Final = 8

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mixofshow.bases.emojiland.autoencoder import LATENT_CHANNELS, to_tensor
-from mixofshow.bases.emojiland.training import Stage, flat_then_down, grid
+from mixofshow.bases.emojiland.training import Stage, flat_then_down
 from mixofshow.bases.emojiland.wordpieces import tokenize, train_tokenizer
 from mixofshow.bases.emojiland.world import SIZE, random_picture
+from mixofshow.grids import grid
 
 TEXT_WIDTH: Final = 128
 MAX_TOKENS: Final = 48

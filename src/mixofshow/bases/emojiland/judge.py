@@ -19,10 +19,11 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, C
 
 from mixofshow.bases.emojiland.autoencoder import to_tensor
 from mixofshow.bases.emojiland.sprites import recolour, sprite
-from mixofshow.bases.emojiland.training import Stage, grid
+from mixofshow.bases.emojiland.training import Stage
 from mixofshow.bases.emojiland.vocabulary import CLASSES, FURTHER_CLASSES, ICONS_OF_SET
 from mixofshow.bases.emojiland.wordpieces import tokenize, train_tokenizer
 from mixofshow.bases.emojiland.world import CONCEPT_SCENE_PHRASES, KNOWN_SCENES, SIZE, article, compose
+from mixofshow.grids import grid
 
 JUDGE_FOLDER: Final = Path(__file__).parent / "judge"
 ALL_CLASSES: Final = {**CLASSES, **FURTHER_CLASSES}
@@ -120,7 +121,12 @@ class _Similarity(nn.Module):
 
 
 def stage(clip: CLIPModel, tokenizer: CLIPTokenizer, *, steps: int, batch: int, learning_rate: float) -> Stage:
-    """CLIP's contrastive loss, in which every caption that is true of a picture counts as its own."""
+    """CLIP's contrastive loss, in which every caption that is true of a picture counts as its own, plus naming.
+
+    Naming is the cross-entropy over the captions of all classes at once: a batch's own captions show few classes,
+    differ in much else, and teach them slowly.
+    """
+    names = tokenize(tokenizer, [f"a photo of {article(word)}" for word in ALL_CLASSES])
 
     def loss(model: nn.Module, seed: int) -> Tensor:
         random = Random(seed)
@@ -128,10 +134,13 @@ def stage(clip: CLIPModel, tokenizer: CLIPTokenizer, *, steps: int, batch: int, 
         images = to_tensor(picture.image for picture in pictures)
         ids = tokenize(tokenizer, [picture.caption for picture in pictures])
         device = clip.device
-        scores = model(images.to(device), ids.to(device)).float()
+        scores = model(images.to(device), torch.cat([ids, names]).to(device)).float()
+        pairing, naming = scores[:, :batch], scores[:, batch:]
         true = torch.tensor([[one.claims <= shown.truths for one in pictures] for shown in pictures], device=device)
+        named = torch.tensor([[word in shown.subjects for word in ALL_CLASSES] for shown in pictures], device=device)
         cross_entropy = nn.functional.cross_entropy
-        return (cross_entropy(scores, _shares(true)) + cross_entropy(scores.T, _shares(true.T))) / 2
+        contrast = (cross_entropy(pairing, _shares(true)) + cross_entropy(pairing.T, _shares(true.T))) / 2
+        return contrast + cross_entropy(naming, _shares(named))
 
     def preview(model: nn.Module) -> Image.Image:
         random = Random(-1)

@@ -13,9 +13,9 @@ from PIL import Image
 
 from mixofshow.bases.emojiland import autoencoder, judge
 from mixofshow.bases.emojiland.judge import ALL_CLASSES, ALL_SCENES
-from mixofshow.bases.emojiland.training import grid
 from mixofshow.bases.emojiland.vocabulary import CLASSES
 from mixofshow.bases.emojiland.world import KNOWN_SCENES, SPRITE_HEIGHT, article
+from mixofshow.grids import grid
 from mixofshow.progress import Progress, silent
 
 REQUIRED: Final = {

@@ -142,13 +142,3 @@ def _load(path: Path, parts: dict[str, Any]) -> int:
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return int(state["step"])
-
-
-def grid(images: list[Image.Image], columns: int) -> Image.Image:
-    """Pictures of one size side by side, `columns` in a row, one pixel apart."""
-    width, height = images[0].size
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (width + 1) - 1, rows * (height + 1) - 1), "white")
-    for k, image in enumerate(images):
-        sheet.paste(image, ((k % columns) * (width + 1), (k // columns) * (height + 1)))
-    return sheet

@@ -1,0 +1,158 @@
+"""Speed and memory of a tuning step: ED-LoRA beside plain LoRA and beside ED-LoRA done naively.
+
+    python benchmarks/tuning.py [--json FILE] [--steps 3] [--bases sd15,emojiland]
+
+Naive is what the paper's published code does every step: encode the pictures, run the text encoder once per
+cross-attention layer and picture, and train the whole vocabulary. Each way runs in a process of its own, one after
+the other, on the same random pictures, batch 2, rank 4; steps after the first count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from shapes import BASES
+from torch import nn
+
+from mixofshow.bases.layers import cross_attentions
+from mixofshow.concepts.prompts import layerwise
+from mixofshow.tuning.changes import low_rank_layers
+from mixofshow.tuning.dataset import read_folder
+from mixofshow.tuning.losses import denoising_target, masked_mse
+from mixofshow.tuning.objective import noise_scheduler
+from mixofshow.tuning.settings import TuningSettings, make_settings
+from mixofshow.tuning.trainer import tune
+from mixofshow.tuning.transforms import fit
+
+WAYS = ("ed-lora", "lora", "naive")
+CAPTIONS = ("photo of a <thing>", "a <thing> on the beach, best quality")
+
+
+def settings_for(base: str, folder: Path, method: str, steps: int) -> TuningSettings:
+    """Two pictures at the base's own size, in bf16."""
+    table = {"name": "thing", "class_word": "dog", "data": folder, "base": base, "method": method}
+    return make_settings({**table, "steps": steps, "batch_size": 2, "precision": "bf16", "save_every": 0})
+
+
+def pictures(folder: Path, side: int) -> None:
+    """Two pictures of noise with captions."""
+    for number, caption in enumerate(CAPTIONS):
+        noise = torch.randint(256, (side, side, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(caption)
+
+
+def ours(base: str, method: str, steps: int, folder: Path) -> list[float]:
+    """Seconds of each step."""
+    marks: list[float] = []
+    tune(
+        settings_for(base, folder, method, steps),
+        BASES[base](),
+        progress=lambda *_: marks.append(time.perf_counter()),
+    )
+    return [after - before for before, after in itertools.pairwise(marks)]
+
+
+def naive(base: str, steps: int, folder: Path) -> list[float]:
+    """Seconds of each step, done the published way."""
+    pipeline, settings = BASES[base](), settings_for(base, folder, "ed-lora", steps)
+    layers = len(cross_attentions(pipeline.unet))
+    first = pipeline.text_encoder.get_input_embeddings().num_embeddings
+    pipeline.text_encoder.resize_token_embeddings(first + 2 * layers, mean_resizing=False)
+    table = pipeline.text_encoder.get_input_embeddings().weight
+    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    examples = read_folder(folder, instance_prompt=CAPTIONS[0])
+    images = torch.stack(
+        [
+            fit(one, settings.pictures, size=side, multiple=pipeline.vae_scale_factor, generator=None).picture
+            for one in examples
+        ]
+    )
+    ids = torch.tensor([_ids(pipeline, caption, first, layers) for caption in CAPTIONS])  # (pictures, layers, tokens)
+    scheduler, marks = noise_scheduler(pipeline, settings.loss), [time.perf_counter()]
+    with low_rank_layers(pipeline, settings) as changes, layerwise(pipeline.unet):
+        table.requires_grad_(True)
+        trained = [table, *(one for change in changes.values() for one in change.parameters())]
+        optimizer = torch.optim.AdamW(trained, lr=1e-5)
+        for _ in range(steps):
+            with torch.autocast("cpu", torch.bfloat16):
+                latents = pipeline.vae.encode(images).latent_dist.sample() * pipeline.vae.config.scaling_factor
+                noise = torch.randn_like(latents)
+                timesteps = torch.randint(1000, (len(latents),))
+                text = pipeline.text_encoder(ids.flatten(0, 1)).last_hidden_state.unflatten(0, ids.shape[:2])
+                made = pipeline.unet(scheduler.add_noise(latents, noise, timesteps), timesteps, text).sample
+            masked_mse(made, denoising_target(scheduler, latents, noise, timesteps)).backward()
+            table.grad[:first] = 0  # type: ignore[index]
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            marks.append(time.perf_counter())
+    return [after - before for before, after in itertools.pairwise(marks[1:])]
+
+
+def _ids(pipeline: Any, caption: str, first: int, layers: int) -> list[list[int]]:
+    tokenizer, length = pipeline.tokenizer, pipeline.text_encoder.config.max_position_embeddings
+    before, after = (tokenizer(part, add_special_tokens=False).input_ids for part in caption.split("<thing>"))
+    rows = []
+    for layer in range(layers):
+        row = [tokenizer.bos_token_id, *before, first + layer, first + layers + layer, *after, tokenizer.eos_token_id]
+        rows.append(row + [tokenizer.pad_token_id] * (length - len(row)))
+    return rows
+
+
+def measure(base: str, way: str, steps: int) -> None:
+    """Print the fastest step in seconds and the peak of memory in MB."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pictures(folder, 512 if base == "sd15" else 64)
+        seconds = naive(base, steps, folder) if way == "naive" else ours(base, way, steps, folder)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": min(seconds), "megabytes": peak}))
+
+
+def main() -> None:
+    """Measure every way on every base and print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--bases", default=",".join(BASES))
+    parser.add_argument("--one", nargs=2, metavar=("BASE", "WAY"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        measure(*options.one, options.steps)
+        return
+    figures = {}
+    for base in options.bases.split(","):
+        steps = options.steps if base == "sd15" else 10 * options.steps
+        found = {way: _in_process(base, way, steps) for way in WAYS}
+        figures[base] = {
+            "ed_lora_over_lora": found["ed-lora"]["seconds"] / found["lora"]["seconds"],
+            "naive_over_ours": found["naive"]["seconds"] / found["ed-lora"]["seconds"],
+            "memory_over_naive": found["ed-lora"]["megabytes"] / found["naive"]["megabytes"],
+        }
+        print(base, {key: round(value, 3) for key, value in figures[base].items()}, found, flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _in_process(base: str, way: str, steps: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--one", base, way, "--steps", str(steps)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Passing many similar prompts through a CLIP text encoder, each distinct beginning of them only once.
+
+Attention is causal: what the encoder makes of a token depends on the tokens up to it and on nothing else. So rows
+that begin alike share the states of what they share, as a tree: a node is a distinct beginning of some row. The
+encoder works on the nodes, one token each; only attention sees them in rows. All of it is exact, gradients included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+Encode = Callable[[Any, Tensor], Tensor]
+"""A text encoder and token ids, (rows, tokens), to last hidden states, (rows, tokens, dim)."""
+
+
+def encode_fully(text_encoder: Any, rows: Tensor) -> Tensor:
+    """Every token of every row: for recording what the encoder's layers see. (rows, tokens) -> (rows, tokens, dim)."""
+    return text_encoder(rows).last_hidden_state
+
+
+def encode_shared(text_encoder: Any, rows: Tensor) -> Tensor:
+    """The same numbers, with every distinct beginning of a row encoded once. (rows, tokens) -> (rows, tokens, dim)."""
+    distinct, place = rows.unique(dim=0, return_inverse=True)
+    if any(getattr(module, "gradient_checkpointing", False) for module in text_encoder.modules()):
+        # The backward pass will run the layers again, outside our `with`: by then they must need no help from us.
+        return encode_fully(text_encoder, distinct)[place]
+    nodes, origins = _beginnings(distinct)
+    with _attention_in_rows(text_encoder):
+        states = text_encoder(
+            distinct.flatten()[origins, None],
+            position_ids=(origins % rows.shape[1])[:, None],
+            nodes=nodes,
+            origins=origins,
+        ).last_hidden_state
+    return F.embedding(nodes[place], states.flatten(1))
+
+
+def _beginnings(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Number the distinct beginnings of rows: the node at each place, (rows, tokens), and each node's first place.
+
+    A place is counted through all rows, as in `rows.flatten()`: (nodes,).
+    """
+    alike = (rows[:, None] == rows).cumprod(
+        -1, dtype=torch.uint8
+    )  # (rows, rows, tokens): do two rows agree up to here?
+    owner = alike.argmax(1)  # the first row that begins like this one
+    places = owner * rows.shape[1] + torch.arange(rows.shape[1], device=rows.device)
+    origins, nodes = places.unique(return_inverse=True)
+    return nodes, origins
+
+
+def _attend_in_rows(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    nodes: Tensor,
+    origins: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of nodes, (nodes, heads, 1, dim), along the rows that they form. -> (nodes, 1, heads, dim)."""
+
+    def in_rows(states: Tensor) -> Tensor:
+        # An embedding lookup is indexing whose gradient is quick, and the same on every run.
+        found = F.embedding(nodes, states.flatten(1))
+        return rearrange(found, "rows tokens (heads dim) -> rows heads tokens dim", heads=states.shape[1])
+
+    seen = F.scaled_dot_product_attention(
+        in_rows(query), in_rows(key), in_rows(value), dropout_p=dropout, is_causal=True, scale=scaling
+    )
+    return rearrange(seen, "rows heads tokens dim -> (rows tokens) 1 heads dim")[origins], None
+
+
+_NAME: Final = "mixofshow_rows"
+AttentionInterface.register(_NAME, _attend_in_rows)
+
+
+@contextlib.contextmanager
+def _attention_in_rows(text_encoder: Any) -> Iterator[None]:
+    """Inside, the text encoder takes `nodes` and `origins` and attends along the rows that they describe."""
+    config = text_encoder.config
+    before = config._attn_implementation
+    config._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

@@ -1,0 +1,159 @@
+"""Weights that are trained: put beside a frozen base for the time of tuning, and taken off again without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final, Protocol
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from mixofshow.bases.layers import lora_layers, module_path
+from mixofshow.concepts.concept import Change, Full, LowRank
+from mixofshow.tuning.settings import TextEncoderSettings, TuningSettings, UNetSettings
+
+ADAPTER: Final = "concept"
+
+
+class TrainedChange(Protocol):
+    """The change of one layer, while it is trained."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimizer moves."""
+
+    def enable(self, on: bool) -> None:
+        """Switch the change off and on again."""
+
+    def finished(self) -> Change:
+        """The change as a concept holds it."""
+
+
+Changes = Mapping[str, TrainedChange]
+"""By our layer names."""
+
+
+@contextlib.contextmanager
+def switched_off(changes: Iterable[TrainedChange]) -> Iterator[None]:
+    """Inside, these layers are the base's."""
+    changes = list(changes)
+    for change in changes:
+        change.enable(False)
+    try:
+        yield
+    finally:
+        for change in changes:
+            change.enable(True)
+
+
+def keys_and_values(layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of cross-attention."""
+    return {name: found for name, found in layers.items() if name.endswith(("attn2.to_k", "attn2.to_v"))}
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """In half precision, as the file holds it: rounding here makes the concept in memory the one in the file."""
+    return tensor.detach().cpu().half().float()
+
+
+class _LowRankChange:
+    """A layer that peft has wrapped."""
+
+    def __init__(self, wrapper: Any, alpha: float) -> None:
+        self.wrapper, self.alpha = wrapper, alpha
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.wrapper.lora_A[ADAPTER].weight, self.wrapper.lora_B[ADAPTER].weight]
+
+    def enable(self, on: bool) -> None:
+        self.wrapper.enable_adapters(on)
+
+    def finished(self) -> LowRank:
+        down, up = self.parameters()
+        return LowRank(_stored(down.flatten(1)), _stored(self.alpha * up.flatten(1)))
+
+
+@contextlib.contextmanager
+def low_rank_layers(pipeline: Any, settings: TuningSettings) -> Iterator[Changes]:
+    """Inside, the layers that the settings aim at are wrapped by peft; yields them. Afterwards all is as before."""
+    parts: dict[str, TextEncoderSettings | UNetSettings] = {
+        "text_encoder": settings.text_encoder,
+        "unet": settings.unet,
+    }
+    layers = lora_layers(pipeline, unet=settings.unet.targets, text_encoder=settings.text_encoder.targets)
+    paths = {name: module_path(pipeline, name) for name in layers}
+    try:
+        for part, own in parts.items():
+            targets = [path for own_part, path in paths.values() if own_part == part]
+            # peft scales by lora_alpha / r; the reference scales by alpha.
+            config = LoraConfig(r=own.rank, lora_alpha=own.alpha * own.rank, target_modules=targets)  # type: ignore[arg-type]
+            inject_adapter_in_model(config, getattr(pipeline, part), ADAPTER)
+        yield {
+            name: _LowRankChange(getattr(pipeline, part).get_submodule(path), parts[part].alpha)
+            for name, (part, path) in paths.items()
+        }
+    finally:
+        for part, path in paths.values():
+            module = getattr(pipeline, part).get_submodule(path)
+            getattr(pipeline, part).set_submodule(path, getattr(module, "base_layer", module))
+        for model in (pipeline.text_encoder, pipeline.unet):
+            if hasattr(model, "peft_config"):
+                del model.peft_config
+
+
+class _Sum(nn.Module):
+    """A weight and what is added to it whenever it is read."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.change = nn.Parameter(torch.zeros_like(weight))
+        self.on = True
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The changed weight."""
+        return weight + self.change if self.on else weight
+
+
+class _FullChange:
+    """A layer whose weight has a change of full rank."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.sum = _Sum(layer.weight)  # type: ignore[arg-type]
+        parametrize.register_parametrization(layer, "weight", self.sum)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.sum.change]
+
+    def enable(self, on: bool) -> None:
+        self.sum.on = on
+
+    def finished(self) -> Change:
+        """Low-rank where that says the same in less, else as it is."""
+        change = _stored(self.sum.change)
+        return _factors(change) or Full(change)
+
+
+@contextlib.contextmanager
+def full_keys_and_values(pipeline: Any, settings: TuningSettings) -> Iterator[Changes]:
+    """Inside, cross-attention's keys and values each have a change of full rank; yields them (Custom Diffusion §3.1)."""
+    layers = keys_and_values(lora_layers(pipeline))
+    try:
+        yield {name: _FullChange(module) for name, module in layers.items()}
+    finally:
+        for module in layers.values():
+            if parametrize.is_parametrized(module, "weight"):
+                parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+
+
+def _factors(change: Tensor) -> LowRank | None:
+    """Two factors whose product is the change to half precision, if they are smaller than it."""
+    left, values, right = torch.linalg.svd(change.double(), full_matrices=False)
+    outputs, inputs = change.shape
+    for rank in range(1, outputs * inputs // (outputs + inputs) + 1):
+        # What is left out must be below half precision's rounding of the rest.
+        if values[rank:].norm() <= torch.finfo(torch.float16).eps / 2 * values[:rank].norm():
+            root = values[:rank].sqrt()
+            return LowRank(_stored(root[:, None] * right[:rank]), _stored(left[:, :rank] * root))
+    return None

@@ -1,0 +1,56 @@
+"""`mixofshow check`: everything of a folder is decoded, and what is wrong with it is listed, before any training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from mixofshow.errors import DatasetError
+from mixofshow.files import write_text
+from mixofshow.tuning.dataset import Finding, readings
+from mixofshow.tuning.pictures import Alpha
+
+COLOURS: Final = {"error": "red", "warning": "yellow", "note": "default"}
+
+
+def check_folder(
+    folder: Path,
+    *,
+    masks: Path | None = None,
+    instance_prompt: str = "the instance prompt",
+    alpha: Alpha = "fill",
+    background: str = "white",
+) -> list[Finding]:
+    """What there is to say about a folder's pictures, captions and masks, in the pictures' order; nothing is changed.
+
+    Empty if all of it is used as it is. Raises DatasetError if there is no such folder or no picture in it.
+    """
+    one_by_one = readings(folder, instance_prompt=instance_prompt, masks=masks, alpha=alpha, background=background)
+    return [finding for reading in one_by_one for finding in reading.findings]
+
+
+def report(findings: Sequence[Finding], json_file: Path | None = None) -> None:
+    """Print the findings as a table, and write them as JSON if asked to. Raises DatasetError if one is an error."""
+    print_findings(findings)
+    if json_file:
+        table = {"findings": [dataclasses.asdict(finding) for finding in findings]}
+        write_text(json_file, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+    if bad := sorted({finding.file for finding in findings if finding.level == "error"}):
+        count = f"{len(bad)} files cannot be used" if len(bad) > 1 else f"{bad[0]} cannot be used"
+        raise DatasetError(f"{count}; repair what the table names, or leave it out with --skip-bad")
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """The table of findings, one row each, on standard output; a line if there are none."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("file", "", "what")
+    for finding in findings:
+        # Text, not str: rich would take what stands in brackets in a file's name for a colour.
+        table.add_row(Text(finding.file), Text(finding.level, COLOURS[finding.level]), Text(finding.message))
+    Console().print(table if findings else "nothing to say: every picture is used as it is")

@@ -1,0 +1,40 @@
+"""Masks of pictures: where they lie, which is whose, and whether they fit."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from PIL import Image
+
+from mixofshow.errors import DatasetError
+from mixofshow.tuning.pictures import SUFFIXES, label, read_mask
+
+
+def mask_folder(folder: Path, given: Path | None) -> Path | None:
+    """The folder of masks: as given, else `masks` beside the pictures, or None without one. Raises DatasetError."""
+    if given is not None:
+        if not given.is_dir():
+            raise DatasetError(f"{given}: no such folder of masks")
+        return given
+    beside = Path(os.path.abspath(folder)).parent / "masks"  # abspath: "." and "a/.." have no parent of their own
+    return beside if beside.is_dir() and not beside.samefile(folder) else None
+
+
+def read_mask_of(path: Path, folder: Path, image: Image.Image | None, own: Image.Image | None) -> Image.Image:
+    """The mask (L) of a picture's stem in the folder, else the one that its transparency made.
+
+    It has the picture's size; that is not checked for a picture that could not be read. Raises DatasetError.
+    """
+    files = [file for file in sorted(folder.iterdir()) if file.stem == path.stem and file.suffix.lower() in SUFFIXES]
+    if not files and own is not None:
+        return own
+    if not files:
+        raise DatasetError(f"{label(path)}: no mask in {folder}; expected {label(path.with_suffix('.png'))}")
+    if len(files) > 1:
+        raise DatasetError(f"{label(path)}: {' and '.join(map(label, files))} in {folder}; keep one of them")
+    mask = read_mask(files[0], name=f"{label(path)}: its mask {label(folder)}/{label(files[0])}")
+    if image is not None and mask.size != image.size:
+        sizes = f"{mask.width} x {mask.height} pixels, the picture has {image.width} x {image.height}"
+        raise DatasetError(f"{label(path)}: its mask has {sizes}; save the mask at the picture's size")
+    return mask

@@ -1,0 +1,172 @@
+"""Runs that are broken off: what is lost, and what goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from mixofshow.concepts.concept import load_concept
+from mixofshow.errors import BadInputError, SettingsError
+from mixofshow.tuning.checkpoints import newest
+from mixofshow.tuning.settings import make_settings, printed
+from mixofshow.tuning.trainer import tune
+
+GOLDEN_BASE = Path(__file__).parents[1] / "goldens" / "pipeline"
+
+
+@pytest.fixture
+def make(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for number, colour in enumerate(("red", "blue", "green")):
+        Image.new("RGB", (16, 16), colour).save(tmp_path / "pictures" / f"{number}.png")
+
+    def settings(**changed):
+        table = {
+            "name": "thing",
+            "class_word": "man",
+            "base": str(GOLDEN_BASE),
+            "data": tmp_path / "pictures",
+            "steps": 6,
+            "batch_size": 2,
+            "save_every": 2,
+            "tracker": "none",
+            "pictures.size": 64,
+            "pictures.flip": True,
+            "words.norm_limit": 0.19,
+            "unet.rate": 0.01,
+        }
+        return make_settings({**table, **changed})
+
+    return settings
+
+
+def _stopping(at):
+    def progress(step, total, info):
+        if step == at:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+VARIANTS = {
+    "plain": {},
+    "running mean and accumulation": {"optimizer.ema": 0.5, "optimizer.accumulate": 2, "optimizer.warmup": 2},
+    "words and captions": {"method": "p-plus", "captions.dropout": 0.5, "captions.templates": "object"},
+    "full rank": {"method": "custom-diffusion", "prior.weight": 0.0},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_resumed_run_is_bit_equal_to_an_unbroken_one(golden_pipeline, make, tmp_path, variant):
+    settings = make(**VARIANTS[variant])
+    straight = tune(settings, golden_pipeline)
+    broken = tune(settings, golden_pipeline, folder=tmp_path / "run", progress=_stopping(3))
+    assert broken.info.settings["steps"] == 3 and broken.hash != straight.hash
+    resumed = tune(settings, golden_pipeline, folder=tmp_path / "run", resume=True)
+    assert resumed.hash == straight.hash
+    assert resumed.info == straight.info
+
+
+def test_words_that_stopped_stay_stopped(golden_pipeline, make, tmp_path):
+    settings = make(**{"words.norm_limit": 1e-6})
+    tune(settings, golden_pipeline, folder=tmp_path / "run", progress=_stopping(2))
+    resumed = tune(settings, golden_pipeline, folder=tmp_path / "run", resume=True)
+    assert torch.equal(resumed.embeddings, tune(settings, golden_pipeline).embeddings)
+
+
+def test_another_configuration_or_data_set_is_refused_and_named(golden_pipeline, make, tmp_path):
+    tune(make(), golden_pipeline, folder=tmp_path / "run", progress=_stopping(2))
+    with pytest.raises(SettingsError, match=r"unet\.rank: 4 -> 8"):
+        tune(make(**{"unet.rank": 8}), golden_pipeline, folder=tmp_path / "run", resume=True)
+    Image.new("RGB", (16, 16), "yellow").save(tmp_path / "pictures" / "1.png")
+    with pytest.raises(SettingsError, match=r"1\.png: changed"):
+        tune(make(), golden_pipeline, folder=tmp_path / "run", resume=True)
+
+
+def test_a_new_run_does_not_mix_with_an_old_one(golden_pipeline, make, tmp_path):
+    with pytest.raises(BadInputError, match="nothing to resume"):
+        tune(make(), golden_pipeline, folder=tmp_path / "run", resume=True)
+    tune(make(), golden_pipeline, folder=tmp_path / "run", progress=_stopping(2))
+    with pytest.raises(BadInputError, match="--resume"):
+        tune(make(), golden_pipeline, folder=tmp_path / "run")
+
+
+def _command(tmp_path, settings, *more):
+    (tmp_path / "thing.yaml").write_text(printed(settings))
+    out = ["--out", str(tmp_path / "thing.safetensors"), "--device", "cpu"]
+    return ["-m", "mixofshow", "tune", str(tmp_path / "thing.yaml"), *out, *more]
+
+
+def _environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_kill_9_costs_at_most_one_save_interval(make, tmp_path):
+    settings = make(steps=400, save_every=5)
+    process = subprocess.Popen(
+        [sys.executable, *_command(tmp_path, settings)], env=_environment(), stderr=subprocess.DEVNULL
+    )
+    folder = tmp_path / "thing" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("step-*.pt")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(1.3)
+    before = max(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.pt"))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    found = newest(folder)
+    assert found is not None and int(found.stem.removeprefix("step-")) >= before
+    assert not (tmp_path / "thing.safetensors").exists()
+    resumed = subprocess.run(
+        [sys.executable, *_command(tmp_path, make(steps=before + 20, save_every=5), "--resume")],
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # Fewer steps than before are another run; the configuration that was killed is the one that goes on.
+    assert resumed.returncode == 2 and "steps: 400 ->" in resumed.stderr
+
+
+def test_a_full_disk_ends_with_3_and_names_the_last_good_checkpoint(make, tmp_path):
+    """The limit lets the first checkpoint through and nothing larger than it."""
+    settings = make(steps=8)
+
+    def small_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    ended = subprocess.run(
+        [sys.executable, *_command(tmp_path, settings)],
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=small_disk,
+    )
+    assert ended.returncode == 3, ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("error: ") and "last good checkpoint: none yet" in ended.stderr
+
+
+def test_two_processes_do_what_one_does_with_twice_the_batches(golden_pipeline, make, tmp_path):
+    settings = make(steps=4, save_every=0)
+    # What `accelerate launch` starts on several GPUs; on CPUs it would want MPI.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, *_command(tmp_path, settings)], env=_environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    one = tune(make(steps=4, **{"optimizer.accumulate": 2}), golden_pipeline)
+    two = load_concept(tmp_path / "thing.safetensors")
+    assert torch.allclose(one.embeddings, two.embeddings, atol=1e-4)
+    for name, delta in one.deltas.items():
+        assert torch.allclose(delta.matrix(), two.deltas[name].matrix(), atol=1e-4), name
