@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +19,7 @@ from mixofshow.tuning.dataset import read_folder
 from mixofshow.tuning.losses import masked_mse, min_snr_weights, negative_log_density, offset_noise
 from mixofshow.tuning.methods import METHODS, class_token, initial_words
 from mixofshow.tuning.objective import noise_scheduler
+from mixofshow.tuning.optimizers import make_optimizer
 from mixofshow.tuning.settings import make_settings
 from mixofshow.tuning.trainer import tune
 
@@ -133,6 +136,7 @@ OPTIONS = {
     "density": {"words.density_weight": 2e-3},
     "keys and values dropped": {"unet.drop_kv": 1.0},
     "accumulation": {"optimizer.accumulate": 2},
+    "Prodigy": {"optimizer.name": "prodigy", "words.rate": 1, "text_encoder.rate": 1, "unet.rate": 1},
     "warm-up": {"optimizer.warmup": 2},
     "cosine": {"optimizer.schedule": "cosine"},
     "constant": {"optimizer.schedule": "constant"},
@@ -308,3 +312,10 @@ def test_noise_offset_shifts_whole_channels():
 def test_settings_are_checked_when_made(change, message):
     with pytest.raises(SettingsError, match=message):
         make_settings({"name": "cat", "class_word": "cat", "data": "x", **change})
+
+
+def test_a_missing_optimizer_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)  # importing it fails
+    settings = make_settings({"name": "cat", "class_word": "cat", "data": "x", "optimizer.name": "adamw8bit"})
+    with pytest.raises(SettingsError, match="pip install bitsandbytes"):
+        make_optimizer(settings.optimizer, [])
