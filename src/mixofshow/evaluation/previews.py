@@ -8,7 +8,7 @@ from typing import Any, Final
 from mixofshow.concepts.concept import Concept
 from mixofshow.grids import grid
 from mixofshow.sampling.pipeline import MixOfShowPipeline
-from mixofshow.tuning.trainer import Preview
+from mixofshow.tuning.run import Preview
 
 STRENGTHS: Final = {"words only (0)": 0.0, "0.7": 0.7, "1.0": 1.0}
 

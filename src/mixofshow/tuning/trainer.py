@@ -4,42 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
-from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixofshow.bases.families import family_of
 from mixofshow.bases.loading import fingerprint
 from mixofshow.concepts.concept import Concept, ConceptInfo
 from mixofshow.concepts.prompts import layerwise
 from mixofshow.concepts.words import Vocabulary, token_ids
-from mixofshow.errors import BadInputError, SettingsError
+from mixofshow.errors import SettingsError
 from mixofshow.progress import Progress, silent
 from mixofshow.tuning.attention import recorded_attention
-from mixofshow.tuning.batches import Order, Source, batch_generator
-from mixofshow.tuning.changes import TrainedChange, keys_and_values, switched_off
-from mixofshow.tuning.checkpoints import Identity, load, newest, save
+from mixofshow.tuning.batches import Order, Source
+from mixofshow.tuning.checkpoints import Identity
 from mixofshow.tuning.dataset import Example, read_folder, with_placeholder
 from mixofshow.tuning.methods import METHODS, initial_words, initializers, word_names
 from mixofshow.tuning.objective import Feed, Objective
-from mixofshow.tuning.optimizers import make_optimizer, make_schedule
 from mixofshow.tuning.prior import prior_examples
+from mixofshow.tuning.run import Preview, Run
 from mixofshow.tuning.settings import TuningSettings
 
 logger = logging.getLogger(__name__)
-
-MAY_GROW: Final = ("steps", "epochs")
-Preview = Callable[[Concept, int], None]
-"""Called with the concept so far and the step."""
 
 
 def tune(
@@ -79,7 +72,7 @@ def tune(
         recorded_attention(pipeline.unet) if settings.loss.attention_weight else contextlib.nullcontext() as maps,
     ):
         objective = Objective(pipeline, words, changes, settings, maps)
-        run = _Run(settings, objective, feeds, accelerator, info=info, total=total)
+        run = Run(settings, objective, feeds, accelerator, info=info, total=total)
         if folder:
             run.keep(folder, _identity(settings, examples, info), resume=resume)
         run.to_the_end(progress, preview)
@@ -192,149 +185,3 @@ def _recomputing(pipeline: Any, on: bool) -> Iterator[None]:
         pipeline.unet.disable_gradient_checkpointing()
         pipeline.text_encoder.activation_checkpointing_disable()
         pipeline.text_encoder.eval()
-
-
-class _Run:
-    """State of one run: what is trained, the optimizer, its schedule, and whether the words may still move."""
-
-    def __init__(
-        self,
-        settings: TuningSettings,
-        objective: Objective,
-        feeds: Sequence[Feed],
-        accelerator: Accelerator,
-        *,
-        info: ConceptInfo,
-        total: int,
-    ) -> None:
-        self.settings, self.objective, self.feeds, self.accelerator = settings, objective, feeds, accelerator
-        self.info, self.total, self.step, self.words_move = info, total, 0, True
-        self.words, self.changes = objective.words, objective.changes
-        groups: list[dict[str, Any]] = [
-            {"params": [self.words.moving], "lr": settings.words.rate},
-            {"params": self._of_part("text_encoder"), "lr": settings.text_encoder.rate},
-            {"params": self._of_part("unet"), "lr": settings.unet.rate},
-        ]
-        self.trained = [parameter for group in groups for parameter in group["params"]]
-        self.model, self.optimizer = accelerator.prepare(
-            objective, make_optimizer(settings.optimizer, [group for group in groups if group["params"]])
-        )
-        self.schedule = make_schedule(settings.optimizer, self.optimizer, total)
-        decay = settings.optimizer.ema
-        self.average = EMAModel(self.trained, decay=decay, use_ema_warmup=True, power=0.75) if decay else None
-        self.folder: Path | None = None
-        self.identity: Identity | None = None
-
-    def _of_part(self, part: str) -> list[nn.Parameter]:
-        named = self.changes.items()
-        return [one for name, change in named if name.startswith(f"{part}.") for one in change.parameters()]
-
-    def keep(self, folder: Path, identity: Identity, *, resume: bool) -> None:
-        """Leave checkpoints and curves in `folder` from now on; with `resume`, go on from the newest first."""
-        self.folder, self.identity = folder / "checkpoints", identity
-        if resume:
-            self.step, state = load(self.folder, identity, may_grow=MAY_GROW)
-            self._take(state)
-            logger.warning("going on from step %d of %d", self.step, self.total)
-        elif found := newest(self.folder):
-            raise BadInputError(f"{found}: left by an earlier run; --resume goes on from it, removing it starts anew")
-        config = {key: value for key, value in self.info.settings.items() if value is not None}
-        self.accelerator.init_trackers("curves", config)
-
-    def to_the_end(self, progress: Progress, preview: Preview | None) -> None:
-        """All steps, or as many as Ctrl-C leaves."""
-        first, started = self.step, time.monotonic()
-        try:
-            while self.step < self.total:
-                figures = self._one_step()
-                self.step += 1
-                self.accelerator.log(figures, step=self.step)
-                speed = (self.step - first) / (time.monotonic() - started)
-                progress(self.step, self.total, {"loss": figures["loss"], "steps/s": speed})
-                self._save_if_due()
-                if preview and _due(self.step, self.settings.preview_every) and self.accelerator.is_main_process:
-                    with switched_off(self.changes.values()):  # a preview puts the concept on by itself
-                        preview(self.concept(), self.step)
-        except KeyboardInterrupt:
-            logger.warning("stopped at step %d of %d; what was learned so far is kept", self.step, self.total)
-            self._save()
-        self.accelerator.end_training()
-
-    def _one_step(self) -> dict[str, float]:
-        """One step of the optimizer, over `accumulate` batches; returns its figures."""
-        settings, sums = self.settings, dict[str, float]()
-        for part in range(settings.optimizer.accumulate):
-            number = self.step * settings.optimizer.accumulate + part
-            number = number * self.accelerator.num_processes + self.accelerator.process_index
-            with self.accelerator.accumulate(self.model), switched_off(self._dropped(number)):
-                figures = self.model(*[feed.batch(number, self.objective.scheduler) for feed in self.feeds])
-                self.accelerator.backward(figures["loss"])
-                if self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(self.trained, settings.optimizer.max_grad_norm)
-                    if not self.words_move:
-                        self.words.moving.grad = None
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            for name, value in figures.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach()) / settings.optimizer.accumulate
-        self.schedule.step()
-        if self.average:
-            self.average.step(self.trained)
-        if self.words().detach().norm(dim=-1).mean() >= settings.words.norm_limit:
-            self.words_move = False
-        return sums
-
-    def _dropped(self, number: int) -> Iterable[TrainedChange]:
-        """The keys and values that batch `number` goes without."""
-        chance = self.settings.unet.drop_kv
-        # A generator of its own, so that the option changes nothing else that is random.
-        drawn = torch.rand((), generator=batch_generator(self.settings.seed + 1, number)) if chance else 1.0
-        return keys_and_values(self.changes).values() if drawn < chance else ()
-
-    def _save_if_due(self) -> None:
-        if _due(self.step, self.settings.save_every) and self.step < self.total:
-            self._save()
-
-    def _save(self) -> None:
-        if self.folder and self.identity and self.accelerator.is_main_process:
-            save(self.folder, self.step, self._state(), self.identity)
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "trained": [parameter.detach() for parameter in self.trained],
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
-            "average": self.average.state_dict() if self.average else {},
-            "words_move": self.words_move,
-        }
-
-    @torch.no_grad()
-    def _take(self, state: Mapping[str, Any]) -> None:
-        for parameter, saved in zip(self.trained, state["trained"], strict=True):
-            parameter.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        if self.average:
-            self.average.load_state_dict(state["average"])
-        self.words_move = state["words_move"]
-
-    @torch.no_grad()
-    def concept(self) -> Concept:
-        """What has been learned so far."""
-        info = self.info.model_copy(update={"settings": {**self.info.settings, "steps": self.step}})
-        if self.average:
-            self.average.store(self.trained)
-            self.average.copy_to(self.trained)
-        try:
-            vectors = self.words().cpu().transpose(0, 1).contiguous().half().float()
-            return Concept(info, vectors, {name: change.finished() for name, change in self.changes.items()})
-        finally:
-            if self.average:
-                self.average.restore(self.trained)
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
