@@ -156,7 +156,7 @@ def fuse(
     files: Annotated[list[Path], typer.Argument(help="Concept files.")],
     out: Annotated[Path, typer.Option(help="Folder to write: a diffusers model and concepts.json.")],
     base: Base = "emojiland",
-    method: Annotated[str, typer.Option(help="gradient or average.")] = "gradient",
+    method: Annotated[str, typer.Option(help="gradient, average, or another of docs/how-it-works.md.")] = "gradient",
     setting: Annotated[list[str] | None, typer.Option("--set", help="A setting of the method, as ridge=1e-6.")] = None,
     device: Device = "cpu",
 ) -> None:

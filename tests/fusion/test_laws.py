@@ -16,6 +16,16 @@ from mixofshow.fusion.statistics import LayerSums, Moments, input_of
 
 FEW = FusionSettings(steps=3)
 EXACT = FusionSettings(steps=3, options={"ridge": 1e-6, "toward": "base"})
+EXACT_ALONE = {
+    "gradient": {},
+    "average": {},
+    "sum": {},
+    "ties": {"density": 1.0},  # at any other density, entries of the one concept are cut
+    "dare": {"density": 1.0},  # at any other density, right only in expectation
+    "svd": {"rank": 4},  # the concepts' own rank; below it nothing can keep them
+    "regmean": {},
+}
+"""The methods that keep one concept alone, with the settings at which they do."""
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +58,15 @@ def test_no_method_fits_better_than_the_least_damped(golden_pipeline, golden_con
     assert all(one.fused <= one.average for one in both.layers.values())
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_keeps_one_concept_and_forgets_the_order(method, golden_pipeline, golden_concepts):
-    settings = FusionSettings(method=method, steps=1)
-    alone = fuse(golden_concepts[:1], golden_pipeline, settings)
+@pytest.mark.parametrize(("method", "options"), EXACT_ALONE.items())
+def test_one_concept_alone_is_kept(method, options, golden_pipeline, golden_concepts):
+    alone = fuse(golden_concepts[:1], golden_pipeline, FusionSettings(method=method, steps=1, options=options))
     assert max(one.residual for one in alone.layers.values()) <= 1e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_forgets_the_order(method, golden_pipeline, golden_concepts):
+    settings = FusionSettings(method=method, steps=1)
     there, back = (fuse(order, golden_pipeline, settings) for order in (golden_concepts, golden_concepts[::-1]))
     assert all(torch.equal(weight, back.model.weights[name]) for name, weight in there.model.weights.items())
 
@@ -140,11 +154,17 @@ def test_a_singular_matrix_is_solved_by_eigenvalues():
         ("gradiant", {}, "did you mean 'gradient'"),
         ("gradient", {"rigde": 1}, "did you mean 'ridge'"),
         ("average", {"ridge": 1}, "has no setting 'ridge'"),
+        ("gradient", {"ridge": "small"}, "'ridge'.*found small"),
+        ("ties", {"majority_sign_method": "most"}, "'majority_sign_method'"),
     ],
 )
 def test_unknown_methods_and_settings_are_named(method, options, message):
     with pytest.raises(SettingsError, match=message):
         method_settings(method, options)
+
+
+def test_settings_may_come_as_texts():
+    assert method_settings("gradient", {"ridge": "1e-6"}) == {"ridge": 1e-6, "toward": "average"}
 
 
 def test_nothing_and_twice_the_same_are_refused(golden_pipeline, golden_concepts):

@@ -7,17 +7,21 @@ A method takes the concepts' changes of one layer and the layer's sums, and retu
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args, get_type_hints
 
 import torch
+from peft.utils import merge_utils
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from mixofshow.concepts.concept import Change
-from mixofshow.errors import SettingsError, nearest
+from mixofshow.errors import SettingsError, nearest, shown
 from mixofshow.fusion.statistics import LayerSums
 
 Method = Callable[..., Tensor]
+Election = Literal["total", "frequency"]
 METHODS: Final[dict[str, Method]] = {}
 
 
@@ -53,11 +57,94 @@ def gradient(
 @fusion_method("average")
 def average(changes: Sequence[Change | None], sums: LayerSums) -> Tensor:
     """Weight fusion, the paper's baseline: the mean of the changes, Σ ΔW_i / n."""
-    total = torch.zeros_like(sums.pulls)
+    return total(changes, sums) / len(changes)
+
+
+@fusion_method("sum")
+def total(changes: Sequence[Change | None], sums: LayerSums) -> Tensor:
+    """Task arithmetic (Ilharco et al. 2023, arXiv:2212.04089) at scale 1: Σ ΔW_i, as when adapters are simply added."""
+    found = torch.zeros_like(sums.pulls)
     for change in changes:
         if change is not None:
-            total += change.matrix(dtype=total.dtype).to(total.device)
-    return total / len(changes)
+            found += change.matrix(dtype=found.dtype).to(found.device)
+    return found
+
+
+@fusion_method("ties")
+def ties(
+    changes: Sequence[Change | None],
+    sums: LayerSums,
+    *,
+    density: float = 0.5,
+    majority_sign_method: Election = "total",
+) -> Tensor:
+    """TIES (Yadav et al. 2023, arXiv:2306.01708): trim each change to its largest entries, elect signs, average.
+
+    Of each change the `density` largest entries stay, unscaled. Every entry then takes the sign of the changes' sum
+    ("total") or of most changes ("frequency"), and is the mean of the entries that have that sign. A concept with
+    nothing there is not counted, so agreeing changes are not thinned by n. One concept alone is its trimmed change.
+    """
+    _check_share("density", density)
+    if majority_sign_method not in get_args(Election):
+        raise SettingsError(f"majority_sign_method: expected total or frequency, found {majority_sign_method!r}")
+    # The disjoint mean already divides by the number of concepts that agree, so all weights are 1.
+    matrices, ones = _matrices(changes, sums), sums.pulls.new_ones(len(changes))
+    with warnings.catch_warnings(action="ignore"):  # peft warns where a density of 1 prunes nothing, as it should
+        return merge_utils.ties(matrices, ones, density, majority_sign_method)
+
+
+@fusion_method("dare")
+def dare(changes: Sequence[Change | None], sums: LayerSums, *, density: float = 0.5, seed: int = 0) -> Tensor:
+    """DARE (Yu et al. 2023, arXiv:2311.03099): drop entries at random, divide the rest by `density`, take the mean.
+
+    Over all seeds the expectation is weight fusion's change. Concepts drop different entries; layers of one shape
+    drop the same ones. Masks are drawn on the CPU, so that all devices drop alike; the global generator is left as
+    it was.
+    """
+    _check_share("density", density)
+    matrices = [matrix.cpu() for matrix in _matrices(changes, sums)]
+    shares = torch.full((len(changes),), 1 / len(changes), dtype=sums.pulls.dtype)
+    # peft draws from the global generator of the CPU; `torch.manual_seed` would seed the accelerators' as well.
+    with torch.random.fork_rng(devices=()), warnings.catch_warnings(action="ignore"):
+        torch.default_generator.manual_seed(seed)
+        return merge_utils.dare_linear(matrices, shares, density).to(sums.pulls.device)
+
+
+@fusion_method("svd")
+def svd(changes: Sequence[Change | None], sums: LayerSums, *, rank: int = 8) -> Tensor:
+    """The mean of the changes, cut to a rank: U_r S_r V_rᵀ, the nearest matrix of that rank (Eckart–Young).
+
+    This is what is left of weight fusion when the fused model must again be one LoRA.
+    """
+    if rank < 1:
+        raise SettingsError(f"rank: expected at least 1, found {rank}")
+    left, values, right = torch.linalg.svd(average(changes, sums), full_matrices=False)
+    return (left[:, :rank] * values[:rank]) @ right[:rank]
+
+
+@fusion_method("regmean")
+def regmean(changes: Sequence[Change | None], sums: LayerSums, *, shrink: float = 0.9, ridge: float = 1e-6) -> Tensor:
+    """RegMean (Jin et al. 2023, arXiv:2212.09849): (Σ ΔW_i C̃_i)(Σ C̃_i + λI)⁻¹, C̃_i = α C_i + (1 − α) diag(C_i).
+
+    α is `shrink`: at 1 this is gradient fusion `toward` the base; at 0 each input column of the weight is a mean of
+    the concepts' columns, weighted by that input's energy. λ only guards inputs that were never seen; the paper has
+    none.
+    """
+    if not 0 <= shrink <= 1:
+        raise SettingsError(f"shrink: expected 0 to 1, found {shrink}")
+    moments = shrink * sums.moments + (1 - shrink) * sums.moments.diagonal().diag()
+    return solve_ridge(moments, shrink * sums.pulls + (1 - shrink) * sums.diagonal_pulls, ridge)
+
+
+def _matrices(changes: Sequence[Change | None], sums: LayerSums) -> list[Tensor]:
+    """The changes as matrices, each (out, in); None is no change: 0."""
+    zero = torch.zeros_like(sums.pulls)
+    return [zero if change is None else change.matrix(dtype=zero.dtype).to(zero.device) for change in changes]
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise SettingsError(f"{name}: expected more than 0 and at most 1, found {value}")
 
 
 def solve_ridge(moments: Tensor, pulls: Tensor, ridge: float) -> Tensor:
@@ -80,12 +167,17 @@ def solve_ridge(moments: Tensor, pulls: Tensor, ridge: float) -> Tensor:
 
 
 def method_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The method's settings: its defaults with the given ones. Raises SettingsError for unknown names."""
+    """The method's settings: its defaults with the given ones. Raises SettingsError for unknown names and wrong types."""
     if name not in METHODS:
         raise SettingsError(f"unknown fusion method '{name}'{nearest(name, METHODS)}")
     parameters = inspect.signature(METHODS[name]).parameters.values()
     known = {one.name: one.default for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY}
-    for key in given:
+    kinds, settings = get_type_hints(METHODS[name]), dict(known)
+    for key, value in given.items():
         if key not in known:
             raise SettingsError(f"fusion method '{name}' has no setting '{key}'{nearest(key, known)}")
-    return {**known, **given}
+        try:
+            settings[key] = TypeAdapter(kinds[key]).validate_python(value)  # YAML reads 1e-6 as a text
+        except ValidationError as error:
+            raise SettingsError(f"'{key}': {error.errors()[0]['msg'].lower()}, found {shown(value)}") from error
+    return settings

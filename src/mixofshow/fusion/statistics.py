@@ -62,11 +62,13 @@ class Moments:
 class LayerSums:
     """Sums over concepts for one layer: all that solving and measuring need.
 
-    moments Σ C_i, (in, in); pulls Σ ΔW_i C_i, (out, in); energy Σ tr(ΔW_i C_i ΔW_iᵀ); rows Σ rows of X_i.
+    moments Σ C_i, (in, in); pulls Σ ΔW_i C_i, (out, in); diagonal_pulls Σ ΔW_i diag(C_i), (out, in);
+    energy Σ tr(ΔW_i C_i ΔW_iᵀ); rows Σ rows of X_i.
     """
 
     moments: Tensor
     pulls: Tensor
+    diagonal_pulls: Tensor
     energy: float = 0.0
     rows: int = 0
 
@@ -76,6 +78,7 @@ class LayerSums:
         outputs, inputs = weight.shape
         return cls(
             weight.new_zeros(inputs, inputs, dtype=torch.float64),
+            weight.new_zeros(outputs, inputs, dtype=torch.float64),
             weight.new_zeros(outputs, inputs, dtype=torch.float64),
         )
 
@@ -90,11 +93,13 @@ class LayerSums:
             down, up = delta.down.to(moments), delta.up.to(moments)
             seen = down @ moments
             self.pulls += up @ seen
+            self.diagonal_pulls += up @ (down * moments.diagonal())
             self.energy += float(((up.T @ up) * (seen @ down.T)).sum())
         else:
             change = delta.matrix(dtype=moments.dtype).to(moments)
             pull = change @ moments
             self.pulls += pull
+            self.diagonal_pulls += change * moments.diagonal()
             self.energy += float((pull * change).sum())
 
     def objective(self, change: Tensor) -> float:
