@@ -39,7 +39,7 @@ from mixofshow.tuning.settings import make_settings
 from mixofshow.tuning.trainer import tune
 
 CONCEPTS: Final = ("reddog", "robot", "golddog")
-"""Two of one class, and one of a kind that the base model has never seen between them."""
+"""Two of one class, and between them one of a kind that the base model has never seen."""
 WIDTH, HEIGHT = 160, 64
 SCENE: Final = "in the desert"
 REGIONS: Final = ((2, 6, 54, 62), (54, 6, 106, 62), (106, 6, 158, 62))

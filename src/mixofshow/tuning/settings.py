@@ -193,9 +193,9 @@ BASE_PRESETS: Final[dict[str, dict[str, Any]]] = {
     # A small model with large token vectors learns with larger steps.
     "emojiland": {
         "steps": 400,
-        "words": {"rate": 1e-2, "sigma": 0.05, "norm_limit": 100.0},
+        "words": {"rate": 5e-3, "sigma": 0.05, "norm_limit": 100.0},
         "text_encoder": {"rate": 3e-4},
-        "unet": {"rate": 3e-3},
+        "unet": {"rate": 1e-3},
         "loss": {"noise_offset": 0.0},
     },
 }

@@ -32,11 +32,11 @@ class Recipe:
     autoencoder_steps: int = 1800
     autoencoder_batch: int = 32
     autoencoder_rate: float = 2e-3
-    generator_steps: int = 6000
+    generator_steps: int = 9000
     generator_batch: int = 32
     generator_rate: float = 1e-3
     cached_shards: int = 24
-    judge_steps: int = 4100
+    judge_steps: int = 8000
     judge_batch: int = 64
     judge_rate: float = 1e-3
     start: str | None = None
