@@ -217,6 +217,7 @@ from pathlib import Path
 import torch
 from mixofshow.tuning.checkpoints import Identity, load, save
 
+torch.set_num_threads(1)  # a forked process would wait for threads that it did not inherit
 folder, who, numbers = Path(sys.argv[1]), Identity({"steps": 1}, {}), random.Random(0)
 
 def state(step):

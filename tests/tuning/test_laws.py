@@ -244,7 +244,7 @@ def test_words_stop_at_the_norm_limit(golden_pipeline, make):
 
 
 def test_words_start_random_and_as_the_class_word(golden_pipeline, make):
-    words = initial_words(golden_pipeline, make(), torch.Generator().manual_seed(0))()
+    words = initial_words(golden_pipeline, make(), torch.Generator().manual_seed(0))().detach()
     known = golden_pipeline.text_encoder.get_input_embeddings().weight[class_token(golden_pipeline, "man")]
     assert words.shape == (len(cross_attentions(golden_pipeline.unet)), 2, 32)
     assert torch.equal(words[:, 1], known.expand(16, -1))
