@@ -267,7 +267,7 @@ def test_density_draws_far_vectors_to_the_vocabulary():
     loss = negative_log_density(far, table)
     loss.backward()
     assert bool((far.grad > 0).all())  # going down leads back to the middle
-    assert float(loss) > float(negative_log_density(torch.zeros(1, 1, 8), table))
+    assert loss.item() > float(negative_log_density(torch.zeros(1, 1, 8), table))
 
 
 def test_a_meaningless_class_word_is_refused(golden_pipeline):
