@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Final
@@ -22,13 +23,16 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from mixofshow.bases.emojiland.autoencoder import LATENT_CHANNELS, to_tensor
 from mixofshow.bases.emojiland.training import Stage, flat_then_down
 from mixofshow.bases.emojiland.wordpieces import tokenize, train_tokenizer
-from mixofshow.bases.emojiland.world import SIZE, random_picture
+from mixofshow.bases.emojiland.world import SIZE, WIDE, Picture, random_picture
 from mixofshow.grids import grid
 
 TEXT_WIDTH: Final = 128
 MAX_TOKENS: Final = 48
 UNET_CHANNELS: Final = (32, 96, 128, 128)
 CAPTION_DROPOUT: Final = 0.1
+WIDE_SHARE: Final = 0.3
+"""How many batches are of wide pictures. They hold fewer, so that they take as long."""
+WIDE_BATCH: Final = 0.4
 SNR_CAP: Final = 5.0
 PREVIEW_PROMPTS: Final = (
     "a photo of a cat on the beach",
@@ -39,6 +43,12 @@ PREVIEW_PROMPTS: Final = (
     "a photo of a panda under the sea",
     "a photo of a woman and a dog in the mountains",
     "a photo of a house and a cook on a red background",
+)
+WIDE_PREVIEW_PROMPTS: Final = (
+    "a photo of a dog and an astronaut and a cat in the desert",
+    "a photo of a house in the snow",
+    "a photo of a panda and a guitar on the beach",
+    "a photo of a cook and a car and a cook in the city",
 )
 
 
@@ -132,9 +142,17 @@ class LatentCache:
     SHARD = 2048
 
     def __init__(
-        self, folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, *, shards: int, process: int, processes: int
+        self,
+        folder: Path,
+        picture: Callable[[Random], Picture],
+        vae: AutoencoderKL,
+        tokenizer: CLIPTokenizer,
+        *,
+        shards: int,
+        process: int,
+        processes: int,
     ) -> None:
-        self.folder, self.vae, self.tokenizer = folder, vae, tokenizer
+        self.folder, self.picture, self.vae, self.tokenizer = folder, picture, vae, tokenizer
         folder.mkdir(parents=True, exist_ok=True)
         for shard in range(process, shards, processes):
             if not self._path(shard).exists():
@@ -149,7 +167,7 @@ class LatentCache:
     @torch.no_grad()
     def _write(self, shard: int) -> None:
         random = Random(shard)
-        pictures = [random_picture(random) for _ in range(self.SHARD)]
+        pictures = [self.picture(random) for _ in range(self.SHARD)]
         images = to_tensor(picture.image for picture in pictures)
         with torch.autocast(self.vae.device.type, torch.bfloat16):
             latents = [
@@ -165,7 +183,13 @@ class LatentCache:
 
 
 def stage(
-    pipeline: StableDiffusionPipeline, cache: LatentCache, *, steps: int, batch: int, learning_rate: float
+    pipeline: StableDiffusionPipeline,
+    square: LatentCache,
+    wide: LatentCache,
+    *,
+    steps: int,
+    batch: int,
+    learning_rate: float,
 ) -> Stage:
     """v-prediction loss, less of it where there is little noise; one caption in ten is dropped for guidance.
 
@@ -182,11 +206,13 @@ def stage(
 
     def loss(model: nn.Module, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        latents, ids = cache.batch(batch, generator)
-        dropped = torch.rand(batch, 1, generator=generator) < CAPTION_DROPOUT
+        is_wide = torch.rand(1, generator=generator).item() < WIDE_SHARE
+        count = max(1, round(WIDE_BATCH * batch)) if is_wide else batch
+        latents, ids = (wide if is_wide else square).batch(count, generator)
+        dropped = torch.rand(count, 1, generator=generator) < CAPTION_DROPOUT
         ids = torch.where(dropped, empty, ids)
         noise = torch.randn(latents.shape, generator=generator)
-        timesteps = torch.randint(len(signal), (batch,), generator=generator)
+        timesteps = torch.randint(len(signal), (count,), generator=generator)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         target = scheduler.get_velocity(latents, noise, timesteps)
         device = unet.device
@@ -195,12 +221,11 @@ def stage(
         return (errors * weights[timesteps].to(device)).mean()
 
     def preview(model: nn.Module) -> Image.Image:
-        prompts = [prompt for prompt in PREVIEW_PROMPTS for _ in range(2)]
-        generator = torch.Generator().manual_seed(0)
-        images = pipeline(
-            prompts, num_inference_steps=20, guidance_scale=4.0, generator=generator, height=SIZE, width=SIZE
-        )
-        return grid(images.images, columns=16)
+        rows = [
+            grid(_draw(pipeline, [prompt for prompt in PREVIEW_PROMPTS for _ in range(2)], SIZE), columns=16),
+            grid(_draw(pipeline, WIDE_PREVIEW_PROMPTS, WIDE), columns=6),
+        ]
+        return grid(rows, columns=1)
 
     return Stage(
         "generator",
@@ -212,3 +237,11 @@ def stage(
         schedule=flat_then_down,
         ema_decay=0.9995,
     )
+
+
+def _draw(pipeline: StableDiffusionPipeline, prompts: Sequence[str], width: int) -> list[Image.Image]:
+    generator = torch.Generator().manual_seed(0)
+    made = pipeline(
+        list(prompts), num_inference_steps=20, guidance_scale=4.0, generator=generator, height=SIZE, width=width
+    )
+    return made.images

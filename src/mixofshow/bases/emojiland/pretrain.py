@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL
 
 from mixofshow.bases.emojiland import autoencoder, generator, judge
 from mixofshow.bases.emojiland.training import train
+from mixofshow.bases.emojiland.world import random_picture, random_wide_picture
 from mixofshow.bases.loading import EMBEDDED, load_base
 
 WEIGHTS: Final = EMBEDDED["emojiland"]
@@ -36,6 +37,7 @@ class Recipe:
     generator_batch: int = 32
     generator_rate: float = 1e-3
     cached_shards: int = 24
+    cached_wide_shards: int = 8
     judge_steps: int = 8000
     judge_batch: int = 64
     judge_rate: float = 1e-3
@@ -71,17 +73,25 @@ def _generator(recipe: Recipe, run: Path, accelerator: Accelerator, minutes: flo
     pipeline = (load_base(recipe.start) if recipe.start else _fresh_generator(run)).to(accelerator.device)
     for part in (pipeline.unet, pipeline.text_encoder):
         part.requires_grad_(True)
-    cache = generator.LatentCache(
-        run / "latents",
-        pipeline.vae.requires_grad_(False),
-        pipeline.tokenizer,
-        shards=recipe.cached_shards,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
+    square, wide = (
+        generator.LatentCache(
+            run / folder,
+            picture,
+            pipeline.vae.requires_grad_(False),
+            pipeline.tokenizer,
+            shards=shards,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+        )
+        for folder, picture, shards in (
+            ("latents", random_picture, recipe.cached_shards),
+            ("latents-wide", random_wide_picture, recipe.cached_wide_shards),
+        )
     )
     stage = generator.stage(
         pipeline,
-        cache,
+        square,
+        wide,
         steps=recipe.generator_steps,
         batch=_share(recipe.generator_batch, accelerator),
         learning_rate=recipe.generator_rate,

@@ -16,6 +16,9 @@ from mixofshow.bases.emojiland.vocabulary import CLASSES, GENERATOR_SETS
 SIZE: Final = 64
 """Height of every picture, and width of the square ones, in pixels."""
 
+WIDE: Final = 160
+"""Width in pixels of wide pictures, which have room for three sprites."""
+
 SPRITE_HEIGHT: Final = 0.56
 """How far down sprites stand on average, as a share of the height."""
 SOFTNESS: Final = 0.65
@@ -98,10 +101,11 @@ def compose(
     *,
     scenes: dict[str, Scene] = KNOWN_SCENES,
     width: int = SIZE,
+    laid: Sequence[Placement] = (),
 ) -> Picture:
-    """A picture of the given (word, sprite) pairs, left to right, in the named scene."""
+    """A picture of the given (word, sprite) pairs, left to right, in the named scene; evenly spread if not `laid`."""
     image = draw_scene(scenes[scene], random, width=width)
-    for (_, subject), place in zip(subjects, places(random, len(subjects), width=width), strict=True):
+    for (_, subject), place in zip(subjects, laid or places(random, len(subjects), width=width), strict=True):
         paste(image, subject, place)
     image = image.filter(ImageFilter.GaussianBlur(SOFTNESS))
     words = tuple(word for word, _ in subjects)
@@ -110,6 +114,21 @@ def compose(
 
 def random_picture(random: Random) -> Picture:
     """One picture of the pre-training world: one sprite (two in three) or two, any scene, either style."""
-    words = random.sample(list(CLASSES), 1 if random.random() < 2 / 3 else 2)
-    subjects = [(word, sprite(random.choice(GENERATOR_SETS), CLASSES[word])) for word in words]
+    count = 1 if random.random() < 2 / 3 else 2
+    subjects = _random_subjects(random, count)
     return compose(subjects, random.choice(list(KNOWN_SCENES)), random)
+
+
+def random_wide_picture(random: Random) -> Picture:
+    """A wide one: one to three sprites, each in one of three places side by side."""
+    count = random.choice((1, 2, 3, 3))
+    subjects = _random_subjects(random, count)
+    taken = sorted(random.sample(range(3), count))
+    laid = places(random, 3, width=WIDE)
+    scene = random.choice(list(KNOWN_SCENES))
+    return compose(subjects, scene, random, width=WIDE, laid=[laid[k] for k in taken])
+
+
+def _random_subjects(random: Random, count: int) -> list[tuple[str, Image.Image]]:
+    words = random.sample(list(CLASSES), count)
+    return [(word, sprite(random.choice(GENERATOR_SETS), CLASSES[word])) for word in words]
