@@ -16,8 +16,8 @@ Anything else that leaves the package is a bug and keeps its traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 
 class MixOfShowError(Exception):
@@ -64,6 +64,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known word most like this one, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def field_problem(error: Mapping[str, Any], known: Iterable[str]) -> str:
+    """What pydantic found wrong with a field, in one line; for a key that nobody knows, the nearest of the known."""
+    field = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f"unknown key '{shown(field)}'{nearest(field, known)}"
+    return f"'{shown(field)}': {error['msg'].lower()}, found {shown(error.get('input'))}"
 
 
 def shown(text: object, limit: int = 80) -> str:

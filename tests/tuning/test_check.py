@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -10,9 +13,10 @@ import pytest
 from PIL import Image
 
 from mixofshow import cli
-from mixofshow.errors import DatasetError
+from mixofshow.errors import DatasetError, ResourceError
+from mixofshow.tuning import apart
 from mixofshow.tuning.check import check_folder, report
-from mixofshow.tuning.dataset import Finding, read_folder
+from mixofshow.tuning.dataset import Finding, read_folder, readings
 
 SIZE = (40, 36)
 
@@ -114,11 +118,12 @@ TROUBLES = {
 @pytest.mark.parametrize("trouble", TROUBLES)
 def test_each_trouble_is_one_finding_and_the_same_for_tuning(folder, trouble):
     make, file, level, message = TROUBLES[trouble]
-    assert check_folder(folder) == []
     make(folder)
     before = {path: path.read_bytes() for path in folder.parent.rglob("*") if path.is_file()}
     (finding,) = check_folder(folder)
     assert (finding.file, finding.level) == (file, level) and message in finding.message
+    in_this_process = readings(folder, instance_prompt="the instance prompt")
+    assert [finding] == [one for reading in in_this_process for one in reading.findings]
     assert {path: path.read_bytes() for path in folder.parent.rglob("*") if path.is_file()} == before
     if level == "error":
         with pytest.raises(DatasetError) as raised:
@@ -126,6 +131,73 @@ def test_each_trouble_is_one_finding_and_the_same_for_tuning(folder, trouble):
         assert str(finding) in str(raised.value)
     else:
         assert len(read_folder(folder, instance_prompt="a cat")) >= 2
+
+
+def test_there_is_nothing_to_say_about_pictures_that_are_used_as_they_are(folder):
+    assert check_folder(folder) == []
+    _with_masks(folder)
+    assert check_folder(folder) == []
+
+
+FATAL = """
+import os
+from mixofshow.tuning.dataset import read_one
+
+def read(path, beside):
+    if "crash" in path.name:
+        os.abort()
+    if "eater" in path.name:
+        bytearray(2**60)
+    return read_one(path, beside)
+"""
+
+
+@pytest.fixture
+def fatal(tmp_path, monkeypatch):
+    """Pictures of some names are read by a decoder that they are too much for; it is a file, so that a child finds it."""
+    (tmp_path / "fatal.py").write_text(FATAL)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(apart, "_read", importlib.import_module("fatal").read)
+    yield
+    del sys.modules["fatal"]
+
+
+@pytest.mark.parametrize(
+    ("masked", "where"), [(False, ""), (True, ", here or in its mask")], ids=["without masks", "with masks"]
+)
+def test_what_the_decoder_does_not_survive_is_an_error_and_the_rest_is_read(folder, fatal, masked, where):
+    for name in ("crash1", "crash2", "good0eater", "good2"):  # two in a row, one between good ones
+        Image.new("RGB", (1, 1), "lime").save(folder / f"{name}.png")
+    if masked:
+        (_with_masks(folder) / "good2.png").unlink()
+        Image.new("L", (1, 1), 255).save(folder.parent / "masks" / "good2.png")
+    assert [str(finding) for finding in check_folder(folder)] == [
+        f"crash1.png: the decoder crashed{where}",
+        f"crash2.png: the decoder crashed{where}",
+        f"good0eater.png: the decoder needs more than 4 GB of memory{where}",
+        "good2.png: only 1 x 1 pixels: it will be enlarged",
+    ]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux keeps a limit of memory")
+def test_a_picture_that_needs_more_than_the_limit_is_an_error(folder, monkeypatch):
+    monkeypatch.setattr(apart, "MEMORY", 2**27)
+    Image.new("1", (7000, 7000)).save(folder / "good0large.png")
+    (finding,) = check_folder(folder)
+    assert finding == Finding("good0large.png", "error", "the decoder needs more than 0.125 GB of memory")
+
+
+def test_a_child_that_does_not_start_is_no_fault_of_a_picture(folder, monkeypatch):
+    monkeypatch.setattr(apart, "_prepare", os._exit)
+    monkeypatch.setattr(apart, "MEMORY", 1)  # and so the code it ends with
+    with pytest.raises(ResourceError, match="no process can be started to decode pictures in"):
+        check_folder(folder)
+
+
+def test_a_check_does_not_wait_for_torch():
+    script = "import sys, mixofshow.tuning.check; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_all_of_a_picture_is_found_not_only_the_first(folder):

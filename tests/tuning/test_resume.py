@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
+import logging
 import os
 import resource
 import signal
@@ -15,7 +18,7 @@ import torch
 from PIL import Image
 
 from mixofshow.concepts.concept import load_concept
-from mixofshow.errors import BadInputError, SettingsError
+from mixofshow.errors import BadInputError, ResourceError, SettingsError
 from mixofshow.tuning.checkpoints import newest
 from mixofshow.tuning.settings import make_settings, printed
 from mixofshow.tuning.trainer import tune
@@ -138,7 +141,7 @@ def test_kill_9_costs_at_most_one_save_interval(make, tmp_path):
 
 
 def test_a_full_disk_ends_with_3_and_names_the_last_good_checkpoint(make, tmp_path):
-    """The limit lets the first checkpoint through and nothing larger than it."""
+    """The limit lets no checkpoint through: the first one that fails is a warning, the second ends the run."""
     settings = make(steps=8)
 
     def small_disk():
@@ -154,7 +157,66 @@ def test_a_full_disk_ends_with_3_and_names_the_last_good_checkpoint(make, tmp_pa
         preexec_fn=small_disk,
     )
     assert ended.returncode == 3, ended.stderr
-    assert ended.stderr.splitlines()[-1].startswith("error: ") and "last good checkpoint: none yet" in ended.stderr
+    (warning,) = [line for line in ended.stderr.splitlines() if "training goes on" in line]
+    last = ended.stderr.splitlines()[-1]
+    assert "step-00000002.pt: could not be written" in warning
+    assert last.startswith("error: ") and "step-00000004.pt: could not be written" in last
+    assert last.endswith("last good checkpoint: none yet")
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """`disk(2, 3)`: full at the second and third checkpoint that is written from now on, and at no other."""
+    write = Path.write_bytes
+
+    def full_at(*numbers):
+        written = itertools.count(1)
+
+        def write_bytes(path, data):
+            if next(written) in numbers:
+                write(path, bytes(data[:100]))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(path, data)
+
+        monkeypatch.setattr(Path, "write_bytes", write_bytes)
+
+    return full_at
+
+
+def _kept(tmp_path):
+    return [int(path.stem.removeprefix("step-")) for path in sorted((tmp_path / "run" / "checkpoints").iterdir())]
+
+
+@pytest.mark.parametrize(("full", "kept"), [((2,), [2, 6]), ((1, 3), [4])], ids=["once", "twice, not in a row"])
+def test_a_checkpoint_that_fails_costs_no_training(golden_pipeline, make, tmp_path, disk, caplog, full, kept):
+    settings = make(steps=8)
+    straight = tune(settings, golden_pipeline)
+    disk(*full)
+    with caplog.at_level(logging.WARNING):
+        assert tune(settings, golden_pipeline, folder=tmp_path / "run").hash == straight.hash
+    assert _kept(tmp_path) == kept
+    assert caplog.text.count("No space left on device") == caplog.text.count("training goes on") == len(full)
+    assert tune(settings, golden_pipeline, folder=tmp_path / "run", resume=True).hash == straight.hash
+
+
+def test_two_in_a_row_end_the_run_which_goes_on_from_the_last_good_one(golden_pipeline, make, tmp_path, disk):
+    settings = make(steps=8)
+    disk(2, 3)
+    with pytest.raises(ResourceError, match=r"step-00000006\.pt: could not be .*last good checkpoint: .*00000002\.pt$"):
+        tune(settings, golden_pipeline, folder=tmp_path / "run")
+    assert _kept(tmp_path) == [2]
+    resumed = tune(settings, golden_pipeline, folder=tmp_path / "run", resume=True)
+    assert resumed.hash == tune(settings, golden_pipeline).hash
+
+
+def test_the_checkpoint_of_ctrl_c_is_tried_twice_at_once(golden_pipeline, make, tmp_path, disk):
+    settings = make()
+    disk(1, 2)  # of step 2, and of step 3 when it is tried first
+    stopped = tune(settings, golden_pipeline, folder=tmp_path / "run", progress=_stopping(3))
+    assert stopped.info.settings["steps"] == 3 and _kept(tmp_path) == [3]
+    disk(1, 2, 3)  # of step 4, and of step 5 both times
+    with pytest.raises(ResourceError, match=r"last good checkpoint: .*00000003\.pt$"):
+        tune(settings, golden_pipeline, folder=tmp_path / "run", resume=True, progress=_stopping(5))
 
 
 def test_two_processes_do_what_one_does_with_twice_the_batches(golden_pipeline, make, tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mixofshow.errors import RegionError, SettingsError, nearest, shown
+from mixofshow.errors import RegionError, SettingsError, field_problem, shown
 from mixofshow.files import refuse_unwritable, writing
 from mixofshow.progress import Progress, silent
 from mixofshow.sampling.pipeline import GUIDANCE_SCALE, STEPS, MixOfShowPipeline
@@ -53,10 +53,8 @@ def make_composition(table: Mapping[str, Any], source: str = "composition") -> C
     try:
         return Composition.model_validate(table)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        hint = nearest(field, Composition.model_fields) if first["type"] == "extra_forbidden" else ""
-        raise SettingsError(f"{source}: '{shown(field)}': {first['msg'].lower()}{hint}") from error
+        problem = field_problem(error.errors()[0], Composition.model_fields)
+        raise SettingsError(f"{source}: {problem}") from error
 
 
 def read_table(path: Path) -> dict[str, Any]:

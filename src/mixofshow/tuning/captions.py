@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path, PureWindowsPath
-from typing import Any, Final
-
-import torch
+from typing import TYPE_CHECKING, Any, Final
 
 from mixofshow.errors import DatasetError, nearest, shown
 from mixofshow.tuning.pictures import label
-from mixofshow.tuning.settings import CaptionSettings
+
+if TYPE_CHECKING:  # reading captions needs neither, and `mixofshow check` does nothing else
+    import torch
+
+    from mixofshow.tuning.settings import CaptionSettings
 
 METADATA: Final = "metadata.jsonl"
 MAX_CAPTION_BYTES: Final = 10_000
@@ -72,6 +74,8 @@ def varied(caption: str, placeholder: str, settings: CaptionSettings, generator:
 
     With all of them off it is returned as it is and nothing is drawn.
     """
+    import torch
+
     if settings.templates != "none":
         choices = TEMPLATES[settings.templates]
         caption = choices[int(torch.randint(len(choices), (), generator=generator))].format(placeholder)
@@ -84,6 +88,8 @@ def varied(caption: str, placeholder: str, settings: CaptionSettings, generator:
 
 def _shuffled(caption: str, keep: int, generator: torch.Generator) -> str:
     """What stands between commas in another order; the first `keep` parts stay."""
+    import torch
+
     parts = [part.strip() for part in caption.split(",") if part.strip()]
     rest = parts[keep:]
     order = torch.randperm(len(rest), generator=generator).tolist()

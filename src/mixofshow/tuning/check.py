@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from mixofshow.errors import DatasetError
-from mixofshow.files import write_text
+from mixofshow.tuning.apart import ChildReader
 from mixofshow.tuning.dataset import Finding, readings
 from mixofshow.tuning.pictures import Alpha
 
@@ -26,16 +26,22 @@ def check_folder(
 ) -> list[Finding]:
     """What there is to say about a folder's pictures, captions and masks, in the pictures' order; nothing is changed.
 
-    Empty if all of it is used as it is. Raises DatasetError if there is no such folder or no picture in it.
+    Empty if all of it is used as it is. Pictures are decoded in a child process: one that crashes the decoder, or takes
+    too much memory, is an error like any other. Raises DatasetError if there is no such folder or no picture in it.
     """
-    one_by_one = readings(folder, instance_prompt=instance_prompt, masks=masks, alpha=alpha, background=background)
-    return [finding for reading in one_by_one for finding in reading.findings]
+    with ChildReader() as child:
+        one_by_one = readings(
+            folder, instance_prompt=instance_prompt, masks=masks, alpha=alpha, background=background, read=child.read
+        )
+        return [finding for reading in one_by_one for finding in reading.findings]
 
 
 def report(findings: Sequence[Finding], json_file: Path | None = None) -> None:
     """Print the findings as a table, and write them as JSON if asked to. Raises DatasetError if one is an error."""
     print_findings(findings)
     if json_file:
+        from mixofshow.files import write_text  # imports torch, which is slow and which a check does without
+
         table = {"findings": [dataclasses.asdict(finding) for finding in findings]}
         write_text(json_file, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
     if bad := sorted({finding.file for finding in findings if finding.level == "error"}):

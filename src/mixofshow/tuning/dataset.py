@@ -6,8 +6,8 @@ import contextlib
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -64,21 +64,25 @@ class Finding:
 
 @dataclass(frozen=True)
 class Reading:
-    """What came of one file: an example unless a finding is an error."""
+    """What came of one file: an example unless a finding is an error, and the digest of its pixels alone."""
 
     example: Example | None
     findings: tuple[Finding, ...]
+    pixels: str = ""
 
 
 @dataclass(frozen=True)
-class _Beside:
-    """What belongs to a folder's pictures: their captions and masks, and what becomes of transparency."""
+class Beside:
+    """What belongs to a picture: a caption from metadata, the folder of masks, and what becomes of transparency."""
 
     instance_prompt: str
-    captions: dict[str, str]
+    caption: str | None
     masks: Path | None
     alpha: Alpha
     background: str
+
+
+Reader = Callable[[Path, Beside], Reading]
 
 
 def read_folder(
@@ -121,6 +125,29 @@ def read_folder(
     return examples
 
 
+def read_one(path: Path, beside: Beside) -> Reading:
+    """One picture with what belongs to it; all that is wrong with any of it is found, not only the first."""
+    found: list[Finding] = []
+    image = mask = None
+    caption = beside.instance_prompt
+    with _noted(label(path), found):
+        picture = read_picture(path, alpha=beside.alpha, background=beside.background)
+        image, mask = picture.image, picture.mask
+        found += [Finding(label(path), "note", note) for note in picture.notes]
+    with _noted(label(path.with_suffix(".txt")), found):
+        caption = _caption(path, beside, found)
+    if beside.masks:
+        with _noted(label(path), found):
+            mask = read_mask_of(path, beside.masks, image, mask)
+            if (brightest := int(np.asarray(mask).max())) < DARK:
+                what = f"its mask is all black (brightest value {brightest} of 255): nothing of the picture counts"
+                found.append(Finding(label(path), "warning", what))
+    if image is None or any(finding.level == "error" for finding in found):
+        return Reading(None, tuple(found))
+    example = Example(image, caption, path.name, mask, _digest(image, mask, caption))
+    return Reading(example, tuple(found), _digest(image, None, ""))
+
+
 def readings(
     folder: Path,
     *,
@@ -129,6 +156,7 @@ def readings(
     with_masks: bool = True,
     alpha: Alpha = "fill",
     background: str = "white",
+    read: Reader = read_one,
 ) -> Iterator[Reading]:
     """One reading for each file of a folder in natural order, one at a time. Raises DatasetError for the folder."""
     colour_of(background)
@@ -137,10 +165,10 @@ def readings(
     if problems:
         yield Reading(None, tuple(Finding(METADATA, "error", problem) for problem in problems))
     masks = mask_folder(folder, masks) if with_masks else None
-    beside = _Beside(instance_prompt, captions, masks, alpha, background)
     seen: dict[str, str] = {}
     for path in paths:
-        yield _with_repeats(_read(path, beside), seen)
+        beside = Beside(instance_prompt, captions.get(path.name), masks, alpha, background)
+        yield _with_repeats(read(path, beside), label(path), seen)
     for path in _files(folder, OTHER_SUFFIXES):
         yield Reading(None, (Finding(label(path), "warning", f"not read; expected {', '.join(SUFFIXES)}"),))
 
@@ -160,28 +188,6 @@ def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     return sorted(found, key=_natural)
 
 
-def _read(path: Path, beside: _Beside) -> Reading:
-    """One picture with what belongs to it; all that is wrong with any of it is found, not only the first."""
-    found: list[Finding] = []
-    image = mask = None
-    caption = beside.instance_prompt
-    with _noted(label(path), found):
-        picture = read_picture(path, alpha=beside.alpha, background=beside.background)
-        image, mask = picture.image, picture.mask
-        found += [Finding(label(path), "note", note) for note in picture.notes]
-    with _noted(label(path.with_suffix(".txt")), found):
-        caption = _caption(path, beside, found)
-    if beside.masks:
-        with _noted(label(path), found):
-            mask = read_mask_of(path, beside.masks, image, mask)
-            if (brightest := int(np.asarray(mask).max())) < DARK:
-                what = f"its mask is all black (brightest value {brightest} of 255): nothing of the picture counts"
-                found.append(Finding(label(path), "warning", what))
-    if image is None or any(finding.level == "error" for finding in found):
-        return Reading(None, tuple(found))
-    return Reading(Example(image, caption, path.name, mask, _digest(image, mask, caption)), tuple(found))
-
-
 @contextlib.contextmanager
 def _noted(file: str, found: list[Finding]) -> Iterator[None]:
     """A DatasetError inside becomes a finding about the file."""
@@ -191,15 +197,15 @@ def _noted(file: str, found: list[Finding]) -> Iterator[None]:
         found.append(Finding(file, "error", str(error).removeprefix(f"{file}: ")))
 
 
-def _caption(path: Path, beside: _Beside, found: list[Finding]) -> str:
+def _caption(path: Path, beside: Beside, found: list[Finding]) -> str:
     """The picture's caption, from either place or the instance prompt. Raises DatasetError."""
     file = path.with_suffix(".txt")
     text, notes = read_caption(file)
     found += [Finding(label(file), "note", note) for note in notes]
-    if path.name in beside.captions:
+    if beside.caption is not None:
         if text is not None:
             raise DatasetError(f"{label(file)}: {METADATA} has a caption of this picture too; keep one of them")
-        file, text = file.with_name(METADATA), beside.captions[path.name]
+        file, text = file.with_name(METADATA), beside.caption
     if text == "":
         what = f"the caption of {label(path)} is empty; '{shown(beside.instance_prompt)}' is used"
         found.append(Finding(label(file), "warning", what))
@@ -214,15 +220,12 @@ def _digest(image: Image.Image, mask: Image.Image | None, caption: str) -> str:
     return digest.hexdigest()
 
 
-def _with_repeats(reading: Reading, seen: dict[str, str]) -> Reading:
-    """The reading, with a warning if its pixels have been seen under another name."""
-    if not (example := reading.example):
-        return reading
-    first = seen.setdefault(_digest(example.image, None, ""), label(Path(example.name)))
-    if first == (name := label(Path(example.name))):
+def _with_repeats(reading: Reading, name: str, seen: dict[str, str]) -> Reading:
+    """The reading of the file `name`, with a warning if its pixels have been seen under another name."""
+    if not reading.pixels or (first := seen.setdefault(reading.pixels, name)) == name:
         return reading
     repeat = Finding(name, "warning", f"the same picture as {first}; it counts twice")
-    return Reading(example, (*reading.findings, repeat))
+    return replace(reading, findings=(*reading.findings, repeat))
 
 
 def _listed(findings: Sequence[Finding]) -> str:

@@ -14,7 +14,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from mixofshow.concepts.concept import Concept, ConceptInfo
-from mixofshow.errors import BadInputError
+from mixofshow.errors import BadInputError, ResourceError
 from mixofshow.progress import Progress
 from mixofshow.tuning.batches import batch_generator
 from mixofshow.tuning.changes import TrainedChange, keys_and_values, switched_off
@@ -60,6 +60,7 @@ class Run:
         self.average = EMAModel(self.trained, decay=decay, use_ema_warmup=True, power=0.75) if decay else None
         self.folder: Path | None = None
         self.identity: Identity | None = None
+        self.save_failed = False
 
     def _of_part(self, part: str) -> list[nn.Parameter]:
         named = self.changes.items()
@@ -93,7 +94,7 @@ class Run:
                         preview(self.concept(), self.step)
         except KeyboardInterrupt:
             logger.warning("stopped at step %d of %d; what was learned so far is kept", self.step, self.total)
-            self._save()
+            self._save_at_the_end()
         self.accelerator.end_training()
 
     def _one_step(self) -> dict[str, float]:
@@ -128,7 +129,24 @@ class Run:
         return keys_and_values(self.changes).values() if drawn < chance else ()
 
     def _save_if_due(self) -> None:
-        if _due(self.step, self.settings.save_every) and self.step < self.total:
+        """A failed save costs no training: the next one tries again. Raises ResourceError at the second in a row."""
+        if not _due(self.step, self.settings.save_every) or self.step >= self.total:
+            return
+        try:
+            self._save()
+            self.save_failed = False
+        except ResourceError as error:
+            if self.save_failed:
+                raise
+            self.save_failed = True
+            logger.warning("%s; training goes on, and the next checkpoint is tried as usual", error)
+
+    def _save_at_the_end(self) -> None:
+        """There is no next one to try, so a save that fails is tried again at once. Raises ResourceError."""
+        try:
+            self._save()
+        except ResourceError as error:
+            logger.warning("%s; tried once more", error)
             self._save()
 
     def _save(self) -> None:

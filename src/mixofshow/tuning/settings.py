@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mixofshow.errors import SettingsError, nearest, shown
+from mixofshow.errors import SettingsError, field_problem, shown
 
 
 class Group(BaseModel):
@@ -223,7 +223,9 @@ def make_settings(table: Mapping[str, Any], source: str = "settings") -> TuningS
     try:
         return TuningSettings.model_validate(merged(preset, given))
     except ValidationError as error:
-        raise SettingsError(f"{source}: {'; '.join(_problem(one) for one in error.errors())}") from error
+        raise SettingsError(
+            f"{source}: {'; '.join(field_problem(one, _all_names()) for one in error.errors())}"
+        ) from error
 
 
 def several(
@@ -286,13 +288,6 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
-
-
-def _problem(error: Any) -> str:
-    field = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        return f"unknown key '{shown(field)}'{nearest(field, _all_names())}"
-    return f"'{shown(field)}': {error['msg'].lower()}, found {shown(error.get('input'))}"
 
 
 def _all_names() -> set[str]:
