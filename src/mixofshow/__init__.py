@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from mixofshow.concepts.concept import Concept, load_concept
     from mixofshow.concepts.model import ConceptModel, load_model
     from mixofshow.errors import MixOfShowError
-    from mixofshow.fusion.stages import FusionSettings, fuse
+    from mixofshow.fusion.settings import FusionSettings
+    from mixofshow.fusion.stages import fuse
     from mixofshow.sampling.pipeline import MixOfShowPipeline
     from mixofshow.sampling.regions import Region
     from mixofshow.tuning.settings import TuningSettings, make_settings
@@ -43,7 +44,7 @@ _HOMES: Final = {
     "ConceptModel": "concepts.model",
     "load_model": "concepts.model",
     "MixOfShowError": "errors",
-    "FusionSettings": "fusion.stages",
+    "FusionSettings": "fusion.settings",
     "fuse": "fusion.stages",
     "MixOfShowPipeline": "sampling.pipeline",
     "Region": "sampling.regions",

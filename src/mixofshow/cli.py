@@ -165,7 +165,7 @@ def fuse(
     from mixofshow.concepts.concept import load_concept
     from mixofshow.files import refuse_unwritable
     from mixofshow.fusion.methods import method_settings
-    from mixofshow.fusion.stages import FusionSettings
+    from mixofshow.fusion.settings import FusionSettings
     from mixofshow.fusion.stages import fuse as run
 
     options = method_settings(method, _assignments(setting))
@@ -259,7 +259,7 @@ def evaluate(
     from mixofshow.bases.loading import load_base
     from mixofshow.evaluation import protocol
     from mixofshow.evaluation.report import print_alignments, write_figures
-    from mixofshow.fusion.stages import FusionSettings
+    from mixofshow.fusion.settings import FusionSettings
     from mixofshow.fusion.stages import fuse as run
 
     pipeline = load_base(base, device=device)

@@ -30,7 +30,8 @@ from mixofshow.evaluation.protocol import (
 )
 from mixofshow.evaluation.report import Page, alignment_rows, print_alignments
 from mixofshow.files import write_text
-from mixofshow.fusion.stages import Fused, FusionSettings, fuse
+from mixofshow.fusion.settings import FusionSettings
+from mixofshow.fusion.stages import Fused, fuse
 from mixofshow.grids import grid
 from mixofshow.progress import terminal_bar
 from mixofshow.sampling.composition import Composition, RegionEntry, compose, save_picture

@@ -140,7 +140,47 @@ def parse_tensors(data: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, 
         raise ConceptFileError(f"{name}: not a valid safetensors file ({shown(error)})") from error
 
 
-def _header(data: bytes, name: str) -> dict[str, Any]:
+class TensorFile:
+    """A safetensors file of ours, of any size, of which one tensor is read at a time. Raises ConceptFileError.
+
+    Never mapped into memory: a mapped file that somebody cuts kills the process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                start = file.read(8)
+                length = int.from_bytes(start, "little")
+                beginning = start + file.read(min(length, MAX_HEADER_BYTES))
+        except OSError as error:
+            raise ConceptFileError(f"{path}: cannot be read ({error.strerror})") from error
+        self._entries = _header(beginning, str(path), size)
+        self._start = 8 + length
+        metadata = self._entries.pop("__metadata__", {})
+        self.metadata: dict[str, str] = metadata if isinstance(metadata, dict) else {}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
+        try:
+            begin, end = self._entries[name]["data_offsets"]
+            with self.path.open("rb") as file:
+                file.seek(self._start + begin)
+                data = file.read(end - begin)
+            entry = {**self._entries[name], "data_offsets": [0, len(data)]}
+            header = json.dumps({name: entry}).encode()
+            return safetensors.torch.load(len(header).to_bytes(8, "little") + header + data)[name]
+        except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ConceptFileError(f"{self.path}: tensor '{shown(name)}' cannot be read ({shown(error)})") from error
+
+
+def _header(data: bytes, name: str, size: int | None = None) -> dict[str, Any]:
+    """The header at the beginning of `data`, checked against the file's `size` in bytes (None: `data` is all of it)."""
+    size = len(data) if size is None else size
     if not data:
         raise ConceptFileError(f"{name}: the file is empty")
     if len(data) < 8:
@@ -159,11 +199,11 @@ def _header(data: bytes, name: str) -> dict[str, Any]:
         raise ConceptFileError(f"{name}: header is not valid JSON ({shown(error)})") from error
     if not isinstance(header, dict):
         raise ConceptFileError(f"{name}: header is not a table")
-    _check_length(data, 8 + length, header, name)
+    _check_length(size, 8 + length, header, name)
     return header
 
 
-def _check_length(data: bytes, start: int, header: dict[str, Any], name: str) -> None:
+def _check_length(size: int, start: int, header: dict[str, Any], name: str) -> None:
     ends = [
         entry["data_offsets"][1]
         for key, entry in header.items()
@@ -174,10 +214,10 @@ def _check_length(data: bytes, start: int, header: dict[str, Any], name: str) ->
         and isinstance(entry["data_offsets"][1], int)
     ]
     expected = start + max(ends, default=0)
-    if len(data) < expected:
-        raise ConceptFileError(f"{name}: the file is cut: expected {expected} bytes, found {len(data)}")
-    if len(data) > expected:
-        raise ConceptFileError(f"{name}: {len(data) - expected} surplus bytes after the last tensor")
+    if size < expected:
+        raise ConceptFileError(f"{name}: the file is cut: expected {expected} bytes, found {size}")
+    if size > expected:
+        raise ConceptFileError(f"{name}: {size - expected} surplus bytes after the last tensor")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

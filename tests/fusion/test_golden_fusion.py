@@ -12,9 +12,12 @@ import torch
 from mixofshow.bases.layers import layer, matrix
 from mixofshow.concepts.concept import LowRank
 from mixofshow.concepts.prompts import encode_prompts, layerwise
-from mixofshow.fusion import stages
+from mixofshow.fusion import recording
 from mixofshow.fusion.methods import gradient, solve_ridge
-from mixofshow.fusion.statistics import LayerSums
+from mixofshow.fusion.problem import LayerProblem
+from mixofshow.fusion.settings import FusionSettings
+from mixofshow.fusion.stages import fuse
+from mixofshow.fusion.statistics import Seen
 
 STRENGTHS = {"dogx": (1.0, 1.0), "manx": (0.8, 0.9)}  # (UNet, text encoder), as in the reference's configuration
 
@@ -28,7 +31,7 @@ def _strengthened(concept):
     return dataclasses.replace(concept, deltas=deltas)
 
 
-PAPER = stages.FusionSettings(steps=5, options={"ridge": 1e-6, "toward": "base"})
+PAPER = FusionSettings(steps=5, options={"ridge": 1e-6, "toward": "base"})
 """As in the paper: all weight on the recorded inputs."""
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
@@ -44,8 +47,8 @@ def fused(golden_pipeline, golden_concepts, golden):
     recorded = golden("e_fused")
     starts = iter([recorded[f"rec_latents_init.{concept.info.words[0][1:-1]}"] for concept in concepts])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "_noise", lambda pipeline, seed: next(starts))
-        return stages.fuse(concepts, golden_pipeline, PAPER)
+        patch.setattr(recording, "_noise", lambda pipeline, seed: next(starts))
+        return fuse(concepts, golden_pipeline, PAPER)
 
 
 def _short(name: str) -> str:
@@ -102,12 +105,11 @@ def test_objective_from_sums_is_the_objective_from_rows():
         LowRank(torch.randn(2, 12, generator=generator).double(), torch.randn(8, 2, generator=generator).double())
         for _ in range(3)
     ]
-    sums = LayerSums.zero(torch.zeros(8, 12))
-    for change, inputs in zip(changes, rows, strict=True):
-        sums.add(change, inputs.T @ inputs, len(inputs))
-    for candidate in (torch.zeros(8, 12).double(), gradient(changes, sums), changes[0].matrix()):
+    seen = [Seen(inputs.T @ inputs, len(inputs)) for inputs in rows]
+    problem = LayerProblem(torch.zeros(8, 12), changes, seen.__getitem__, [1.0] * 3)
+    for candidate in (torch.zeros(8, 12).double(), gradient(problem), changes[0].matrix()):
         direct = sum(
             float(((one.matrix() - candidate) @ inputs.T).square().sum())
             for one, inputs in zip(changes, rows, strict=True)
         )
-        assert sums.objective(candidate) == pytest.approx(direct, rel=1e-9)
+        assert problem.sums.objective(candidate) == pytest.approx(direct, rel=1e-9)

@@ -11,8 +11,10 @@ from mixofshow.concepts.concept import LowRank
 from mixofshow.concepts.model import load_model, with_concept
 from mixofshow.errors import BadInputError, SettingsError, TokenError
 from mixofshow.fusion.methods import METHODS, gradient, method_settings, solve_ridge
-from mixofshow.fusion.stages import FusionSettings, fuse
-from mixofshow.fusion.statistics import LayerSums, Moments, input_of
+from mixofshow.fusion.problem import LayerProblem
+from mixofshow.fusion.settings import FusionSettings
+from mixofshow.fusion.stages import fuse
+from mixofshow.fusion.statistics import Moments, Seen, input_of
 
 FEW = FusionSettings(steps=3)
 EXACT = FusionSettings(steps=3, options={"ridge": 1e-6, "toward": "base"})
@@ -102,8 +104,8 @@ def test_moments_of_chunks_add_up():
     moments = Moments()
     for part in rows.split(13):
         moments.add("x", part)
-    torch.testing.assert_close(moments.matrices["x"], rows.double().T @ rows.double())
-    assert moments.rows["x"] == 60
+    torch.testing.assert_close(moments.seen()["x"].moments, rows.double().T @ rows.double())
+    assert moments.seen()["x"].rows == 60
 
 
 def test_a_convolution_counts_its_pixels_as_rows():
@@ -111,7 +113,7 @@ def test_a_convolution_counts_its_pixels_as_rows():
     moments = Moments()
     moments.add("x", picture)
     rows = picture.permute(0, 2, 3, 1).reshape(-1, 5).double()
-    torch.testing.assert_close(moments.matrices["x"], rows.T @ rows)
+    torch.testing.assert_close(moments.seen()["x"].moments, rows.T @ rows)
 
 
 @pytest.mark.parametrize(
@@ -134,9 +136,8 @@ def test_inputs_in_a_subspace_move_nothing_outside_of_it():
     generator = torch.Generator().manual_seed(0)
     seen = torch.randn(40, 3, generator=generator).double() @ torch.randn(3, 10, generator=generator).double()
     change = LowRank(torch.randn(2, 10, generator=generator).double(), torch.randn(6, 2, generator=generator).double())
-    sums = LayerSums.zero(torch.zeros(6, 10))
-    sums.add(change, seen.T @ seen, 40)
-    found = gradient([change], sums, ridge=1e-9, toward="base")
+    problem = LayerProblem(torch.zeros(6, 10), [change], lambda _: Seen(seen.T @ seen, 40), [1.0])
+    found = gradient(problem, ridge=1e-9, toward="base")
     outside = torch.linalg.qr(seen.T, mode="complete").Q[:, 3:]
     torch.testing.assert_close(found @ seen.T, change.matrix() @ seen.T, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found @ outside, torch.zeros(6, 7, dtype=torch.float64), atol=1e-5, rtol=0)

@@ -12,7 +12,8 @@ from torch import Tensor
 from mixofshow.concepts.concept import Change, Full, LowRank
 from mixofshow.errors import SettingsError
 from mixofshow.fusion.methods import METHODS, average, dare, gradient, regmean, svd, ties, total
-from mixofshow.fusion.statistics import LayerSums
+from mixofshow.fusion.problem import LayerProblem
+from mixofshow.fusion.statistics import Seen
 
 OUT, IN = 6, 10
 
@@ -21,17 +22,15 @@ def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def summed(changes: list[Change | None], moments: list[Tensor], shape: tuple[int, int] = (OUT, IN)) -> LayerSums:
-    sums = LayerSums.zero(torch.zeros(shape))
-    for change, one in zip(changes, moments, strict=True):
-        sums.add(change, one, IN)
-    return sums
+def problem_of(changes: list[Change | None], moments: list[Tensor], shape: tuple[int, int] = (OUT, IN)) -> LayerProblem:
+    seen = [Seen(one, IN) for one in moments]
+    return LayerProblem(torch.zeros(shape), changes, seen.__getitem__, [1.0] * len(changes))
 
 
-def by_hand(*tables: list[list[float]]) -> tuple[list[Change | None], LayerSums]:
+def by_hand(*tables: list[list[float]]) -> LayerProblem:
     """2×2 changes with inputs that do not matter."""
     changes: list[Change | None] = [Full(torch.tensor(table, dtype=torch.float64)) for table in tables]
-    return changes, summed(changes, [torch.eye(2, dtype=torch.float64)] * len(changes), (2, 2))
+    return problem_of(changes, [torch.eye(2, dtype=torch.float64)] * len(changes), (2, 2))
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +47,8 @@ def moments() -> list[Tensor]:
 
 
 @pytest.fixture(scope="module")
-def sums(changes, moments) -> LayerSums:
-    return summed(changes, moments)
+def problem(changes, moments) -> LayerProblem:
+    return problem_of(changes, moments)
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +57,14 @@ def dense(changes) -> Tensor:
     return torch.stack([torch.zeros(OUT, IN).double() if one is None else one.matrix() for one in changes])
 
 
-def test_sum_and_average(changes, sums, dense):
-    torch.testing.assert_close(total(changes, sums), dense.sum(0))
-    torch.testing.assert_close(average(changes, sums), dense.mean(0))
+def test_sum_and_average(problem, dense):
+    torch.testing.assert_close(total(problem), dense.sum(0))
+    torch.testing.assert_close(average(problem), dense.mean(0))
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 5])
-def test_svd_is_the_nearest_of_its_rank(rank, changes, sums, dense):
-    found = svd(changes, sums, rank=rank)
+def test_svd_is_the_nearest_of_its_rank(rank, problem, dense):
+    found = svd(problem, rank=rank)
     assert torch.linalg.matrix_rank(found) == rank
     values = torch.linalg.svdvals(dense.mean(0))
     # Eckart–Young: no matrix of this rank is nearer than what the other singular values hold.
@@ -73,36 +72,31 @@ def test_svd_is_the_nearest_of_its_rank(rank, changes, sums, dense):
 
 
 @pytest.mark.parametrize("rank", [OUT, 100])
-def test_svd_of_full_rank_cuts_nothing(rank, changes, sums, dense):
-    torch.testing.assert_close(svd(changes, sums, rank=rank), dense.mean(0))
-
-
-def test_diagonal_pulls_are_streamed(sums, dense, moments):
-    expected = sum(change * one.diagonal() for change, one in zip(dense, moments, strict=True))
-    torch.testing.assert_close(sums.diagonal_pulls, expected)
+def test_svd_of_full_rank_cuts_nothing(rank, problem, dense):
+    torch.testing.assert_close(svd(problem, rank=rank), dense.mean(0))
 
 
 @pytest.mark.parametrize("ridge", [1e-6, 0.1])
-def test_regmean_without_shrinking_is_gradient_fusion_toward_the_base(ridge, changes, sums):
-    expected = gradient(changes, sums, ridge=ridge, toward="base")
-    torch.testing.assert_close(regmean(changes, sums, shrink=1, ridge=ridge), expected)
+def test_regmean_without_shrinking_is_gradient_fusion_toward_the_base(ridge, problem):
+    expected = gradient(problem, ridge=ridge, toward="base")
+    torch.testing.assert_close(regmean(problem, shrink=1, ridge=ridge), expected)
 
 
-def test_regmean_of_diagonals_weighs_each_column_by_its_energy(changes, sums, dense, moments):
+def test_regmean_of_diagonals_weighs_each_column_by_its_energy(problem, dense, moments):
     energy = torch.stack([one.diagonal() for one in moments])[:, None]
     expected = (dense * energy).sum(0) / energy.sum(0)
-    torch.testing.assert_close(regmean(changes, sums, shrink=0, ridge=0), expected)
+    torch.testing.assert_close(regmean(problem, shrink=0, ridge=0), expected)
 
 
-def test_regmean_between_is_the_formula_of_the_paper(changes, sums, dense, moments):
+def test_regmean_between_is_the_formula_of_the_paper(problem, dense, moments):
     shrunk = [0.7 * one + 0.3 * torch.diag(one.diagonal()) for one in moments]
     expected = sum(change @ one for change, one in zip(dense, shrunk, strict=True)) @ torch.linalg.inv(sum(shrunk))
-    torch.testing.assert_close(regmean(changes, sums, shrink=0.7, ridge=0), expected)
+    torch.testing.assert_close(regmean(problem, shrink=0.7, ridge=0), expected)
 
 
 def test_ties_of_agreeing_signs_is_the_mean():
-    changes, sums = by_hand([[1, -2], [3, -4]], [[5, -6], [1, -2]])
-    torch.testing.assert_close(ties(changes, sums, density=1.0), average(changes, sums))
+    problem = by_hand([[1, -2], [3, -4]], [[5, -6], [1, -2]])
+    torch.testing.assert_close(ties(problem, density=1.0), average(problem))
 
 
 @pytest.mark.parametrize(
@@ -117,57 +111,57 @@ def test_ties_of_agreeing_signs_is_the_mean():
     ],
 )
 def test_ties_of_disagreeing_signs(density, election, expected):
-    changes, sums = by_hand([[4, -5], [1, 0]], [[-1, 1], [2, 3]], [[-1, 2], [3, -2.5]])
-    found = ties(changes, sums, density=density, majority_sign_method=election)
+    problem = by_hand([[4, -5], [1, 0]], [[-1, 1], [2, 3]], [[-1, 2], [3, -2.5]])
+    found = ties(problem, density=density, majority_sign_method=election)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
 
 
 def test_ties_of_one_concept_is_its_largest_entries():
-    changes, sums = by_hand([[4, -5], [1, 0.5]])
-    torch.testing.assert_close(ties(changes, sums), torch.tensor([[4, -5], [0, 0]], dtype=torch.float64))
-    torch.testing.assert_close(ties(changes, sums, density=1.0), changes[0].matrix())
+    problem = by_hand([[4, -5], [1, 0.5]])
+    torch.testing.assert_close(ties(problem), torch.tensor([[4, -5], [0, 0]], dtype=torch.float64))
+    torch.testing.assert_close(ties(problem, density=1.0), problem.changes[0].matrix())
 
 
-def test_dare_is_the_average_in_expectation(changes, sums, dense):
+def test_dare_is_the_average_in_expectation(problem, dense):
     density, seeds = 0.5, 1500
-    mean = torch.stack([dare(changes, sums, density=density, seed=seed) for seed in range(seeds)]).mean(0)
+    mean = torch.stack([dare(problem, density=density, seed=seed) for seed in range(seeds)]).mean(0)
     # Each entry of a change is x / density with that probability, else 0: variance x² (1 - density) / density.
-    deviation = (dense.square().sum(0) * (1 - density) / density / len(changes) ** 2 / seeds).sqrt()
+    deviation = (dense.square().sum(0) * (1 - density) / density / len(dense) ** 2 / seeds).sqrt()
     assert ((mean - dense.mean(0)).abs() <= 5 * deviation).all()
 
 
 def test_dare_drops_or_divides_and_each_concept_for_itself():
-    changes, sums = by_hand(*[[[10.0**place] * 2] * 2 for place in range(3)])
+    problem = by_hand(*[[[10.0**place] * 2] * 2 for place in range(3)])
     possible = {sum(part) for size in range(4) for part in combinations((1, 10, 100), size)}
-    found = torch.stack([3 * 0.25 * dare(changes, sums, density=0.25, seed=seed) for seed in range(60)])
+    found = torch.stack([3 * 0.25 * dare(problem, density=0.25, seed=seed) for seed in range(60)])
     assert set(found.round(decimals=6).flatten().tolist()) == possible
 
 
-def test_dare_repeats_itself_and_leaves_the_generator_alone(changes, sums):
+def test_dare_repeats_itself_and_leaves_the_generator_alone(problem):
     before = torch.get_rng_state()
-    first, again, other = (dare(changes, sums, seed=seed) for seed in (7, 7, 8))
+    first, again, other = (dare(problem, seed=seed) for seed in (7, 7, 8))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_dare_of_all_entries_is_the_average(changes, sums, dense):
-    torch.testing.assert_close(dare(changes, sums, density=1.0), dense.mean(0))
+def test_dare_of_all_entries_is_the_average(problem, dense):
+    torch.testing.assert_close(dare(problem, density=1.0), dense.mean(0))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_no_change_is_a_change_of_zero(method, changes, sums, moments):
+def test_no_change_is_a_change_of_zero(method, problem, changes, moments):
     zeros = [Full(torch.zeros(OUT, IN)) if one is None else one for one in changes]
-    found = METHODS[method](zeros, summed(zeros, moments))
-    torch.testing.assert_close(METHODS[method](changes, sums), found)
-    assert torch.equal(METHODS[method]([None, None], summed([None, None], moments[:2])), torch.zeros(OUT, IN).double())
+    found = METHODS[method](problem_of(zeros, moments))
+    torch.testing.assert_close(METHODS[method](problem), found)
+    assert torch.equal(METHODS[method](problem_of([None, None], moments[:2])), torch.zeros(OUT, IN).double())
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_answers_are_whole_changes_in_double(method, changes, sums):
-    found = METHODS[method](changes, sums)
+def test_answers_are_whole_changes_in_double(method, problem):
+    found = METHODS[method](problem)
     assert (found.shape, found.dtype) == ((OUT, IN), torch.float64)
-    assert torch.equal(found, METHODS[method](changes, sums))
+    assert torch.equal(found, METHODS[method](problem))
 
 
 @pytest.mark.parametrize(
@@ -181,6 +175,6 @@ def test_answers_are_whole_changes_in_double(method, changes, sums):
         (regmean, {"shrink": -0.1}, "shrink: expected 0 to 1, found -0.1"),
     ],
 )
-def test_settings_out_of_range_are_refused(method, options, message, changes, sums):
+def test_settings_out_of_range_are_refused(method, options, message, problem):
     with pytest.raises(SettingsError, match=message):
-        method(changes, sums, **options)
+        method(problem, **options)

@@ -1,11 +1,12 @@
 """Fusion methods: one decorated pure function each. Its signature is its schema: command line and YAML offer it.
 
-A method takes the concepts' changes of one layer and the layer's sums, and returns one change of the weight,
-(out, in) in double precision. Keyword-only parameters with defaults are its settings.
+A method takes the problem of one layer (the concepts' changes of it, and what it saw) and returns one change of the
+weight, (out, in) in double precision. Keyword-only parameters with defaults are its settings.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,29 +17,32 @@ from peft.utils import merge_utils
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from mixofshow.concepts.concept import Change
 from mixofshow.errors import SettingsError, nearest, shown
-from mixofshow.fusion.statistics import LayerSums
+from mixofshow.fusion.problem import LayerProblem
+from mixofshow.fusion.statistics import Seen
 
 Method = Callable[..., Tensor]
+Goal = Literal["average", "base"]
 Election = Literal["total", "frequency"]
 METHODS: Final[dict[str, Method]] = {}
+KEEPS_INPUTS: Final[set[str]] = set()
+"""Those that need the inputs themselves, row by row."""
 
 
-def fusion_method(name: str) -> Callable[[Method], Method]:
+def fusion_method(name: str, *, keeps_inputs: bool = False) -> Callable[[Method], Method]:
     """Enter a function into METHODS."""
 
     def enter(function: Method) -> Method:
         METHODS[name] = function
+        if keeps_inputs:
+            KEEPS_INPUTS.add(name)
         return function
 
     return enter
 
 
 @fusion_method("gradient")
-def gradient(
-    changes: Sequence[Change | None], sums: LayerSums, *, ridge: float = 0.1, toward: str = "average"
-) -> Tensor:
+def gradient(problem: LayerProblem, *, ridge: float = 0.1, toward: Goal = "average") -> Tensor:
     """Gradient fusion (Mix-of-Show §3.3, eq. 4) by its exact answer, damped: (Σ ΔW_i C_i + λ D)(Σ C_i + λI)⁻¹.
 
     This minimizes Σ ‖(ΔW_i − ΔW) X_i‖² + λ ‖ΔW − D‖², λ being `ridge` times the mean diagonal of Σ C_i. Where the
@@ -47,37 +51,35 @@ def gradient(
     is the solution nearest to the base weight, which the paper's LBFGS approaches). Too small a ridge fits the
     recorded prompts at the cost of all others.
     """
-    if toward not in ("average", "base"):
-        raise SettingsError(f"toward: expected average or base, found {toward!r}")
-    middle = average(changes, sums) if toward == "average" else torch.zeros_like(sums.pulls)
+    _check_choice("toward", toward, Goal)
+    sums = problem.sums
+    middle = average(problem) if toward == "average" else problem.zero()
     # Solved for the distance from D, so that rounding does not grow with D.
     return middle + solve_ridge(sums.moments, sums.pulls - middle @ sums.moments, ridge)
 
 
 @fusion_method("average")
-def average(changes: Sequence[Change | None], sums: LayerSums) -> Tensor:
-    """Weight fusion, the paper's baseline: the mean of the changes, Σ ΔW_i / n."""
-    return total(changes, sums) / len(changes)
+def average(problem: LayerProblem) -> Tensor:
+    """Weight fusion, the paper's baseline: the mean of the changes, Σ w_i ΔW_i / Σ w_i."""
+    return _total(problem, problem.weights) / sum(problem.weights)
 
 
 @fusion_method("sum")
-def total(changes: Sequence[Change | None], sums: LayerSums) -> Tensor:
+def total(problem: LayerProblem) -> Tensor:
     """Task arithmetic (Ilharco et al. 2023, arXiv:2212.04089) at scale 1: Σ ΔW_i, as when adapters are simply added."""
-    found = torch.zeros_like(sums.pulls)
-    for change in changes:
+    return _total(problem, [1.0] * len(problem.changes))
+
+
+def _total(problem: LayerProblem, weights: Sequence[float]) -> Tensor:
+    found = problem.zero()
+    for change, weight in zip(problem.changes, weights, strict=True):
         if change is not None:
-            found += change.matrix(dtype=found.dtype).to(found.device)
+            found.add_(change.matrix(dtype=found.dtype).to(found.device), alpha=weight)
     return found
 
 
 @fusion_method("ties")
-def ties(
-    changes: Sequence[Change | None],
-    sums: LayerSums,
-    *,
-    density: float = 0.5,
-    majority_sign_method: Election = "total",
-) -> Tensor:
+def ties(problem: LayerProblem, *, density: float = 0.5, majority_sign_method: Election = "total") -> Tensor:
     """TIES (Yadav et al. 2023, arXiv:2306.01708): trim each change to its largest entries, elect signs, average.
 
     Of each change the `density` largest entries stay, unscaled. Every entry then takes the sign of the changes' sum
@@ -85,16 +87,15 @@ def ties(
     nothing there is not counted, so agreeing changes are not thinned by n. One concept alone is its trimmed change.
     """
     _check_share("density", density)
-    if majority_sign_method not in get_args(Election):
-        raise SettingsError(f"majority_sign_method: expected total or frequency, found {majority_sign_method!r}")
+    _check_choice("majority_sign_method", majority_sign_method, Election)
     # The disjoint mean already divides by the number of concepts that agree, so all weights are 1.
-    matrices, ones = _matrices(changes, sums), sums.pulls.new_ones(len(changes))
+    matrices = problem.matrices()
     with warnings.catch_warnings(action="ignore"):  # peft warns where a density of 1 prunes nothing, as it should
-        return merge_utils.ties(matrices, ones, density, majority_sign_method)
+        return merge_utils.ties(matrices, problem.zero().new_ones(len(matrices)), density, majority_sign_method)
 
 
 @fusion_method("dare")
-def dare(changes: Sequence[Change | None], sums: LayerSums, *, density: float = 0.5, seed: int = 0) -> Tensor:
+def dare(problem: LayerProblem, *, density: float = 0.5, seed: int = 0) -> Tensor:
     """DARE (Yu et al. 2023, arXiv:2311.03099): drop entries at random, divide the rest by `density`, take the mean.
 
     Over all seeds the expectation is weight fusion's change. Concepts drop different entries; layers of one shape
@@ -102,28 +103,28 @@ def dare(changes: Sequence[Change | None], sums: LayerSums, *, density: float = 
     it was.
     """
     _check_share("density", density)
-    matrices = [matrix.cpu() for matrix in _matrices(changes, sums)]
-    shares = torch.full((len(changes),), 1 / len(changes), dtype=sums.pulls.dtype)
+    matrices = [matrix.cpu() for matrix in problem.matrices()]
+    shares = torch.full((len(matrices),), 1 / len(matrices), dtype=torch.float64)
     # peft draws from the global generator of the CPU; `torch.manual_seed` would seed the accelerators' as well.
     with torch.random.fork_rng(devices=()), warnings.catch_warnings(action="ignore"):
         torch.default_generator.manual_seed(seed)
-        return merge_utils.dare_linear(matrices, shares, density).to(sums.pulls.device)
+        return merge_utils.dare_linear(matrices, shares, density).to(problem.base.device)
 
 
 @fusion_method("svd")
-def svd(changes: Sequence[Change | None], sums: LayerSums, *, rank: int = 8) -> Tensor:
+def svd(problem: LayerProblem, *, rank: int = 8) -> Tensor:
     """The mean of the changes, cut to a rank: U_r S_r V_rᵀ, the nearest matrix of that rank (Eckart–Young).
 
     This is what is left of weight fusion when the fused model must again be one LoRA.
     """
     if rank < 1:
         raise SettingsError(f"rank: expected at least 1, found {rank}")
-    left, values, right = torch.linalg.svd(average(changes, sums), full_matrices=False)
+    left, values, right = torch.linalg.svd(average(problem), full_matrices=False)
     return (left[:, :rank] * values[:rank]) @ right[:rank]
 
 
 @fusion_method("regmean")
-def regmean(changes: Sequence[Change | None], sums: LayerSums, *, shrink: float = 0.9, ridge: float = 1e-6) -> Tensor:
+def regmean(problem: LayerProblem, *, shrink: float = 0.9, ridge: float = 1e-6) -> Tensor:
     """RegMean (Jin et al. 2023, arXiv:2212.09849): (Σ ΔW_i C̃_i)(Σ C̃_i + λI)⁻¹, C̃_i = α C_i + (1 − α) diag(C_i).
 
     α is `shrink`: at 1 this is gradient fusion `toward` the base; at 0 each input column of the weight is a mean of
@@ -132,14 +133,19 @@ def regmean(changes: Sequence[Change | None], sums: LayerSums, *, shrink: float 
     """
     if not 0 <= shrink <= 1:
         raise SettingsError(f"shrink: expected 0 to 1, found {shrink}")
-    moments = shrink * sums.moments + (1 - shrink) * sums.moments.diagonal().diag()
-    return solve_ridge(moments, shrink * sums.pulls + (1 - shrink) * sums.diagonal_pulls, ridge)
+
+    def shrunk(seen: Seen) -> Seen:
+        diagonal = seen.moments.diagonal().diag()
+        return dataclasses.replace(seen, moments=shrink * seen.moments + (1 - shrink) * diagonal)
+
+    prior = None if problem.prior is None else shrunk(problem.prior)
+    sums = dataclasses.replace(problem, look=lambda number: shrunk(problem.look(number)), prior=prior).sums
+    return solve_ridge(sums.moments, sums.pulls, ridge)
 
 
-def _matrices(changes: Sequence[Change | None], sums: LayerSums) -> list[Tensor]:
-    """The changes as matrices, each (out, in); None is no change: 0."""
-    zero = torch.zeros_like(sums.pulls)
-    return [zero if change is None else change.matrix(dtype=zero.dtype).to(zero.device) for change in changes]
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise SettingsError(f"{name}: expected {' or '.join(get_args(choices))}, found {value!r}")
 
 
 def _check_share(name: str, value: float) -> None:

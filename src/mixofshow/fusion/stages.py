@@ -1,61 +1,34 @@
-"""Gradient fusion in the paper's order (Mix-of-Show §3.3): text encoder, then cross-attention keys and values, then the rest.
+"""Fusion from concepts to a model: record stage by stage, solve layer by layer, correct for drift if asked to.
 
-Each stage records what the layers see while every concept decodes its own prompt, and solves them; later stages
-already see the fused layers of the earlier ones. Concepts are taken in the order of their hashes, so that the
-order of the files does not matter.
+Concepts are taken in the order of their hashes, so that the order of the files does not matter.
 """
 
 from __future__ import annotations
 
-import copy
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mixofshow.bases.layers import cross_attentions, layer, matrix, tunable_layers
-from mixofshow.concepts.adapters import replaced, tuned_weights
+from mixofshow.bases.layers import layer, lora_layers, matrix, tunable_layers
+from mixofshow.bases.loading import fingerprint
+from mixofshow.concepts.adapters import replaced
 from mixofshow.concepts.concept import Concept, vocabulary
-from mixofshow.concepts.encoding import Encode, encode_fully, encode_shared
 from mixofshow.concepts.model import ConceptModel
-from mixofshow.concepts.prompts import encode_ids, layerwise
-from mixofshow.concepts.words import Vocabulary, token_ids
 from mixofshow.errors import BadInputError
-from mixofshow.fusion.methods import METHODS, average, method_settings
-from mixofshow.fusion.statistics import LayerSums, Moments, input_of
+from mixofshow.fusion.methods import KEEPS_INPUTS
+from mixofshow.fusion.recording import Source, Stage, record, stage_of
+from mixofshow.fusion.settings import FusionSettings, RecordingSettings
+from mixofshow.fusion.solving import STAGES, LayerReport, problem_of, solve, solver_for
+from mixofshow.fusion.statistics import input_of
+from mixofshow.fusion.store import Recording, Store
 from mixofshow.progress import Progress, silent
-
-PROMPTS: Final = ("photo of a {}", "{}")
-_KEYS_AND_VALUES: Final = re.compile(r"attn2\.to_[kv]$")
-
-
-@dataclass(frozen=True)
-class FusionSettings:
-    """How to fuse. `steps` and `seed` are of the pictures decoded for recording; `options` go to the method."""
-
-    method: str = "gradient"
-    prompts: tuple[str, ...] = PROMPTS
-    steps: int = 20
-    seed: int = 1234
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """How well one layer was fused: the objective of the base weight (no change), of the fused one, of the average."""
-
-    rows: int
-    unchanged: float
-    fused: float
-    average: float
-
-    @property
-    def residual(self) -> float:
-        """What is left of the change that the concepts want, as a share in norm; 0 is perfect."""
-        return float((self.fused / self.unchanged) ** 0.5) if self.unchanged > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -66,149 +39,189 @@ class Fused:
     layers: dict[str, LayerReport]
 
 
-@dataclass(frozen=True)
-class Center:
-    """What all stages share: the base model, the concepts in their order, and all their words."""
-
-    pipeline: Any
-    concepts: Sequence[Concept]
-    vocabulary: Vocabulary
-    settings: FusionSettings
-
-    def prompt_ids(self, concept: Concept, prompt: str, length: int | None = None) -> Tensor:
-        """Token ids of a prompt template with the concept in it, (1, tokens); unpadded unless a length is given."""
-        text = prompt.format(concept.prompt)
-        first = self.pipeline.text_encoder.get_input_embeddings().num_embeddings
-        ids = token_ids(text, self.pipeline.tokenizer, self.vocabulary, first, length)
-        return torch.tensor([ids], device=self.pipeline.text_encoder.device)
-
-    def encode(self, ids: Tensor, encode: Encode = encode_shared) -> Tensor:
-        """(1, tokens) -> (layers, tokens, dim) through the text encoder as it is now."""
-        vectors = self.vocabulary.vectors(len(cross_attentions(self.pipeline.unet)))
-        return encode_ids(self.pipeline.text_encoder, ids, vectors, encode=encode)[0]
-
-
-Stage = Callable[[Center, Concept, Sequence[str]], Moments]
-
-
 @torch.no_grad()
 def fuse(
-    concepts: Sequence[Concept], pipeline: Any, settings: FusionSettings | None = None, *, progress: Progress = silent
+    concepts: Sequence[Concept],
+    pipeline: Any,
+    settings: FusionSettings | None = None,
+    *,
+    store: Store | None = None,
+    progress: Progress = silent,
 ) -> Fused:
-    """Fuse concepts into one model; the pipeline is left as it was. Raises TokenError when two claim one word."""
+    """Fuse concepts into one model; the pipeline is left as it was. Raises TokenError when two claim one word.
+
+    Recordings go to and are taken from the `store`; without one they are forgotten afterwards. A fusion that was
+    broken off goes on from those that are there.
+    """
     if not concepts:
         raise BadInputError("nothing to fuse: no concept was given")
     settings = settings or FusionSettings()
-    options = method_settings(settings.method, settings.options)
     ordered = sorted(concepts, key=lambda concept: concept.hash)
-    center = Center(pipeline, ordered, vocabulary(ordered), settings)
-    weights: dict[str, Tensor] = {}
-    reports: dict[str, LayerReport] = {}
-    done, total = 0, len(STAGES) * len(ordered)
-    for record, names in zip(STAGES, _layers_of_stages(center), strict=True):
-        with replaced(pipeline, weights):
-            sums = {name: LayerSums.zero(matrix(layer(pipeline, name))) for name in names}
-            for concept in ordered:
-                moments = record(center, concept, names)
-                for name in names:
-                    sums[name].add(
-                        concept.deltas.get(name), moments.matrices[input_of(name)], moments.rows[input_of(name)]
-                    )
-                done += 1
-                progress(done, total, {})
-        for name in names:
-            weights[name], reports[name] = _solve(center, name, sums.pop(name), options)
+    words = vocabulary(ordered)
+    _check_names(ordered, settings)
+    with contextlib.ExitStack() as stack:
+        if store is None:
+            store = Store(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mixofshow-"))))
+        budget = settings.max_memory and settings.max_memory * 2**30
+        recorder = _Recorder(pipeline, settings, store, budget, settings.method in KEEPS_INPUTS)
+        fusion = _Fusion(pipeline, ordered, settings, recorder, progress)
+        fusion.run()
     manifest = {
-        "method": settings.method,
-        "options": options,
-        "prompts": list(settings.prompts),
-        "steps": settings.steps,
-        "seed": settings.seed,
+        "settings": settings.model_dump(mode="json"),
         "concepts": [{"name": concept.info.name, "hash": concept.hash} for concept in ordered],
     }
-    return Fused(ConceptModel(pipeline, center.vocabulary, weights, manifest), reports)
+    return Fused(ConceptModel(pipeline, words, fusion.weights, manifest), fusion.reports)
 
 
-def _layers_of_stages(center: Center) -> Iterator[list[str]]:
-    """The changed layers, each in the stage where it is fused."""
-    touched = [
-        name for name in tunable_layers(center.pipeline) if any(name in concept.deltas for concept in center.concepts)
-    ]
-    yield [name for name in touched if name.startswith("text_encoder.")]
-    yield [name for name in touched if _KEYS_AND_VALUES.search(name)]
-    yield [name for name in touched if name.startswith("unet.") and not _KEYS_AND_VALUES.search(name)]
+def record_concept(
+    concept: Concept, pipeline: Any, settings: RecordingSettings, store: Store, *, budget: float | None = None
+) -> Recording:
+    """Record a concept's whole own model for independent fusions, or find it recorded in the store.
 
-
-def _solve(center: Center, name: str, sums: LayerSums, options: Mapping[str, Any]) -> tuple[Tensor, LayerReport]:
-    changes = [concept.deltas.get(name) for concept in center.concepts]
-    change = METHODS[center.settings.method](changes, sums, **options)
-    base = matrix(layer(center.pipeline, name))
-    fused = (base.double() + change).to(base.dtype)
-    report = LayerReport(
-        sums.rows, sums.energy, sums.objective(fused.double() - base.double()), sums.objective(average(changes, sums))
-    )
-    return fused, report
-
-
-def record_text(center: Center, concept: Concept, names: Sequence[str]) -> Moments:
-    """Text encoder: all tokens of the concept's prompts, in every layer's variant, through its own text encoder.
-
-    A token that variants share counts once in each, so each must pass the encoder in full.
+    Recorded are the layers that it changes, and all attention: what other concepts are likely to change.
     """
-    moments = Moments()
-    own = tuned_weights(center.pipeline, concept, names)
-    with replaced(center.pipeline, own), moments.recording({name: layer(center.pipeline, name) for name in names}):
-        for prompt in center.settings.prompts:
-            center.encode(center.prompt_ids(concept, prompt), encode_fully)
-    return moments
+    recorder = _Recorder(pipeline, settings, store, budget)
+    return recorder.independent(Source.of(concept, settings), recorder.usual(concept.deltas))
 
 
-def record_keys_and_values(center: Center, concept: Concept, names: Sequence[str]) -> Moments:
-    """Cross-attention keys and values: the concept's words and the end token, from the fused text encoder.
-
-    Each cross-attention layer counts its own variant of the text.
-    """
-    moments = Moments()
-    inputs = [f"unet.{path}.input" for path in cross_attentions(center.pipeline.unet)]
-    end, first = (
-        center.pipeline.tokenizer.eos_token_id,
-        center.pipeline.text_encoder.get_input_embeddings().num_embeddings,
-    )
-    for prompt in center.settings.prompts:
-        ids = center.prompt_ids(concept, prompt)
-        telling = (ids[0] == end) | (ids[0] >= first)
-        for name, text in zip(inputs, center.encode(ids), strict=True):
-            moments.add(name, text[telling])
-    return moments
+def _check_names(concepts: Sequence[Concept], settings: FusionSettings) -> None:
+    if isinstance(settings.weights, Mapping):
+        unknown = settings.weights.keys() - {concept.info.name for concept in concepts}
+        if unknown:
+            raise BadInputError(f"weights: no concept is called {', '.join(sorted(unknown))}")
 
 
-def record_picture(center: Center, concept: Concept, names: Sequence[str]) -> Moments:
-    """All other layers of the UNet: one picture of the first prompt, at every step, without guidance.
+@dataclass(frozen=True)
+class _Recorder:
+    """Records what is not yet in the store."""
 
-    Text encoder, keys and values are the fused ones already; the recorded layers are the concept's own.
-    """
-    pipeline, settings, moments = center.pipeline, center.settings, Moments()
-    ids = center.prompt_ids(concept, settings.prompts[0], pipeline.text_encoder.config.max_position_embeddings)
-    text = center.encode(ids)[None]
-    scheduler = copy.deepcopy(pipeline.scheduler)
-    scheduler.set_timesteps(settings.steps, device=text.device)
-    latents = _noise(pipeline, settings.seed) * scheduler.init_noise_sigma
-    layers = {name: layer(pipeline, name) for name in names}
-    with (
-        replaced(pipeline, tuned_weights(pipeline, concept, names)),
-        moments.recording(layers),
-        layerwise(pipeline.unet),
-    ):
-        for timestep in scheduler.timesteps:
-            made = pipeline.unet(scheduler.scale_model_input(latents, timestep), timestep, text).sample
-            latents = scheduler.step(made, timestep, latents).prev_sample
-    return moments
+    pipeline: Any
+    settings: RecordingSettings
+    store: Store
+    budget: float | None = None
+    keep_inputs: bool = False
+
+    def usual(self, changed: Collection[str]) -> list[str]:
+        """The changed layers and all attention, in forward order."""
+        attention = lora_layers(self.pipeline)
+        return [name for name in tunable_layers(self.pipeline) if name in changed or name in attention]
+
+    def independent(self, source: Source, names: Sequence[str]) -> Recording:
+        """The source's whole own model: nothing of it depends on other concepts."""
+        return self._recorded(source, names, {"mode": "independent"})
+
+    def staged(self, source: Source, names: Sequence[str], behind: Any) -> Recording:
+        """Own are the named layers only; `behind` tells what the pipeline has in the others."""
+        return self._recorded(source, names, {"mode": "staged", "behind": behind}, own=set(names))
+
+    def drifted(self, source: Source, names: Sequence[str], behind: Any, fused: Mapping[str, Tensor]) -> Recording:
+        """The source's whole own model beside the fused one; `behind` tells how that came about."""
+        return self._recorded(source, names, {"mode": "drifted", "behind": behind}, fused=fused)
+
+    def _recorded(self, source: Source, names: Sequence[str], how: Mapping[str, Any], **options: Any) -> Recording:
+        key = {
+            "source": source.concept.hash if source.concept else "base",
+            "base": self.fingerprint,
+            "texts": source.texts,
+            "pictures": source.pictures,
+            "settings": self.settings.recording(),
+            "inputs": self.keep_inputs,
+            **how,
+        }
+        name = source.name.replace(" ", "-")
+        found = self.store.find(key, name, {input_of(layer_name) for layer_name in names})
+        if found is not None:
+            return found
+        seen = record(
+            self.pipeline,
+            source,
+            names,
+            self.settings,
+            keep_inputs=self.keep_inputs,
+            budget=self.budget,
+            **options,
+        )
+        return self.store.keep(key, name, seen)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The base model's; taken while the pipeline has its own weights."""
+        return fingerprint(self.pipeline)
 
 
-def _noise(pipeline: Any, seed: int) -> Tensor:
-    side, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
-    noise = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(seed))
-    return noise.to(pipeline.unet.device, pipeline.unet.dtype)
+@dataclass
+class _Fusion:
+    """A fusion under way: the weights and reports of the layers that are done."""
 
+    pipeline: Any
+    concepts: Sequence[Concept]
+    settings: FusionSettings
+    recorder: _Recorder
+    progress: Progress
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    reports: dict[str, LayerReport] = field(default_factory=dict)
+    recorded: int = 0
 
-STAGES: Final[tuple[Stage, ...]] = (record_text, record_keys_and_values, record_picture)
+    def run(self) -> None:
+        """All layers, then the passes of refinement."""
+        if self.settings.mode == "independent":
+            names = [name for name in self.recorder.usual(self._changed) if name in self._changed]
+            self._solve(names, self._record(partial(self.recorder.independent, names=self.recorder.usual(names))))
+        else:
+            for stage in STAGES:
+                names = self._names([stage])
+                # The text encoder comes first: nothing is fused behind it, whoever the other concepts are.
+                behind = None if stage == "text" else [stage, self.identity]
+                with replaced(self.pipeline, self.weights):
+                    recordings = self._record(partial(self.recorder.staged, names=names, behind=behind))
+                self._solve(names, recordings)
+        for number in range(self.settings.refine):
+            self._refine(number)
+
+    def _refine(self, number: int) -> None:
+        """Solve all layers again, for the inputs that they have in the fused model."""
+        for stages in [[stage] for stage in STAGES] if self.settings.refine_order == "stages" else [STAGES]:
+            names, behind = self._names(stages), [number, stages, self.identity]
+            drifted = partial(self.recorder.drifted, names=names, behind=behind, fused=dict(self.weights))
+            self._solve(names, self._record(drifted))
+
+    @cached_property
+    def identity(self) -> list[Any]:
+        """What this fusion is made from: with the same, every recording is the same."""
+        return [[concept.hash for concept in self.concepts], self.settings.model_dump(mode="json")]
+
+    @cached_property
+    def _changed(self) -> set[str]:
+        return {name for concept in self.concepts for name in concept.deltas}
+
+    def _names(self, stages: Sequence[Stage]) -> list[str]:
+        """The changed layers of some stages, in forward order."""
+        layers = tunable_layers(self.pipeline)
+        return [name for name in layers if name in self._changed and stage_of(name) in stages]
+
+    @property
+    def _sources(self) -> list[Source]:
+        """The concepts, and behind them the base if its own prompts count."""
+        settings = self.settings
+        of_base = [Source(None, settings.prior_prompts, settings.prior_prompts)] if settings.prior else []
+        return [*(Source.of(concept, settings) for concept in self.concepts), *of_base]
+
+    def _record(self, record_one: Callable[[Source], Recording]) -> list[Recording]:
+        recordings = []
+        rounds = (1 if self.settings.mode == "independent" else len(STAGES)) + self.settings.refine * (
+            1 if self.settings.refine_order == "all" else len(STAGES)
+        )
+        for source in self._sources:
+            recordings.append(record_one(source))
+            self.recorded += 1
+            self.progress(self.recorded, rounds * len(self._sources), {})
+        return recordings
+
+    def _solve(self, names: Sequence[str], recordings: Sequence[Recording]) -> None:
+        """One layer after another; of what was recorded only one matrix is in memory at a time."""
+        called = [concept.info.name for concept in self.concepts]
+        for name in names:
+            base = matrix(layer(self.pipeline, name))
+            problem = problem_of(name, base, self.concepts, recordings, self.settings)
+            solver = solver_for(self.settings, stage_of(name))
+            self.weights[name], self.reports[name] = solve(problem, called, solver, guard=self.settings.guard)

@@ -1,24 +1,25 @@
 """What fusion needs to know of a layer's inputs: second moments, summed in a stream.
 
 For the rows x of a layer's input X_i (rows, in) only C_i = X_iᵀ X_i (in, in) is kept, in double precision, so memory
-grows neither with steps nor resolution nor the number of concepts. Layers that read the same input (query, key and
-value of one self-attention) share one C.
+grows neither with steps nor resolution. Layers that read the same input (query, key and value of one self-attention)
+share one C.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from mixofshow.concepts.concept import Change, LowRank
-
 _SHARED_INPUT: Final = re.compile(r"(attn1\.to_[qkv]|attn2\.to_[kv]|self_attn\.[qkv]_proj)$")
+TENSORS: Final = ("moments", "drifted", "cross", "inputs")
+CHUNK: Final = 8192
+"""Rows that are turned to double precision at a time."""
 
 
 def input_of(layer: str) -> str:
@@ -26,84 +27,120 @@ def input_of(layer: str) -> str:
     return _SHARED_INPUT.sub(lambda match: match.group().rsplit(".", 1)[0] + ".input", layer)
 
 
-class Moments:
-    """Second moments of the inputs of some layers, by input name."""
+@dataclass(frozen=True)
+class Seen:
+    """What a layer saw of one concept.
 
-    def __init__(self) -> None:
-        self.matrices: dict[str, Tensor] = {}
-        self.rows: dict[str, int] = {}
-
-    @torch.no_grad()
-    def add(self, name: str, inputs: Tensor) -> None:
-        """Count in some rows, (..., in) or, from a 1×1 convolution, (batch, in, height, width)."""
-        rows = (inputs.movedim(1, -1) if inputs.ndim == 4 else inputs).flatten(0, -2).double()
-        product = rows.T @ rows
-        known = self.matrices.get(name)
-        self.matrices[name] = product if known is None else known.add_(product)
-        self.rows[name] = self.rows.get(name, 0) + len(rows)
-
-    @contextlib.contextmanager
-    def recording(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Inside, every call of these layers is counted in; an input that several share is counted once."""
-        first_reader = {input_of(name): module for name, module in reversed(list(layers.items()))}
-
-        def hook_for(name: str) -> Any:
-            return lambda module, args: self.add(name, args[0])
-
-        handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in first_reader.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-@dataclass
-class LayerSums:
-    """Sums over concepts for one layer: all that solving and measuring need.
-
-    moments Σ C_i, (in, in); pulls Σ ΔW_i C_i, (out, in); diagonal_pulls Σ ΔW_i diag(C_i), (out, in);
-    energy Σ tr(ΔW_i C_i ΔW_iᵀ); rows Σ rows of X_i.
+    moments C = XᵀX, (in, in), of `rows` rows. In drift refinement X are the inputs in the concept's own model and X̃
+    those in the fused model on the same pictures, row by row: drifted X̃ᵀX̃ and cross XᵀX̃, (in, in). `inputs` is X
+    itself, (rows, in), kept only for methods that cannot do without.
     """
 
     moments: Tensor
-    pulls: Tensor
-    diagonal_pulls: Tensor
-    energy: float = 0.0
-    rows: int = 0
+    rows: int
+    drifted: Tensor | None = None
+    cross: Tensor | None = None
+    inputs: Tensor | None = None
 
-    @classmethod
-    def zero(cls, weight: Tensor) -> LayerSums:
-        """Sums over no concept, for a layer of this weight, (out, in)."""
-        outputs, inputs = weight.shape
-        return cls(
-            weight.new_zeros(inputs, inputs, dtype=torch.float64),
-            weight.new_zeros(outputs, inputs, dtype=torch.float64),
-            weight.new_zeros(outputs, inputs, dtype=torch.float64),
-        )
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are there, by name."""
+        return {name: value for name in TENSORS if (value := getattr(self, name)) is not None}
 
-    @torch.no_grad()
-    def add(self, delta: Change | None, moments: Tensor, rows: int) -> None:
-        """Count in one concept's change of this layer (None: it did not change it) and the inputs it saw."""
-        self.moments += moments
-        self.rows += rows
-        if delta is None:
-            return
-        if isinstance(delta, LowRank):
-            down, up = delta.down.to(moments), delta.up.to(moments)
-            seen = down @ moments
-            self.pulls += up @ seen
-            self.diagonal_pulls += up @ (down * moments.diagonal())
-            self.energy += float(((up.T @ up) * (seen @ down.T)).sum())
-        else:
-            change = delta.matrix(dtype=moments.dtype).to(moments)
-            pull = change @ moments
-            self.pulls += pull
-            self.diagonal_pulls += change * moments.diagonal()
-            self.energy += float((pull * change).sum())
 
-    def objective(self, change: Tensor) -> float:
-        """Σ_i ‖(ΔW_i − change) X_iᵀ‖²_F for a change of the weight (out, in): the fusion objective, from the sums alone."""
-        change = change.double()
-        value = self.energy - 2 * float((self.pulls * change).sum()) + float(((change @ self.moments) * change).sum())
-        return max(value, 0.0)
+class Moments:
+    """Second moments of the inputs of some layers, by input name, while they are counted."""
+
+    def __init__(self, *, keep_inputs: bool = False) -> None:
+        self.keep_inputs = keep_inputs
+        self._sums: dict[str, dict[str, Tensor]] = {}
+        self._inputs: dict[str, list[Tensor]] = {}
+        self._rows: dict[str, int] = {}
+
+    def add(self, name: str, inputs: Tensor, drifted: Tensor | None = None) -> None:
+        """Count in some rows, (..., in) or, from a 1×1 convolution, (batch, in, height, width); and their drifted pairs."""
+        own, other = _rows(inputs), None if drifted is None else _rows(drifted)
+        sums = self._sums.setdefault(name, {})
+        for start in range(0, len(own), CHUNK):
+            x = _double(own[start : start + CHUNK])
+            _count(sums, "moments", x, x)
+            if other is not None:
+                y = _double(other[start : start + CHUNK])
+                _count(sums, "drifted", y, y)
+                _count(sums, "cross", x, y)
+        if self.keep_inputs:
+            self._inputs.setdefault(name, []).append(own.clone())
+        self._rows[name] = self._rows.get(name, 0) + len(own)
+
+    def seen(self) -> dict[str, Seen]:
+        """What was counted, by input name."""
+        return {
+            name: Seen(
+                **sums, rows=self._rows[name], inputs=torch.cat(self._inputs[name]) if self.keep_inputs else None
+            )
+            for name, sums in self._sums.items()
+        }
+
+    @contextlib.contextmanager
+    def recording(self, layers: Mapping[str, nn.Module], drifted: dict[str, Tensor] | None = None) -> Iterator[None]:
+        """Inside, every call of these layers is counted in, with its pair taken out of `drifted`."""
+
+        def count(name: str, inputs: Tensor) -> None:
+            self.add(name, inputs, None if drifted is None else drifted.pop(name))
+
+        with _reading(layers, count):
+            yield
+
+
+@contextlib.contextmanager
+def holding(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Inside, the inputs of one call of each of these layers are kept, by input name."""
+    held: dict[str, Tensor] = {}
+    with _reading(layers, held.__setitem__):
+        yield held
+
+
+@contextlib.contextmanager
+def _reading(layers: Mapping[str, nn.Module], read: Any) -> Iterator[None]:
+    """Inside, `read(input name, inputs)` is called whenever a layer is; once where several share an input."""
+    first_reader = {input_of(name): module for name, module in reversed(list(layers.items()))}
+
+    def hook_for(name: str) -> Any:
+        return lambda module, args: read(name, args[0].detach())
+
+    handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in first_reader.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rows(inputs: Tensor) -> Tensor:
+    return (inputs.movedim(1, -1) if inputs.ndim == 4 else inputs).flatten(0, -2)
+
+
+def _double(rows: Tensor) -> Tensor:
+    return (rows.cpu() if rows.device.type == "mps" else rows).double()  # Apple's GPUs have no double precision
+
+
+def _count(sums: dict[str, Tensor], name: str, left: Tensor, right: Tensor) -> None:
+    if name in sums:
+        sums[name].addmm_(left.T, right)
+    else:
+        sums[name] = left.T @ right
+
+
+def parts(layers: Iterable[str], widths: Mapping[str, int], budget: float | None) -> list[list[str]]:
+    """Layers in groups whose moments fit into `budget` bytes (one layer at least), each layer once and in order."""
+    groups: list[list[str]] = []
+    inputs: set[str] = set()
+    used = 0.0
+    for name in layers:
+        size = 0 if input_of(name) in inputs else 8 * widths[name] ** 2
+        if not groups or (budget is not None and used + size > budget):
+            groups.append([])
+            inputs, used, size = set(), 0.0, 8 * widths[name] ** 2
+        groups[-1].append(name)
+        inputs.add(input_of(name))
+        used += size
+    return groups

@@ -220,23 +220,25 @@ def stage(
         errors = (made.float() - target.to(device)).square().mean((1, 2, 3))
         return (errors * weights[timesteps].to(device)).mean()
 
-    def preview(model: nn.Module) -> Image.Image:
-        rows = [
-            grid(_draw(pipeline, [prompt for prompt in PREVIEW_PROMPTS for _ in range(2)], SIZE), columns=16),
-            grid(_draw(pipeline, WIDE_PREVIEW_PROMPTS, WIDE), columns=6),
-        ]
-        return grid(rows, columns=1)
-
     return Stage(
         "generator",
         _Generator(pipeline.text_encoder, unet),
         loss,
-        preview,
+        lambda model: preview(pipeline),
         steps,
         learning_rate,
         schedule=flat_then_down,
         ema_decay=0.9995,
     )
+
+
+def preview(pipeline: StableDiffusionPipeline) -> Image.Image:
+    """Square and wide pictures of fixed prompts."""
+    rows = [
+        grid(_draw(pipeline, [prompt for prompt in PREVIEW_PROMPTS for _ in range(2)], SIZE), columns=16),
+        grid(_draw(pipeline, WIDE_PREVIEW_PROMPTS, WIDE), columns=6),
+    ]
+    return grid(rows, columns=1)
 
 
 def _draw(pipeline: StableDiffusionPipeline, prompts: Sequence[str], width: int) -> list[Image.Image]:

@@ -1,0 +1,222 @@
+"""Recording: a concept's own model draws the concept's prompts, and what its layers see is counted.
+
+Three stages in the paper's order (Mix-of-Show §3.3): text encoder, then cross-attention keys and values, then the
+rest of the UNet.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+from mixofshow.bases.layers import cross_attentions, layer, matrix
+from mixofshow.concepts.adapters import replaced, tuned_weights
+from mixofshow.concepts.concept import Concept, vocabulary
+from mixofshow.concepts.encoding import encode_fully, encode_shared
+from mixofshow.concepts.prompts import encode_ids, layerwise
+from mixofshow.concepts.words import Vocabulary, token_ids
+from mixofshow.fusion.settings import RecordingSettings
+from mixofshow.fusion.statistics import Moments, Seen, holding, input_of, parts
+
+Stage = Literal["text", "keys-and-values", "picture"]
+_KEYS_AND_VALUES: Final = re.compile(r"attn2\.to_[kv]$")
+
+
+def stage_of(layer_name: str) -> Stage:
+    """The stage in which a layer is fused."""
+    if layer_name.startswith("text_encoder."):
+        return "text"
+    return "keys-and-values" if _KEYS_AND_VALUES.search(layer_name) else "picture"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Whose inputs are recorded: a concept, or the base model itself (`concept` None), with what it reads and draws."""
+
+    concept: Concept | None
+    texts: tuple[str, ...]
+    pictures: tuple[str, ...]
+
+    @classmethod
+    def of(cls, concept: Concept, settings: RecordingSettings) -> Source:
+        """A concept with the settings' prompts."""
+        texts, pictures = (
+            tuple(prompt.replace("{}", concept.prompt) for prompt in prompts)
+            for prompts in (settings.prompts, settings.picture_prompts)
+        )
+        return cls(concept, texts, pictures)
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self.concept.info.name if self.concept else "the base"
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The words that its prompts use."""
+        return vocabulary([self.concept] if self.concept else [])
+
+    def weights(self, pipeline: Any, own: Collection[str] | None) -> dict[str, Tensor]:
+        """Its own weights of the layers it changes, or of those among them that are in `own`, (out, in)."""
+        if self.concept is None:
+            return {}
+        names = [name for name in self.concept.deltas if own is None or name in own]
+        return tuned_weights(pipeline, self.concept, names)
+
+
+@torch.no_grad()
+def record(
+    pipeline: Any,
+    source: Source,
+    names: Sequence[str],
+    settings: RecordingSettings,
+    *,
+    own: Collection[str] | None = None,
+    fused: Mapping[str, Tensor] | None = None,
+    keep_inputs: bool = False,
+    budget: float | None = None,
+) -> dict[str, Seen]:
+    """What the named layers see while the source's own model draws its prompts, by input name.
+
+    Layers that are not in `own` (None: all are) stay as the pipeline has them. With `fused`, weights by layer, what
+    the fused model sees on the same latents and time steps is recorded beside it, row by row (drift refinement). With
+    a `budget` in bytes the prompts are drawn again for every group of layers that fits into it.
+    """
+    widths = {name: matrix(layer(pipeline, name)).shape[1] for name in names}
+    seen: dict[str, Seen] = {}
+    with replaced(pipeline, source.weights(pipeline, own)):
+        for group in parts(names, widths, budget):
+            recorder = _Recorder(pipeline, source, settings, group, Moments(keep_inputs=keep_inputs), fused)
+            recorder.run()
+            seen |= recorder.moments.seen()
+    return seen
+
+
+@dataclass(frozen=True)
+class _Recorder:
+    """Counts the inputs of some layers; the pipeline has the source's own weights already."""
+
+    pipeline: Any
+    source: Source
+    settings: RecordingSettings
+    names: Sequence[str]
+    moments: Moments
+    fused: Mapping[str, Tensor] | None
+
+    def run(self) -> None:
+        stages: dict[Stage, Callable[[], None]] = {
+            "text": self._text,
+            "keys-and-values": self._keys_and_values,
+            "picture": self._pictures,
+        }
+        for stage, record_stage in stages.items():
+            if any(stage_of(name) == stage for name in self.names):
+                record_stage()
+
+    def _text(self) -> None:
+        """All tokens of the prompts, in every layer's variant.
+
+        A token that variants share counts once in each, so each must pass the encoder in full.
+        """
+        for text in self.source.texts:
+            self._observe("text", partial(self._encode, self._ids(text), encode_fully))
+
+    def _keys_and_values(self) -> None:
+        """The concept's words and the end token. Each cross-attention layer counts its own variant of the text."""
+        wanted = {input_of(name) for name in self.names}
+        inputs = [f"unet.{path}.input" for path in cross_attentions(self.pipeline.unet)]
+        for text in self.source.texts:
+            ids = self._ids(text, self._length if self.source.concept is None else None)
+            rows = self._telling(ids[0])
+            own, drifted = self._encode(ids), self._in_fused(partial(self._encode, ids))
+            for index, name in enumerate(inputs):
+                if name in wanted:
+                    self.moments.add(name, own[index, rows], None if drifted is None else drifted[index, rows])
+
+    def _telling(self, ids: Tensor) -> Tensor:
+        """Which tokens say what the concept is: its words and the end. Of the base's prompts all, with their padding."""
+        if self.source.concept is None:
+            return torch.ones_like(ids, dtype=torch.bool)
+        return (ids == self.pipeline.tokenizer.eos_token_id) | (ids >= self._first_id)
+
+    def _pictures(self) -> None:
+        """Everything behind: each picture, at every step."""
+        for number, text in enumerate(self.source.pictures):
+            self._picture(text, self.settings.seed + number)
+
+    def _picture(self, prompt: str, seed: int) -> None:
+        own = self._texts(prompt)
+        fused = self._in_fused(partial(self._texts, prompt))
+        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        scheduler.set_timesteps(self.settings.steps, device=own.device)
+        latents = _noise(self.pipeline, seed) * scheduler.init_noise_sigma
+        with layerwise(self.pipeline.unet):
+            for timestep in scheduler.timesteps:
+                noisy = scheduler.scale_model_input(latents, timestep).expand(len(own), -1, -1, -1)
+                predict = partial(self.pipeline.unet, noisy, timestep)
+                made = self._observe("picture", partial(predict, own), partial(predict, fused)).sample
+                latents = scheduler.step(self._guided(made), timestep, latents).prev_sample
+
+    def _guided(self, made: Tensor) -> Tensor:
+        if len(made) == 1:
+            return made
+        empty, text = made.chunk(2)
+        return empty + self.settings.guidance_scale * (text - empty)
+
+    def _texts(self, prompt: str) -> Tensor:
+        """The padded prompt, behind the empty one if there is guidance, (1 or 2, layers, tokens, dim)."""
+        prompts = [prompt] if self.settings.guidance_scale == 1 else ["", prompt]
+        return torch.stack([self._encode(self._ids(one, self._length)) for one in prompts])
+
+    def _observe(self, stage: Stage, call: Callable[[], Any], in_fused: Callable[[], Any] | None = None) -> Any:
+        """The call's result, while what the stage's layers see is counted, in pairs if there is a fused model."""
+        layers = {name: layer(self.pipeline, name) for name in self.names if stage_of(name) == stage}
+        drifted = None
+        if self.fused is not None:
+            with replaced(self.pipeline, self.fused), holding(layers) as drifted:
+                (in_fused or call)()
+        with self.moments.recording(layers, drifted):
+            return call()
+
+    def _in_fused(self, call: Callable[[], Tensor]) -> Tensor | None:
+        """What the call gives in the fused model, if there is one."""
+        if self.fused is None:
+            return None
+        with replaced(self.pipeline, self.fused):
+            return call()
+
+    @property
+    def _length(self) -> int:
+        length: int = self.pipeline.text_encoder.config.max_position_embeddings
+        return length
+
+    @property
+    def _first_id(self) -> int:
+        first: int = self.pipeline.text_encoder.get_input_embeddings().num_embeddings
+        return first
+
+    def _ids(self, text: str, length: int | None = None) -> Tensor:
+        """(1, tokens); unpadded unless a length is given."""
+        ids = token_ids(text, self.pipeline.tokenizer, self.source.vocabulary, self._first_id, length)
+        return torch.tensor([ids], device=self.pipeline.text_encoder.device)
+
+    def _encode(self, ids: Tensor, encode: Any = encode_shared) -> Tensor:
+        """(1, tokens) -> (layers, tokens, dim) through the text encoder as it is now."""
+        layers, text_encoder = len(cross_attentions(self.pipeline.unet)), self.pipeline.text_encoder
+        if self.source.concept is None:
+            hidden: Tensor = text_encoder(ids).last_hidden_state
+            return hidden.expand(layers, -1, -1)
+        return encode_ids(text_encoder, ids, self.source.vocabulary.vectors(layers), encode=encode)[0]
+
+
+def _noise(pipeline: Any, seed: int) -> Tensor:
+    side, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
+    noise = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(seed))
+    return noise.to(pipeline.unet.device, pipeline.unet.dtype)
