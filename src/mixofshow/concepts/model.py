@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +24,7 @@ from mixofshow.files import parse_tensors, read_bytes, write_tensors, write_text
 
 MANIFEST: Final = "concepts.json"
 VECTORS: Final = "concepts.safetensors"
+CONCEPTS: Final = "concepts"
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,15 @@ class ConceptModel:
     """A pipeline, the words it understands, and the weights it has while it draws them.
 
     The pipeline itself is left as it is, so that several models can share one: `weights` replace its own, layer by
-    layer (out, in), only inside `active()`.
+    layer (out, in), only inside `active()`. Saved with it are the `concepts` it was fused from, so that one can be
+    added or taken out later.
     """
 
     pipeline: Any
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     manifest: Mapping[str, Any] = field(default_factory=dict)
+    concepts: Sequence[Concept] = ()
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -60,6 +63,8 @@ class ConceptModel:
                 "aliases": dict(self.vocabulary.aliases),
             }
             write_text(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            for concept in self.concepts:
+                concept.save(temporary / CONCEPTS / f"{concept.info.name}.safetensors")
 
     def _with_plain_tokens(self) -> Any:
         """The pipeline with a grown tokenizer and text encoder; only these two are copies."""

@@ -41,28 +41,20 @@ def guarded(problem: LayerProblem, solver: Callable[[LayerProblem], Tensor]) -> 
     return problem, left
 
 
-def harm(problem: LayerProblem, number: int, solver: Callable[[LayerProblem], Tensor]) -> float:
-    """How much concept `number` raises what is left undone for all others (in norm): 0 not at all, 1 doubles it."""
-    return _undone(problem, number, solver(problem)) / max(_least(problem, number, solver), 1e-300) - 1
+def undone_of_others(problem: LayerProblem, number: int, change: Tensor) -> float:
+    """What a change leaves undone of what all concepts but one want: Σ w_k ‖(ΔW_k − change) X_k‖²."""
+    others = [k for k in range(len(problem.changes)) if k != number]
+    return sum(problem.weights[k] * problem.residual(k, change)[0] for k in others)
 
 
 def _harmless(problem: LayerProblem, number: int, solver: Callable[[LayerProblem], Tensor]) -> LayerProblem:
-    least = _least(problem, number, solver)
+    """The problem with one concept's weight so low that it does the others no more than HARM."""
+    allowed = (1 + HARM) ** 2 * undone_of_others(problem, number, solver(problem.without(number)))
     for _ in range(HALVINGS):
-        if _undone(problem, number, solver(problem)) <= (1 + HARM) * least:
+        if undone_of_others(problem, number, solver(problem)) <= allowed:
             return problem
         problem = problem.weighed([w / 2 if k == number else w for k, w in enumerate(problem.weights)])
-    return problem.without(number)
-
-
-def _least(problem: LayerProblem, number: int, solver: Callable[[LayerProblem], Tensor]) -> float:
-    return _undone(problem, number, solver(problem.without(number)))
-
-
-def _undone(problem: LayerProblem, number: int, change: Tensor) -> float:
-    """What is left of what all concepts but one want."""
-    others = [k for k in range(len(problem.changes)) if k != number]
-    return math.sqrt(sum(problem.weights[k] * problem.residual(k, change)[0] for k in others))
+    return problem
 
 
 def _loudness(problem: LayerProblem) -> list[float]:

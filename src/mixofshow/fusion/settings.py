@@ -51,6 +51,7 @@ class FusionSettings(RecordingSettings):
     refine: int = Field(0, ge=0, le=100, description="Passes that correct for what fused layers hand to later ones.")
     refine_order: Literal["stages", "all"] = Field("stages", description="Stage after stage, or all layers at once.")
     guard: bool = Field(False, description="Turn down concepts that are far louder than the others.")
+    leave_one_out: bool = Field(False, description="Also report how much each concept costs the others.")
     max_memory: float | None = Field(
         None, gt=0, description="Gigabytes for what is being recorded; less means more passes, with equal results."
     )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 from torch import Tensor
 
 from mixofshow.concepts.concept import Concept
-from mixofshow.fusion.guard import guarded
+from mixofshow.fusion.guard import guarded, undone_of_others
 from mixofshow.fusion.methods import METHODS, average, method_settings
 from mixofshow.fusion.problem import LayerProblem
 from mixofshow.fusion.recording import Stage
@@ -23,24 +23,52 @@ STAGES: Final[tuple[Stage, ...]] = ("text", "keys-and-values", "picture")
 
 
 @dataclass(frozen=True)
+class Kept:
+    """How much of one concept is kept in one layer: squared norms of what is `left` undone, and of all that it `wanted`.
+
+    With leave-one-out, also what is left undone of all other concepts with this one, and had it not been there.
+    """
+
+    left: float
+    wanted: float
+    others: float = 0.0
+    others_without: float = 0.0
+
+
+@dataclass(frozen=True)
 class LayerReport:
     """How well one layer was fused: the objective of the base weight (no change), of the fused one, of the average.
 
-    `residuals` has for each concept what is left of the change that it wants, as a share in norm: 0 is perfect, 1 as
-    if it were not there. `clipped` names the concepts that the guard turned down, with the weight they were left.
+    `clipped` names the concepts that the guard turned down, with the weight they were left.
     """
 
     rows: int
     unchanged: float
     fused: float
     average: float
-    residuals: Mapping[str, float]
+    concepts: Mapping[str, Kept]
     clipped: Mapping[str, float]
 
     @property
     def residual(self) -> float:
-        """The same over all concepts."""
-        return math.sqrt(self.fused / self.unchanged) if self.unchanged > 0 else 0.0
+        """What is left of the change that the concepts want, as a share in norm: 0 is perfect, 1 as if unfused."""
+        return share(self.fused, self.unchanged)
+
+    @property
+    def residuals(self) -> dict[str, float]:
+        """The same for each concept."""
+        return {name: share(kept.left, kept.wanted) for name, kept in self.concepts.items()}
+
+
+def share(left: float, wanted: float) -> float:
+    """The root of left / wanted; 0 where nothing was wanted."""
+    return math.sqrt(left / wanted) if wanted > 0 else 0.0
+
+
+def total(reports: Iterable[LayerReport], name: str) -> Kept:
+    """One concept over several layers."""
+    found = [report.concepts[name] for report in reports]
+    return Kept(*(sum(getattr(kept, field.name) for kept in found) for field in fields(Kept)))
 
 
 def solver_for(settings: FusionSettings, stage: Stage) -> Solver:
@@ -83,11 +111,12 @@ def _weights(problem: LayerProblem, concepts: Sequence[Concept], settings: Fusio
         return [1.0] * len(concepts)
     if settings.weights == "energy":
         energies = [problem.residual(number, problem.zero())[1] for number in range(len(concepts))]
-        found = [1 / energy if energy > 0 else 0.0 for energy in energies]
+        known = [1 / energy for energy in energies if energy > 0] or [1.0]
+        # One that changes nothing here wants it left alone, as much as the others want their change.
+        found = [1 / energy if energy > 0 else sum(known) / len(known) for energy in energies]
     else:
         found = [settings.weights.get(concept.info.name, 1.0) for concept in concepts]
-    scale = len(found) / total if (total := sum(found)) > 0 else 0.0
-    return [scale * weight for weight in found] if scale else [1.0] * len(found)
+    return [weight * len(found) / sum(found) for weight in found]
 
 
 def _with_prior(problem: LayerProblem, prior: Seen, share: float) -> LayerProblem:
@@ -97,21 +126,29 @@ def _with_prior(problem: LayerProblem, prior: Seen, share: float) -> LayerProble
     return replace(problem, prior=prior, prior_weight=share * of_concepts / of_prior if of_prior > 0 else 0.0)
 
 
-def solve(problem: LayerProblem, names: Sequence[str], solver: Solver, *, guard: bool) -> tuple[Tensor, LayerReport]:
+def solve(
+    problem: LayerProblem, names: Sequence[str], solver: Solver, settings: FusionSettings
+) -> tuple[Tensor, LayerReport]:
     """The fused weight (out, in) of one layer in the base's precision, and how good it is for each named concept."""
     asked, clipped = problem, {}
-    if guard:
+    if settings.guard:
         problem, turned_down = guarded(problem, solver)
         clipped = {names[number]: weight for number, weight in turned_down.items()}
     change = solver(problem)
     fused = (problem.base.double() + change).to(problem.base.dtype)
     met = fused.double() - problem.base.double()
-    residuals = {}
-    for number, name in enumerate(names):
-        left, wanted = asked.residual(number, met)
-        residuals[name] = math.sqrt(left / wanted) if wanted > 0 else 0.0
+    kept = {name: Kept(*asked.residual(number, met)) for number, name in enumerate(names)}
+    if settings.leave_one_out:
+        kept = {name: _beside(one, problem, number, met, solver) for number, (name, one) in enumerate(kept.items())}
     sums = problem.sums
-    report = LayerReport(
-        sums.rows, sums.energy, sums.objective(met), sums.objective(average(problem)), residuals, clipped
-    )
+    report = LayerReport(sums.rows, sums.energy, sums.objective(met), sums.objective(average(problem)), kept, clipped)
     return fused, report
+
+
+def _beside(kept: Kept, problem: LayerProblem, number: int, met: Tensor, solver: Solver) -> Kept:
+    """With what the other concepts lose through this one."""
+    return replace(
+        kept,
+        others=undone_of_others(problem, number, met),
+        others_without=undone_of_others(problem, number, solver(problem.without(number))),
+    )

@@ -70,7 +70,7 @@ def fuse(
         "settings": settings.model_dump(mode="json"),
         "concepts": [{"name": concept.info.name, "hash": concept.hash} for concept in ordered],
     }
-    return Fused(ConceptModel(pipeline, words, fusion.weights, manifest), fusion.reports)
+    return Fused(ConceptModel(pipeline, words, fusion.weights, manifest, ordered), fusion.reports)
 
 
 def record_concept(
@@ -224,4 +224,4 @@ class _Fusion:
             base = matrix(layer(self.pipeline, name))
             problem = problem_of(name, base, self.concepts, recordings, self.settings)
             solver = solver_for(self.settings, stage_of(name))
-            self.weights[name], self.reports[name] = solve(problem, called, solver, guard=self.settings.guard)
+            self.weights[name], self.reports[name] = solve(problem, called, solver, self.settings)

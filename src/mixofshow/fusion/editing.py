@@ -1,0 +1,54 @@
+"""Adding a concept to a fused model, taking one out, weighing one anew: as if fused so from the start.
+
+Nothing is added to or subtracted from the old weights. The folder keeps its concepts and settings, and all concepts
+are fused again; what was recorded and kept is not recorded again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mixofshow.concepts.concept import Concept, load_concept
+from mixofshow.concepts.model import CONCEPTS, MANIFEST
+from mixofshow.errors import BadInputError, ConceptFileError, nearest, shown
+from mixofshow.files import read_bytes
+from mixofshow.fusion.settings import FusionSettings, make_fusion_settings
+
+
+def fused_from(folder: Path, pipeline: Any) -> tuple[list[Concept], FusionSettings]:
+    """The concepts and settings that a fused folder was made from. Raises ConceptFileError, SettingsError."""
+    listing = folder / MANIFEST
+    try:
+        manifest = json.loads(read_bytes(listing))
+        hashes = {str(one["name"]): str(one["hash"]) for one in manifest["concepts"]}
+        settings = make_fusion_settings(manifest["settings"], str(listing))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConceptFileError(f"{listing}: not written by a fusion of this version ({shown(error)})") from error
+    concepts = [load_concept(path, pipeline) for path in sorted((folder / CONCEPTS).glob("*.safetensors"))]
+    if hashes != (found := {concept.info.name: concept.hash for concept in concepts}):
+        raise ConceptFileError(
+            f"{folder / CONCEPTS}: its files ({', '.join(found) or 'none'}) are not the concepts of {MANIFEST}"
+        )
+    return concepts, settings
+
+
+def edited(concepts: Sequence[Concept], add: Iterable[Concept], remove: Iterable[str]) -> list[Concept]:
+    """The concepts with some taken out, by name, and some added. Raises BadInputError for a name that is not there."""
+    gone = list(remove)
+    names = [concept.info.name for concept in concepts]
+    for name in gone:
+        if name not in names:
+            raise BadInputError(f"no concept is called '{shown(name)}' in this model{nearest(name, names)}")
+    return [*(concept for concept in concepts if concept.info.name not in gone), *add]
+
+
+def edited_settings(settings: FusionSettings, given: Mapping[str, Any], concepts: Sequence[Concept]) -> FusionSettings:
+    """The settings with given ones on top; weights by name are kept for the concepts that are still there."""
+    table = settings.model_dump()
+    if isinstance(settings.weights, Mapping):
+        names = {concept.info.name for concept in concepts}
+        table["weights"] = {name: weight for name, weight in settings.weights.items() if name in names} or "equal"
+    return make_fusion_settings(table | dict(given))
