@@ -8,7 +8,10 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from mixofshow.bases.loading import load_base
+from mixofshow.bases.families import family_of
+from mixofshow.bases.layers import cross_attentions, lora_layers, matrix, token_width
+from mixofshow.bases.loading import fingerprint, load_base
+from mixofshow.concepts.concept import Concept, ConceptInfo, LowRank
 
 
 def sd15() -> Any:
@@ -44,3 +47,30 @@ def sd15() -> Any:
 
 
 BASES = {"sd15": sd15, "emojiland": lambda: load_base("emojiland")}
+
+
+def random_concept(pipeline: Any, name: str, *, rank: int = 4) -> Concept:
+    """An ED-LoRA that was never tuned: random words, and a random change of every attention layer."""
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    layers = len(cross_attentions(pipeline.unet))
+    info = ConceptInfo(
+        name=name,
+        words=(f"<{name}-1>", f"<{name}-2>"),
+        class_word="dog",
+        initializers=("random", "dog"),
+        layers=layers,
+        family=family_of(pipeline).name,
+        base="random",
+        base_fingerprint=fingerprint(pipeline),
+    )
+
+    def normal(*shape: int, scale: float) -> torch.Tensor:
+        return (scale * torch.randn(*shape, generator=generator)).half().float()
+
+    changes = {}
+    for layer_name, module in lora_layers(pipeline).items():
+        outputs, inputs = matrix(module).shape
+        changes[layer_name] = LowRank(
+            normal(rank, inputs, scale=inputs**-0.5), normal(outputs, rank, scale=0.1 * rank**-0.5)
+        )
+    return Concept(info, normal(2, layers, token_width(pipeline), scale=0.02), changes)

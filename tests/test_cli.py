@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,13 @@ SAMPLE = ["sample", "--model", GOLDEN_BASE, "--prompt", "a man", "--size", "64x6
         (["fuse", "{0}/cut.safetensors", "--out", "{0}/fused"], "the file is cut"),
         (["fuse", "{0}/cut.safetensors", "--out", "{0}/file"], "exists and is not a folder"),
         (["fuse", "{0}/cut.safetensors", "--out", "{0}/x", "--method", "gradeint"], "did you mean 'gradient'"),
+        (["fuse", "{0}/cut.safetensors"], "nowhere to write to"),
+        (["fuse", "{0}/cut.safetensors", "--out", "{0}/x", "--weights", "a=0"], "'weights.table.a'"),
+        (["fuse", "{0}/wrong.yaml", "--out", "{0}/x"], "'concepts': expected a list of concept files"),
+        (["fuse", "--model", "{0}/pictures", "--remove", "thing"], "concepts.json: cannot be read"),
+        (["fuse", "--add", "{0}/cut.safetensors", "--out", "{0}/x"], "name its folder with --model"),
+        (["record", "{0}/cut.safetensors", "--out", "{0}/x", "--storage", "fp8"], "storage: expected one of fp64"),
+        ([*SAMPLE[:2], "{0}/cut.safetensors", *SAMPLE[3:]], "the file is cut"),
         (["inspect", "{0}/pictures/good.png"], "not safetensors"),
         ([*SAMPLE, "--region", "0,0,200,64: a man"], "outside the picture of 64 x 64"),
         ([*SAMPLE, "--region", "0,0,2,2: a man"], "too small"),
@@ -82,7 +90,7 @@ SAMPLE = ["sample", "--model", GOLDEN_BASE, "--prompt", "a man", "--size", "64x6
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(folder, arguments, message, capsys, monkeypatch):
-    if arguments[0] in ("fuse", "evaluate"):
+    if arguments[0] in ("fuse", "record", "evaluate"):
         arguments = [*arguments, "--base", GOLDEN_BASE]
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     code, error = _run([part.replace("{0}", str(folder)) for part in arguments], capsys, monkeypatch)
@@ -146,6 +154,42 @@ def test_tune_fuse_sample_inspect_on_a_foreign_base(folder, capsys, monkeypatch)
     assert composition_of(folder / "c-001.png").seed == 1
 
 
+def test_record_fuse_edit_and_draw_from_a_delta(golden_concepts, tmp_path, capsys, monkeypatch):
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["mixofshow", *(part.replace("{0}", str(tmp_path)) for part in arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        shown = capsys.readouterr()
+        assert not stopped.value.code, shown.err
+        return shown.out
+
+    for concept in golden_concepts:
+        concept.save(tmp_path / f"{concept.info.name}.safetensors")
+    store = ["--storage", "low-rank", "--steps", "1", "--prompts", "a {}", "--prompts", "{}"]
+    line = run("record", "{0}/dogx.safetensors", "--out", "{0}/kept", "--base", GOLDEN_BASE, *store)
+    assert re.search(r"kept/dogx-\w+\.safetensors: <dogx>, [\d.]+ MB, low-rank, relative error", line)
+    found = ["--statistics", "{0}/kept", "--mode", "independent", "--refine", "0", *store]
+    run("fuse", "{0}/dogx.safetensors", "--base", GOLDEN_BASE, "--out", "{0}/fused", *found)
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+    more = ["--add", "{0}/manx.safetensors", "--base", GOLDEN_BASE, "--weights", "dogx=2", "--leave-one-out"]
+    out = ["--report", "{0}/report.html", "--as-delta", "{0}/fused.safetensors", "--rank", "3"]
+    lines = run("fuse", "--model", "{0}/fused", *more, *out, "--statistics", "{0}/kept", "--storage", "low-rank")
+    assert "fused: 2 concepts in" in lines and "MB, rank 3: relative error" in lines
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+    assert "costs the others" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    drawn = ["--prompt", "a <dogx> and a <manx>", "--size", "64x64", "--steps", "1", "--out", "{0}/a.png"]
+    run("sample", "--model", "{0}/fused.safetensors", "--base", GOLDEN_BASE, *drawn)
+    assert (tmp_path / "a.png").is_file()
+
+
+def test_the_example_of_a_fusion_runs(tmp_path, capsys, monkeypatch):
+    example = Path(__file__).parents[1] / "examples" / "fuse-three.yaml"
+    arguments = ["fuse", str(example), "--steps", "1", "--as-delta", str(tmp_path / "three.safetensors")]
+    code, error = _run(arguments, capsys, monkeypatch)
+    assert code == 0, error
+    assert (tmp_path / "three.safetensors").is_file()
+
+
 def test_the_printed_configuration_is_the_one_that_is_meant(folder, capsys, monkeypatch):
     given = ["--data", "{0}/pictures", "--unet.rank", "8", "--pictures.flip", "--loss.min_snr=5", "--no-loss.masked"]
     arguments = [part.replace("{0}", str(folder)) for part in (*TUNE, *given, "--print-config")]
@@ -182,7 +226,7 @@ def test_the_schema_of_the_examples_is_the_settings_own():
 
 def test_help_names_every_verb():
     shown = subprocess.run([sys.executable, "-m", "mixofshow", "--help"], capture_output=True, text=True, check=True)
-    for verb in ("tune", "fuse", "sample", "evaluate", "inspect", "demo"):
+    for verb in ("tune", "record", "fuse", "sample", "evaluate", "inspect", "demo"):
         assert verb in shown.stdout
 
 

@@ -5,20 +5,24 @@ Torch and diffusers are imported inside the commands, so that `--help` answers a
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import sys
-from collections.abc import Callable
-from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mixofshow.errors import MixOfShowError, ResourceError, SettingsError
+from mixofshow.fusion.settings import FusionSettings, RecordingSettings
+from mixofshow.options import assignments, with_settings
 from mixofshow.progress import terminal_bar
-from mixofshow.tuning.settings import dotted_keys
+from mixofshow.tuning.settings import TuningSettings
+
+if TYPE_CHECKING:
+    from mixofshow.concepts.model import ConceptModel
+    from mixofshow.fusion.stages import Fused
+    from mixofshow.fusion.store import Recording
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +31,7 @@ app = typer.Typer(
     help="Tune concepts on your pictures, fuse any number of them, draw them together, each where you put it.",
 )
 Base = Annotated[str, typer.Option(help="Base model: emojiland, a diffusers folder, or a hub id in the local cache.")]
+Storage = Annotated[str, typer.Option(help="How recordings are kept: fp64, fp32, fp16 or low-rank (plus diagonal).")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps …")]
 
 
@@ -46,48 +51,8 @@ def _fail(error: MixOfShowError) -> None:
     sys.exit(error.exit_code)
 
 
-def _assignments(pairs: list[str] | None) -> dict[str, Any]:
-    """KEY=VALUE options as a table; values are read as YAML."""
-    import yaml
-
-    table = {}
-    for pair in pairs or []:
-        key, found, value = pair.partition("=")
-        if not found:
-            raise SettingsError(f"'{pair}': expected KEY=VALUE")
-        table[key] = yaml.safe_load(value)
-    return table
-
-
-def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for every tuning setting by its dotted name, handed over as a table `given`."""
-    own = [one for one in signature(command, eval_str=True).parameters.values() if one.name != "given"]
-    keys = {key.replace(".", "__"): key for key, _ in dotted_keys()}
-
-    @functools.wraps(command)
-    def with_settings(**values: Any) -> None:
-        given = {keys[name]: values.pop(name) for name in keys if name in values}
-        command(**values, given={key: value for key, value in given.items() if value is not None})
-
-    options = [_setting_option(name, field) for name, (_, field) in zip(keys, dotted_keys(), strict=True)]
-    with_settings.__signature__ = Signature([*own, *options])  # type: ignore[attr-defined]
-    with_settings.__annotations__ = {one.name: one.annotation for one in (*own, *options)}
-    return with_settings
-
-
-def _setting_option(name: str, field: Any) -> Parameter:
-    key = name.replace("__", ".")
-    spellings = [f"--{spelling}" for spelling in dict.fromkeys((key.replace("_", "-"), key))]
-    kind: Any = str
-    if field.annotation is bool:
-        kind, spellings = bool, [f"{one}/--no-{one.removeprefix('--')}" for one in spellings[:1]]
-    panel = f"Settings: {key.rpartition('.')[0] or 'the run'}"
-    option = typer.Option(*spellings, help=field.description, rich_help_panel=panel, metavar="VALUE")
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
-
-
 @app.command()
-@_with_settings
+@with_settings(TuningSettings)
 def tune(
     *,
     config: Annotated[Path | None, typer.Argument(help="YAML of one concept, or of several under `concepts`.")] = None,
@@ -101,7 +66,7 @@ def tune(
     given: dict[str, Any],
 ) -> None:
     """Tune a concept on a folder of pictures. Every key of the YAML is an option too, on top of it."""
-    from mixofshow.sampling.composition import read_table
+    from mixofshow.files import read_table
     from mixofshow.tuning import settings as tuning
 
     if print_schema:
@@ -152,39 +117,140 @@ def check(
 
 
 @app.command()
-def fuse(
+@with_settings(RecordingSettings)
+def record(
+    *,
     files: Annotated[list[Path], typer.Argument(help="Concept files.")],
-    out: Annotated[Path, typer.Option(help="Folder to write: a diffusers model and concepts.json.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder to keep the recordings in; fuse --statistics takes them from there.")
+    ],
     base: Base = "emojiland",
-    method: Annotated[str, typer.Option(help="gradient, average, or another of docs/how-it-works.md.")] = "gradient",
-    setting: Annotated[list[str] | None, typer.Option("--set", help="A setting of the method, as ridge=1e-6.")] = None,
+    storage: Storage = "fp64",
+    max_memory: Annotated[float | None, typer.Option(help="Gigabytes for what is being recorded.")] = None,
     device: Device = "cpu",
+    given: dict[str, Any],
 ) -> None:
-    """Fuse concept files into one model."""
+    """Record concepts, so that fuse --mode independent need not do it."""
     from mixofshow.bases.loading import load_base
     from mixofshow.concepts.concept import load_concept
-    from mixofshow.files import refuse_unwritable
-    from mixofshow.fusion.methods import method_settings
-    from mixofshow.fusion.settings import FusionSettings
-    from mixofshow.fusion.stages import fuse as run
+    from mixofshow.fusion.settings import make_recording_settings
+    from mixofshow.fusion.stages import record_concept
+    from mixofshow.fusion.store import open_store
 
-    options = method_settings(method, _assignments(setting))
-    refuse_unwritable(out, folder=True)
+    settings, store = make_recording_settings(given, "options"), open_store(out, storage)
     pipeline = load_base(base, device=device)
     concepts = [load_concept(path, pipeline) for path in files]
+    with terminal_bar("recording") as progress:
+        for number, concept in enumerate(concepts):
+            made = record_concept(concept, pipeline, settings, store, budget=max_memory and max_memory * 2**30)
+            progress(number + 1, len(concepts), {})
+            typer.echo(f"{made.file.path}: <{concept.info.name}>, {_megabytes(made.file.path)}, {storage}{_lost(made)}")
+
+
+def _lost(recording: Recording) -> str:
+    mean, largest = recording.error
+    return f", relative error {mean:.2g} on average, {largest:.2g} at most" if largest else ""
+
+
+def _megabytes(path: Path) -> str:
+    return f"{path.stat().st_size / 2**20:.2f} MB"
+
+
+@app.command()
+@with_settings(FusionSettings, leave_out=["options"])
+def fuse(
+    *,
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="Concept files; or one YAML with a list of `concepts`, and settings.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write: a diffusers model, concepts.json, and the concepts.")
+    ] = None,
+    as_delta: Annotated[
+        Path | None, typer.Option(help="One .safetensors of what changes of the base, also or instead.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Cut the layers in it to this rank; default: in full.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="HTML page to write: how well each concept is kept.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Fused folder to change; it is written anew if --out is not given.")
+    ] = None,
+    add: Annotated[list[Path] | None, typer.Option(help="With --model: a concept file to add; any number.")] = None,
+    remove: Annotated[list[str] | None, typer.Option(help="With --model: a concept to take out; any number.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base model; default: the YAML's or the fused model's own, or emojiland.")
+    ] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="A setting of the method, as ridge=1e-6.")] = None,
+    statistics: Annotated[Path | None, typer.Option(help="Folder that keeps what is recorded, for next time.")] = None,
+    storage: Storage = "fp64",
+    device: Device = "cpu",
+    given: dict[str, Any],
+) -> None:
+    """Fuse concept files into one model, or change a model that was fused. Every setting is an option."""
+    from mixofshow.files import refuse_unwritable
+    from mixofshow.fusion.jobs import make_job
+    from mixofshow.fusion.stages import fuse as run
+    from mixofshow.fusion.store import open_store
+
+    out = out or model
+    if not (out or as_delta):
+        raise SettingsError("nowhere to write to: give --out FOLDER, --as-delta FILE, or both")
+    for target in filter(None, (out, as_delta, report)):
+        refuse_unwritable(target, folder=target is out)
+    store = open_store(statistics, storage) if statistics else None
+    given |= {"options": assignments(setting)}
+    job = make_job(files or [], given, model=model, add=add or [], remove=remove or [], base=base, device=device)
     with terminal_bar("fusing") as progress:
-        fused = run(concepts, pipeline, FusionSettings(method=method, options=options), progress=progress)
-    fused.model.save(out)
-    worst = max(fused.layers.items(), key=lambda item: item[1].residual)
-    typer.echo(
-        f"{out}: {len(concepts)} concepts in {len(fused.layers)} layers; largest residual {worst[1].residual:.2g} in {worst[0]}"
-    )
+        fused = run(job.concepts, job.pipeline, job.settings, store=store, progress=progress)
+    _write_fused(fused, out, as_delta, rank, report)
+
+
+def _write_fused(fused: Fused, out: Path | None, as_delta: Path | None, rank: int | None, report: Path | None) -> None:
+    if out:
+        fused.model.save(out)
+    _print_fused(out, fused)
+    if as_delta:
+        _write_delta(as_delta, fused.model, rank)
+    if report:
+        _write_report(report, fused)
+
+
+def _print_fused(out: Path | None, fused: Fused) -> None:
+    from mixofshow.fusion.solving import turned_down
+
+    layers = len(fused.layers)
+    line = f"{out or 'fused'}: {len(fused.model.concepts)} concepts in {layers} layers"
+    if layers:
+        name, worst = max(fused.layers.items(), key=lambda item: item[1].residual)
+        line += f"; largest residual {worst.residual:.2g} in {name}"
+    typer.echo(line)
+    for loud, one in turned_down(fused.layers.values()).items():
+        typer.echo(
+            f"guard: <{loud}> turned down in {one.layers} of {layers} layers, to a weight of {one.weight:.2g} at least"
+        )
+
+
+def _write_delta(path: Path, model: ConceptModel, rank: int | None) -> None:
+    lost = model.save_delta(path, rank)
+    error = f"relative error {lost.overall:.2g}, at most {lost.worst:.2g} in {lost.layer}" if lost.worst else "exact"
+    typer.echo(f"{path}: {_megabytes(path)}, {f'rank {rank}' if rank else 'in full'}: {error}")
+
+
+def _write_report(path: Path, fused: Fused) -> None:
+    from mixofshow.evaluation.fusion_report import fusion_page
+
+    fusion_page(fused).save(path)
+    typer.echo(str(path))
 
 
 @app.command()
 def sample(
     composition: Annotated[Path | None, typer.Argument(help="YAML composition; the options below override it.")] = None,
-    model: Annotated[str, typer.Option(help="Fused folder or base model.")] = "emojiland",
+    model: Annotated[str, typer.Option(help="Fused folder, delta file, or base model.")] = "emojiland",
+    base: Annotated[
+        str | None, typer.Option(help="Base of a delta file, where it is not here by the name that the file says.")
+    ] = None,
     concept: Annotated[Path | None, typer.Option(help="A single concept file to put on the base model.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What the whole picture shows.")] = None,
     region: Annotated[
@@ -195,7 +261,7 @@ def sample(
     seed: Annotated[int | None, typer.Option()] = None,
     num: Annotated[int | None, typer.Option(help="How many pictures; picture k has seed + k.")] = None,
     steps: Annotated[int | None, typer.Option()] = None,
-    guidance_scale: Annotated[float | None, typer.Option()] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Default: what suits the base.")] = None,
     strength: Annotated[float, typer.Option(help="Of the single concept: 0 its words only, 1 as tuned.")] = 1.0,
     out: Annotated[Path, typer.Option(help="PNG to write; several are numbered.")] = Path("sample.png"),
     device: Device = "cpu",
@@ -218,7 +284,7 @@ def sample(
     }
     wanted = compositions.from_options(composition, {key: value for key, value in given.items() if value is not None})
     targets = compositions.picture_paths(out, wanted.num)
-    known = load_model(model, device=device)
+    known = load_model(model, base=base, device=device)
     if concept:
         file = load_concept(concept, known.pipeline)
         known = with_concept(known.pipeline, file, unet=strength, text_encoder=strength)

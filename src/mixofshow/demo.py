@@ -39,8 +39,8 @@ from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.tuning.settings import make_settings
 from mixofshow.tuning.trainer import tune
 
-CONCEPTS: Final = ("reddog", "robot", "golddog")
-"""Two of one class, and between them one of a kind that the base model has never seen."""
+CONCEPTS: Final = ("reddog", "greenhouse", "bluedog")
+"""Two of one class, and something else between them."""
 WIDTH, HEIGHT = 160, 64
 SCENE: Final = "in the desert"
 REGIONS: Final = ((2, 6, 54, 62), (54, 6, 106, 62), (106, 6, 158, 62))

@@ -14,14 +14,16 @@ from typing import Any, Final
 
 import safetensors
 import safetensors.torch
+import yaml
 from torch import Tensor
 
-from mixofshow.errors import BadInputError, ConceptFileError, ResourceError, shown
+from mixofshow.errors import BadInputError, ConceptFileError, ResourceError, SettingsError, shown
 
 MAX_FILE_BYTES: Final = 256 * 2**20
 MAX_HEADER_BYTES: Final = 2**20
 MAX_TENSORS: Final = 4096
 MAX_DIMENSIONS: Final = 4
+MAX_YAML_BYTES: Final = 100_000
 PICKLE_MAGICS: Final = (b"PK\x03\x04", b"\x80")
 
 
@@ -103,6 +105,21 @@ def _tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
     return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
+def read_table(path: Path) -> dict[str, Any]:
+    """The top-level table of a YAML file. Raises SettingsError."""
+    try:
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise SettingsError(f"{path}: over {MAX_YAML_BYTES} bytes")
+        table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: not valid YAML ({shown(error)})") from error
+    if not isinstance(table, dict):
+        raise SettingsError(f"{path}: expected a table of settings, found {type(table).__name__}")
+    return table
+
+
 def read_bytes(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
     """The whole of a regular file; never waits on a pipe or device. Raises ConceptFileError."""
     try:
@@ -149,14 +166,16 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            size = path.stat().st_size
+            info = path.stat()
+            if not stat.S_ISREG(info.st_mode):
+                raise ConceptFileError(f"{path}: not a regular file")
             with path.open("rb") as file:
                 start = file.read(8)
                 length = int.from_bytes(start, "little")
                 beginning = start + file.read(min(length, MAX_HEADER_BYTES))
         except OSError as error:
             raise ConceptFileError(f"{path}: cannot be read ({error.strerror})") from error
-        self._entries = _header(beginning, str(path), size)
+        self._entries = _header(beginning, str(path), info.st_size)
         self._start = 8 + length
         metadata = self._entries.pop("__metadata__", {})
         self.metadata: dict[str, str] = metadata if isinstance(metadata, dict) else {}
@@ -174,7 +193,7 @@ class TensorFile:
             entry = {**self._entries[name], "data_offsets": [0, len(data)]}
             header = json.dumps({name: entry}).encode()
             return safetensors.torch.load(len(header).to_bytes(8, "little") + header + data)[name]
-        except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, safetensors.SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
             raise ConceptFileError(f"{self.path}: tensor '{shown(name)}' cannot be read ({shown(error)})") from error
 
 

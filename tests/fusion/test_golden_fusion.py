@@ -13,9 +13,9 @@ from mixofshow.bases.layers import layer, matrix
 from mixofshow.concepts.concept import LowRank
 from mixofshow.concepts.prompts import encode_prompts, layerwise
 from mixofshow.fusion import recording
-from mixofshow.fusion.methods import gradient, solve_ridge
+from mixofshow.fusion.methods import STAGE_DEFAULTS, gradient, lbfgs, solve_ridge
 from mixofshow.fusion.problem import LayerProblem
-from mixofshow.fusion.settings import FusionSettings
+from mixofshow.fusion.settings import PAPER, FusionSettings
 from mixofshow.fusion.stages import fuse
 from mixofshow.fusion.statistics import Seen
 
@@ -31,7 +31,7 @@ def _strengthened(concept):
     return dataclasses.replace(concept, deltas=deltas)
 
 
-PAPER = FusionSettings(steps=5, options={"ridge": 1e-6, "toward": "base"})
+PAPER_SETTINGS = FusionSettings(**PAPER, steps=5, options={"ridge": 1e-6, "toward": "base"})
 """As in the paper: all weight on the recorded inputs."""
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
@@ -48,7 +48,7 @@ def fused(golden_pipeline, golden_concepts, golden):
     starts = iter([recorded[f"rec_latents_init.{concept.info.words[0][1:-1]}"] for concept in concepts])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recording, "_noise", lambda pipeline, seed: next(starts))
-        return fuse(concepts, golden_pipeline, PAPER)
+        return fuse(concepts, golden_pipeline, PAPER_SETTINGS)
 
 
 def _short(name: str) -> str:
@@ -96,6 +96,26 @@ def test_single_layers_from_stored_activations(golden, relative_error):
         pulls = (targets - rows @ base.T).T @ rows
         change = solve_ridge(rows.T @ rows, pulls, 1e-6)
         assert relative_error(change, stored[f"{name}|W_closed"].double() - base) < 1e-4, name
+
+
+def test_lbfgs_ends_where_the_reference_ended(golden, golden_concepts, objectives):
+    stored = golden("e_layers")
+    concepts = [_strengthened(concept) for concept in golden_concepts]  # in the order of the stored rows
+    for name in {key.split("|")[0] for key in stored.tensors}:
+        rows, targets, base = (stored[f"{name}|{part}"] for part in ("X", "Y", "W0"))
+        changes = [one for concept in concepts for full, one in concept.deltas.items() if _short(full) == name]
+        seen = [Seen(own.double().T @ own.double(), len(own), inputs=own) for own in rows.chunk(len(concepts))]
+        problem = LayerProblem(base, changes, seen.__getitem__, [1.0] * len(concepts))
+        usual = STAGE_DEFAULTS["lbfgs"]["picture"] if objectives[name]["stage"] == "spatial" else {}
+        found, exact = (
+            float(((base.double() + change) @ rows.double().T - targets.double().T).square().sum())
+            for change in (lbfgs(problem, **usual), gradient(problem, ridge=1e-6, toward="base"))
+        )
+        if objectives[name]["stage"] == "kv":  # fewer rows than dimensions: met to rounding
+            assert max(found, exact, objectives[name]["sse_lbfgs"]) <= 1e-8 * objectives[name]["sse_W0"], name
+        else:
+            assert found == pytest.approx(objectives[name]["sse_lbfgs"], rel=0.01), name
+            assert exact <= found * (1 + 1e-6), name
 
 
 def test_objective_from_sums_is_the_objective_from_rows():

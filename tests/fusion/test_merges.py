@@ -11,7 +11,19 @@ from torch import Tensor
 
 from mixofshow.concepts.concept import Change, Full, LowRank
 from mixofshow.errors import SettingsError
-from mixofshow.fusion.methods import METHODS, average, dare, gradient, regmean, svd, ties, total
+from mixofshow.fusion.methods import (
+    METHODS,
+    average,
+    custom_diffusion,
+    dare,
+    gradient,
+    lbfgs,
+    orthogonal,
+    regmean,
+    svd,
+    ties,
+    total,
+)
 from mixofshow.fusion.problem import LayerProblem
 from mixofshow.fusion.statistics import Seen
 
@@ -23,7 +35,8 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 
 def problem_of(changes: list[Change | None], moments: list[Tensor], shape: tuple[int, int] = (OUT, IN)) -> LayerProblem:
-    seen = [Seen(one, IN) for one in moments]
+    # Rows that have these moments: LᵀL for the upper triangle L.
+    seen = [Seen(one, IN, inputs=torch.linalg.cholesky(one, upper=True)) for one in moments]
     return LayerProblem(torch.zeros(shape), changes, seen.__getitem__, [1.0] * len(changes))
 
 
@@ -149,16 +162,151 @@ def test_dare_of_all_entries_is_the_average(problem, dense):
     torch.testing.assert_close(dare(problem, density=1.0), dense.mean(0))
 
 
+def few_rows(count: int, *, seed: int) -> Tensor:
+    """Inputs of a concept that span fewer directions than there are, as the words of a prompt do."""
+    return normal(count, IN, seed=seed)
+
+
+def narrow(changes: list[Change | None], rows: list[Tensor], prior: Tensor | None = None) -> LayerProblem:
+    """A problem whose moments are singular."""
+    seen = [Seen(own.T @ own, len(own)) for own in rows]
+    base = None if prior is None else Seen(prior.T @ prior, len(prior))
+    return LayerProblem(torch.zeros(OUT, IN), changes, seen.__getitem__, [1.0] * len(changes), base, 1.0)
+
+
+@pytest.mark.parametrize("regularized", [False, True])
+def test_custom_diffusion_keeps_every_concept_on_its_own_inputs(regularized, changes, dense):
+    rows = [few_rows(2, seed=seed) for seed in (31, 32, 33, 34)]
+    found = custom_diffusion(narrow(changes, rows, few_rows(40, seed=35) if regularized else None))
+    for change, own in zip(dense, rows, strict=True):
+        torch.testing.assert_close(found @ own.T, change @ own.T, rtol=1e-8, atol=1e-8)
+
+
+def test_custom_diffusion_is_the_closed_form_of_the_paper(changes, dense):
+    rows, prior = [few_rows(2, seed=seed) for seed in (31, 32, 33, 34)], few_rows(40, seed=35)
+    inputs, targets = torch.cat(rows), torch.cat([own @ one.T for own, one in zip(rows, dense, strict=True)])
+    inverse = torch.linalg.inv(prior.T @ prior)
+    expected = targets.T @ torch.linalg.inv(inputs @ inverse @ inputs.T) @ inputs @ inverse
+    torch.testing.assert_close(custom_diffusion(narrow(changes, rows, prior), ridge=1e-14), expected)
+
+
+def test_custom_diffusion_without_a_prior_is_the_least_change(changes, dense):
+    rows = [few_rows(2, seed=seed) for seed in (31, 32, 33, 34)]
+    inputs, targets = torch.cat(rows), torch.cat([own @ one.T for own, one in zip(rows, dense, strict=True)])
+    torch.testing.assert_close(custom_diffusion(narrow(changes, rows)), (torch.linalg.pinv(inputs) @ targets).T)
+
+
+def test_nothing_that_keeps_the_concepts_changes_other_prompts_less(changes):
+    rows, prior = [few_rows(1, seed=seed) for seed in (31, 32, 33, 34)], few_rows(40, seed=35)
+    found = custom_diffusion(narrow(changes, rows, prior), ridge=1e-12)
+    free = torch.linalg.qr(torch.cat(rows).T, mode="complete").Q[:, 4:]  # no concept has anything there
+    for seed in range(50):
+        other = found + 10.0 ** (-seed % 5) * normal(OUT, IN - 4, seed=seed) @ free.T
+        assert (found @ prior.T).norm() < (other @ prior.T).norm()
+    # At the minimum, the effect on other prompts stands at right angles to all that is free.
+    torch.testing.assert_close(found @ prior.T @ prior @ free, torch.zeros(OUT, IN - 4).double(), rtol=0, atol=1e-6)
+
+
+def test_custom_diffusion_of_contradicting_concepts_is_least_squares(problem, moments):
+    exact = gradient(problem, ridge=0.0, toward="base")
+    torch.testing.assert_close(custom_diffusion(problem), exact)
+    prior = Seen(moments[0], IN)
+    regularized = LayerProblem(problem.base, problem.changes, problem.look, problem.weights, prior, 1.0)
+    torch.testing.assert_close(custom_diffusion(regularized), exact)  # nothing is left free
+
+
+def test_custom_diffusion_gives_up_inputs_below_the_cutoff(changes):
+    quiet = torch.eye(IN, dtype=torch.float64)[:2] * torch.tensor([[1.0], [1e-4]]).double()
+    found = custom_diffusion(narrow(changes[:1], [quiet]))
+    torch.testing.assert_close(found[:, 0], changes[0].matrix()[:, 0])
+    assert not found[:, 1:].any()
+    all_of_it = custom_diffusion(narrow(changes[:1], [quiet]), cutoff=1e-9)
+    torch.testing.assert_close(all_of_it[:, :2], changes[0].matrix()[:, :2])
+
+
+def test_custom_diffusion_of_nothing_seen_is_no_change(changes):
+    assert not custom_diffusion(narrow(changes[:1], [torch.zeros(3, IN).double()], few_rows(40, seed=35))).any()
+
+
+def test_lbfgs_comes_near_the_exact_minimum(problem):
+    found, exact = (problem.sums.objective(one) for one in (lbfgs(problem), gradient(problem, ridge=0, toward="base")))
+    assert exact <= found * (1 + 1e-6)
+    assert found == pytest.approx(exact, rel=1e-6)
+    assert exact < problem.sums.objective(lbfgs(problem, iterations=2))
+
+
+def test_lbfgs_keeps_one_concept_alone_nearly(changes, moments):
+    alone = problem_of(changes[:1], moments[:1])
+    torch.testing.assert_close(lbfgs(alone), changes[0].matrix(), rtol=0, atol=1e-3)
+
+
+def test_lbfgs_counts_weights_and_the_prior_as_the_sums_do(problem, moments):
+    prior = Seen(moments[0], IN, inputs=torch.linalg.cholesky(moments[0], upper=True))
+    weighed = LayerProblem(problem.base, problem.changes, problem.look, [0.5, 2.0, 1.0, 0.5], prior, 0.3)
+    exact = gradient(weighed, ridge=0.0, toward="base")
+    torch.testing.assert_close(lbfgs(weighed), exact, rtol=0, atol=1e-3)
+    assert (exact - gradient(problem, ridge=0.0, toward="base")).abs().max() > 0.1
+
+
+def test_lbfgs_works_under_no_grad_and_leaves_the_base_alone(problem):
+    before = problem.base.clone()
+    with torch.no_grad():
+        assert torch.equal(lbfgs(problem), lbfgs(problem))
+    assert torch.equal(problem.base, before) and not problem.base.requires_grad
+
+
+@pytest.fixture(scope="module")
+def apart() -> list[Change | None]:
+    """Three concepts tuned for orthogonal fusion, and one that does not change this layer."""
+    basis = torch.linalg.qr(normal(IN, IN, seed=41)).Q
+    tuned = [LowRank(basis[2 * k : 2 * k + 2], normal(OUT, 2, seed=42 + k)) for k in range(3)]
+    return [*tuned, None]
+
+
+def test_orthogonal_is_the_sum_and_each_concept_where_it_reads(apart, moments):
+    found = orthogonal(problem_of(apart, moments))
+    torch.testing.assert_close(found, sum(one.matrix() for one in apart[:3]))
+    for one in apart[:3]:
+        torch.testing.assert_close(found @ one.down.T, one.matrix() @ one.down.T)
+    torch.testing.assert_close(orthogonal(problem_of(apart[:1], moments[:1])), apart[0].matrix())
+
+
+def test_orthogonal_names_the_pair_that_overlaps_most(apart, moments):
+    def turned(share: float) -> LowRank:
+        return LowRank(apart[2].down + share * apart[0].down, apart[2].up)
+
+    barely = [apart[0], apart[1], turned(1e-3), None]
+    torch.testing.assert_close(
+        orthogonal(problem_of(barely, moments)), sum(one.matrix() for one in barely[:3]), rtol=1e-9, atol=1e-9
+    )
+    with pytest.raises(SettingsError, match=r"concepts 1 and 3 .* tune each with its own unet\.orthogonal_slice"):
+        orthogonal(problem_of([apart[0], apart[1], turned(1.0), None], moments))
+    with pytest.raises(SettingsError, match="concepts 1 and 3 .* more than 0.0001"):
+        orthogonal(problem_of(barely, moments), tolerance=1e-4)
+
+
+def test_orthogonal_refuses_full_changes(apart, moments):
+    with pytest.raises(SettingsError, match="concept 2 of this fusion is not low-rank"):
+        orthogonal(problem_of([apart[0], Full(apart[1].matrix())], moments[:2]))
+
+
+@pytest.fixture
+def accepted(method, changes, apart) -> list[Change | None]:
+    """The changes that a method is tried on: any, but `orthogonal` is only for those that do not meet."""
+    return apart if method == "orthogonal" else changes
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_no_change_is_a_change_of_zero(method, problem, changes, moments):
-    zeros = [Full(torch.zeros(OUT, IN)) if one is None else one for one in changes]
-    found = METHODS[method](problem_of(zeros, moments))
-    torch.testing.assert_close(METHODS[method](problem), found)
+def test_no_change_is_a_change_of_zero(method, accepted, moments):
+    zero = LowRank(torch.zeros(1, IN), torch.zeros(OUT, 1))
+    found = METHODS[method](problem_of([zero if one is None else one for one in accepted], moments))
+    torch.testing.assert_close(METHODS[method](problem_of(accepted, moments)), found)
     assert torch.equal(METHODS[method](problem_of([None, None], moments[:2])), torch.zeros(OUT, IN).double())
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_answers_are_whole_changes_in_double(method, problem):
+def test_answers_are_whole_changes_in_double(method, accepted, moments):
+    problem = problem_of(accepted, moments)
     found = METHODS[method](problem)
     assert (found.shape, found.dtype) == ((OUT, IN), torch.float64)
     assert torch.equal(found, METHODS[method](problem))
@@ -173,6 +321,9 @@ def test_answers_are_whole_changes_in_double(method, problem):
         (dare, {"density": 1.5}, "found 1.5"),
         (svd, {"rank": 0}, "rank: expected at least 1, found 0"),
         (regmean, {"shrink": -0.1}, "shrink: expected 0 to 1, found -0.1"),
+        (lbfgs, {"iterations": 0}, "iterations: expected at least 1, found 0"),
+        (custom_diffusion, {"ridge": 0}, "ridge: expected more than 0, found 0"),
+        (custom_diffusion, {"cutoff": 1}, "cutoff: expected more than 0 and less than 1, found 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(method, options, message, problem):

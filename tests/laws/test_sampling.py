@@ -72,7 +72,7 @@ def test_no_region_and_no_concept_is_plain_diffusers(scheduler, guidance_scale, 
 
 def test_the_picture_is_the_one_of_plain_diffusers(golden_pipeline):
     (found,) = MixOfShowPipeline(ConceptModel(golden_pipeline))(
-        PROMPT, negative_prompt=NEGATIVE, **SIZE, seed=3, num_inference_steps=3
+        PROMPT, negative_prompt=NEGATIVE, **SIZE, seed=3, num_inference_steps=3, guidance_scale=5.0
     )
     start = initial_latents(golden_pipeline, [torch.Generator().manual_seed(3)], **SIZE)
     (expected,) = golden_pipeline(

@@ -8,13 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from mixofshow.bases.layers import cross_attentions, lora_layers
+from mixofshow.bases.layers import cross_attentions, layer, lora_layers, matrix
 from mixofshow.concepts.concept import Full, LowRank, load_concept
 from mixofshow.concepts.model import with_concept
 from mixofshow.errors import SettingsError, TokenError
+from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.stages import fuse
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.tuning.batches import Order, Source
+from mixofshow.tuning.changes import ADAPTER, low_rank_layers, switched_off
 from mixofshow.tuning.dataset import read_folder
 from mixofshow.tuning.losses import masked_mse, min_snr_weights, negative_log_density, offset_noise
 from mixofshow.tuning.methods import METHODS, class_token, initial_words
@@ -135,6 +137,7 @@ OPTIONS = {
     "captions": {"captions.templates": "object", "captions.dropout": 0.5},
     "density": {"words.density_weight": 2e-3},
     "keys and values dropped": {"unet.drop_kv": 1.0},
+    "a slice of the orthogonal basis": {"unet.orthogonal_slice": 1},
     "accumulation": {"optimizer.accumulate": 2},
     "Prodigy": {"optimizer.name": "prodigy", "words.rate": 1, "text_encoder.rate": 1, "unet.rate": 1},
     "warm-up": {"optimizer.warmup": 2},
@@ -185,6 +188,74 @@ def test_without_keys_and_values_they_stay_the_bases(golden_pipeline, make):
     concept = tune(make(**{"unet.drop_kv": 1.0, "pictures.size": 128, "steps": 2}), golden_pipeline)
     for name, delta in concept.deltas.items():
         assert bool(delta.matrix().any()) != name.endswith(("attn2.to_k", "attn2.to_v")), name
+
+
+def _slices(number, **others):
+    return {"unet.orthogonal_slice": number, "text_encoder.orthogonal_slice": number, **others}
+
+
+def _factors(change):
+    layer = change.wrapper
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+
+
+def test_slices_of_the_orthogonal_basis_cannot_meet(golden_pipeline, make):
+    everything = {"unet.targets": "projections", "text_encoder.targets": "layers"}
+    downs = []
+    for number in (0, 1, 3):
+        with low_rank_layers(golden_pipeline, make(**_slices(number, **everything))) as changes:
+            downs.append({name: _factors(change)[0].detach().flatten(1) for name, change in changes.items()})
+    for name in downs[0]:
+        rows = torch.cat([one[name] for one in downs]).double()
+        torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)).double(), rtol=0, atol=1e-6)
+
+
+def test_all_clients_have_the_same_basis(golden_pipeline, make):
+    def rows(**settings):
+        with low_rank_layers(golden_pipeline, make(**settings)) as changes:
+            return {name: _factors(change)[0].detach() for name, change in changes.items()}
+
+    one, other = rows(**_slices(1), seed=0), rows(**_slices(1), seed=5, name="other")
+    assert all(torch.equal(down, other[name]) for name, down in one.items())
+    assert len({tuple(down.flatten().tolist()) for down in one.values()}) == len(one)  # each layer has its own
+    wide = rows(**_slices(0, **{"unet.rank": 8, "text_encoder.rank": 8}))
+    assert all(torch.allclose(down, wide[name][4:], atol=1e-6) for name, down in one.items())
+
+
+def test_in_a_slice_only_the_up_matrix_is_trained(golden_pipeline, make):
+    with low_rank_layers(golden_pipeline, make(**_slices(2))) as changes:
+        with switched_off(changes.values()):
+            pass  # after which peft would train all of an adapter
+        for change in changes.values():
+            down, up = _factors(change)
+            assert not down.requires_grad and [one is up for one in change.parameters()] == [True]
+        start = {name: change.finished().down for name, change in changes.items()}
+    concept = tune(make(**_slices(2, **{"pictures.size": 128, "steps": 2, "unet.drop_kv": 0.5})), golden_pipeline)
+    for name, delta in concept.deltas.items():
+        assert torch.equal(delta.down, start[name]), name
+        assert delta.up.any(), name
+
+
+def test_concepts_in_different_slices_are_fused_by_their_sum(golden_pipeline, make):
+    size = {"pictures.size": 128, "steps": 2}
+    concepts = [tune(make(name=name, **_slices(k, **size)), golden_pipeline) for k, name in enumerate(("one", "two"))]
+    settings = FusionSettings(method="orthogonal", steps=1)
+    fused = fuse(concepts, golden_pipeline, settings).model.weights
+    for name, weight in fused.items():
+        change = weight - matrix(layer(golden_pipeline, name))
+        deltas = [concept.deltas[name] for concept in concepts]
+        torch.testing.assert_close(change, sum(delta.matrix() for delta in deltas), rtol=0, atol=1e-6)
+        for delta in deltas:  # on what a concept's change reads, there is nothing of the other (but half precision)
+            torch.testing.assert_close(change @ delta.down.T, delta.matrix() @ delta.down.T, rtol=0, atol=1e-4)
+    with pytest.raises(SettingsError, match=r"unet\.orthogonal_slice"):
+        fuse([concepts[0], tune(make(name="two", **_slices(0, **size)), golden_pipeline)], golden_pipeline, settings)
+
+
+def test_a_slice_must_fit_into_every_layer(golden_pipeline, make):
+    before = _state(golden_pipeline)
+    with pytest.raises(SettingsError, match=r"orthogonal_slice: 4 at rank 4 needs 20 inputs, layer 'unet\..* has 16"):
+        tune(make(**_slices(4)), golden_pipeline)
+    assert _state(golden_pipeline)[0].keys() == before[0].keys()
 
 
 def test_the_same_seed_gives_the_same_concept_and_another_does_not(golden_pipeline, settings):
@@ -307,6 +378,7 @@ def test_noise_offset_shifts_whole_channels():
         ({"name": "<cat>"}, "'name'"),
         ({"name": "Cat"}, "'name'"),
         ({"unet.rank": "four"}, "'unet.rank'"),
+        ({"unet.orthogonal_slice": -1}, "'unet.orthogonal_slice'"),
     ],
 )
 def test_settings_are_checked_when_made(change, message):

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from mixofshow.bases.families import family_of
-from mixofshow.errors import BaseModelError
+from mixofshow.errors import BaseModelError, shown
 
 EMBEDDED: Final = {"emojiland": Path(__file__).parent / "emojiland" / "weights"}
 """Base models that ship with the package."""
+USUAL_GUIDANCE: Final = 7.5
+GUIDANCE: Final = {"emojiland": 2.0}
+"""How much classifier-free guidance a base is drawn with, where that is not the usual: small ones overdo it soon."""
 
 FINGERPRINTED: Final = ("conv_in", "conv_out", "mid_block", "final_layer_norm")
+_PLAIN_NAME: Final = re.compile(r"[^/\\.~][^/\\]*(/[^/\\.][^/\\]*)?")
 
 
 def load_base(name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
@@ -47,10 +52,36 @@ def load_base(name: str | Path, *, device: str | torch.device = "cpu", dtype: to
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline, pipeline.unet, pipeline.vae):
         # diffusers notes the folder here, and would write it into every model saved from this one.
-        part.register_to_config(_name_or_path=Path(name).name)
+        part.register_to_config(_name_or_path=_public_name(name))
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False).eval()
     return pipeline.to(device)
+
+
+def load_named_base(name: str, given: str | Path | None, source: str, **options: Any) -> Any:
+    """The base that a file of ours names, or the `given` one instead; `options` are `load_base`'s.
+
+    Raises BaseModelError that says how to give it. A stranger's file can name no folder elsewhere on this machine.
+    """
+    if given is not None:
+        return load_base(given, **options)
+    way_out = f"{source}: was made on base '{shown(name)}', which is not here by that name; give its folder as the base"
+    if not _PLAIN_NAME.fullmatch(name):
+        raise BaseModelError(way_out)
+    try:
+        return load_base(name, **options)
+    except BaseModelError as error:
+        raise BaseModelError(way_out) from error
+
+
+def base_name(pipeline: Any) -> str:
+    """What others can call this base: an embedded base, a hub id, or the last part of a folder's path."""
+    return str(pipeline.config.get("_name_or_path") or "unnamed")
+
+
+def _public_name(name: str | Path) -> str:
+    is_hub_id = not Path(name).exists() and _looks_like_hub_id(str(name))
+    return str(name) if is_hub_id else Path(name).name
 
 
 def _looks_like_hub_id(name: str) -> bool:

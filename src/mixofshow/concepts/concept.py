@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -217,6 +217,14 @@ def _read_tensors(tensors: dict[str, Tensor], info: ConceptInfo, name: str) -> t
         problems.append(
             f"tensor '{EMBEDDINGS}': expected ({len(info.words)} words, {info.layers} layers, dim), found {tuple(embeddings.shape)}"
         )
+    changes, more = read_changes(tensors)
+    raise_if([*problems, *more], name)
+    return embeddings, changes
+
+
+def read_changes(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Change], list[str]]:
+    """Changes by layer from a file's tensors, and what is wrong with those, a line for each."""
+    problems: list[str] = []
     deltas: dict[str, Change] = {}
     for key, tensor in tensors.items():
         layer = key.removesuffix(DOWN).removesuffix(UP).removesuffix(FULL)
@@ -235,8 +243,7 @@ def _read_tensors(tensors: dict[str, Tensor], info: ConceptInfo, name: str) -> t
                     f"'{shown(layer)}': down {tuple(down.shape)} and up {tuple(up.shape)} do not fit together"
                 )
             deltas[layer] = LowRank(down, up)
-    _raise_if(problems, name)
-    return embeddings, deltas
+    return deltas, problems
 
 
 def value_problems(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -263,7 +270,7 @@ def check_fits(concept: Concept, pipeline: Any, name: str) -> None:
             f"{name}: made for a base of family '{shown(info.family)}', this one is '{family_of(pipeline).name}'"
         )
     problems = _shape_problems(concept, pipeline)
-    _raise_if(problems, name)
+    raise_if(problems, name)
     if info.base_fingerprint != (found := fingerprint(pipeline)):
         raise ConceptFileError(
             f"{name}: made for base '{shown(info.base)}' ({shown(info.base_fingerprint)}), this base is {found}; nothing was changed"
@@ -280,8 +287,13 @@ def _shape_problems(concept: Concept, pipeline: Any) -> list[str]:
     usual = pipeline.text_encoder.get_input_embeddings().weight.norm(dim=-1).mean()
     if (longest := concept.embeddings.norm(dim=-1).max()) > LARGEST_EMBEDDING * usual:
         problems.append(f"tensor '{EMBEDDINGS}': length {longest:.3g}, the base's words have {usual:.3g} on average")
-    known = tunable_layers(pipeline)
-    for layer, delta in concept.deltas.items():
+    return problems + layer_problems(concept.deltas, pipeline)
+
+
+def layer_problems(deltas: Mapping[str, Change], pipeline: Any) -> list[str]:
+    """Where changes do not fit the base's layers, a line for each."""
+    problems, known = [], tunable_layers(pipeline)
+    for layer, delta in deltas.items():
         if layer not in known:
             problems.append(f"layer '{shown(layer)}' is not in this base")
             continue
@@ -293,7 +305,8 @@ def _shape_problems(concept: Concept, pipeline: Any) -> list[str]:
     return problems
 
 
-def _raise_if(problems: list[str], name: str) -> None:
+def raise_if(problems: Sequence[str], name: str) -> None:
+    """Raise ConceptFileError with the first of the problems of the file `name`, if there are any."""
     if problems:
         more = f" (and {len(problems) - MAX_PROBLEMS} more)" if len(problems) > MAX_PROBLEMS else ""
         raise ConceptFileError(f"{name}: {'; '.join(problems[:MAX_PROBLEMS])}{more}")

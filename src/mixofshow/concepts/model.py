@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,10 +15,11 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from mixofshow.bases.layers import cross_attentions, token_width
-from mixofshow.bases.loading import load_base
+from mixofshow.bases.layers import cross_attentions, layer, matrix, token_width
+from mixofshow.bases.loading import GUIDANCE, USUAL_GUIDANCE, base_name, fingerprint, load_base, load_named_base
 from mixofshow.concepts.adapters import replaced, tuned_weights
-from mixofshow.concepts.concept import Concept, value_problems, vocabulary
+from mixofshow.concepts.concept import Concept, raise_if, value_problems, vocabulary
+from mixofshow.concepts.delta import Compression, Delta, DeltaInfo, compressed, load_delta
 from mixofshow.concepts.words import Vocabulary, check_word
 from mixofshow.errors import ConceptFileError, shown
 from mixofshow.files import parse_tensors, read_bytes, write_tensors, write_text, writing_folder
@@ -25,6 +27,7 @@ from mixofshow.files import parse_tensors, read_bytes, write_tensors, write_text
 MANIFEST: Final = "concepts.json"
 VECTORS: Final = "concepts.safetensors"
 CONCEPTS: Final = "concepts"
+DELTA_SUFFIX: Final = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,11 @@ class ConceptModel:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     manifest: Mapping[str, Any] = field(default_factory=dict)
     concepts: Sequence[Concept] = ()
+
+    @property
+    def usual_guidance(self) -> float:
+        """The guidance scale that suits the base."""
+        return GUIDANCE.get(str(self.manifest.get("base") or base_name(self.pipeline)), USUAL_GUIDANCE)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -66,6 +74,23 @@ class ConceptModel:
             for concept in self.concepts:
                 concept.save(temporary / CONCEPTS / f"{concept.info.name}.safetensors")
 
+    def save_delta(self, path: Path, rank: int | None = None) -> Compression:
+        """Write only what the model changes of its base, as one file: in full, or cut to a rank, with what that lost.
+
+        `load_model` puts it on the base again.
+        """
+        own = ((name, matrix(layer(self.pipeline, name))) for name in self.weights)
+        changes, lost = compressed(((name, self.weights[name].double() - base.double()) for name, base in own), rank)
+        info = DeltaInfo(
+            base=base_name(self.pipeline),
+            base_fingerprint=fingerprint(self.pipeline),
+            words=tuple(self.vocabulary.embeddings),
+            aliases=dict(self.vocabulary.aliases),
+            manifest=dict(self.manifest),
+        )
+        Delta(info, self.vocabulary.embeddings, changes).save(path)
+        return lost
+
     def _with_plain_tokens(self) -> Any:
         """The pipeline with a grown tokenizer and text encoder; only these two are copies."""
         if not self.vocabulary.embeddings:
@@ -90,15 +115,33 @@ def with_concept(pipeline: Any, concept: Concept, *, unet: float = 1.0, text_enc
 
 
 def load_model(
-    name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    name: str | Path,
+    *,
+    base: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> ConceptModel:
-    """A fused model's folder, or any base model (which knows no concept). Raises BaseModelError, ConceptFileError."""
+    """A fused model's folder or delta file, or any base model (which knows no concept).
+
+    A delta file is put on the base that it names, or on `base` if that is given. Raises BaseModelError,
+    ConceptFileError, TokenError.
+    """
+    if os.path.isfile(name) or str(name).endswith(DELTA_SUFFIX):
+        return _on_base(load_delta(Path(name)), str(name), base, device=device, dtype=dtype)
     pipeline = load_base(name, device=device, dtype=dtype)
     if not (Path(name) / MANIFEST).is_file():
         return ConceptModel(pipeline)
-    known, manifest = _read_vocabulary(Path(name), (len(cross_attentions(pipeline.unet)), token_width(pipeline)))
-    known = replace(known, embeddings={word: vector.to(device) for word, vector in known.embeddings.items()})
+    known, manifest = _read_vocabulary(Path(name), pipeline)
     return ConceptModel(pipeline, known, {}, manifest)
+
+
+def _on_base(delta: Delta, name: str, base: str | Path | None, **options: Any) -> ConceptModel:
+    """What the delta file `name` holds, on its base."""
+    info = delta.info
+    pipeline = load_named_base(info.base, base, name, **options)
+    delta.check_fits(pipeline, name)
+    known = _checked_vocabulary(_Words(words=info.words, aliases=info.aliases), delta.vectors, pipeline, name)
+    return ConceptModel(pipeline, known, delta.weights(pipeline), info.manifest)
 
 
 class _Words(BaseModel):
@@ -108,8 +151,8 @@ class _Words(BaseModel):
     aliases: dict[str, tuple[str, ...]] = {}
 
 
-def _read_vocabulary(folder: Path, shape: tuple[int, int]) -> tuple[Vocabulary, dict[str, Any]]:
-    """The words of a fused folder, each with vectors of `shape`, (layers, dim), and the whole manifest."""
+def _read_vocabulary(folder: Path, pipeline: Any) -> tuple[Vocabulary, dict[str, Any]]:
+    """The words of a fused folder, and the whole manifest."""
     path, listing = folder / VECTORS, folder / MANIFEST
     vectors, _ = parse_tensors(read_bytes(path), str(path))
     try:
@@ -117,21 +160,26 @@ def _read_vocabulary(folder: Path, shape: tuple[int, int]) -> tuple[Vocabulary, 
         found = _Words.model_validate(manifest)
     except (ValueError, RecursionError) as error:
         raise ConceptFileError(f"{listing}: not the expected table ({shown(error)})") from error
+    return _checked_vocabulary(found, vectors, pipeline, f"{folder} ({MANIFEST}, {VECTORS})"), manifest
+
+
+def _checked_vocabulary(found: _Words, vectors: Mapping[str, Tensor], pipeline: Any, name: str) -> Vocabulary:
+    """The words of the model `name`, each with vectors (layers, dim) or (1, dim) that fit the base, on its device."""
     for word in (*found.words, *found.aliases):
         check_word(word)
     if sorted(found.words) != sorted(vectors):
         raise ConceptFileError(
-            f"{path}: words {shown(sorted(vectors))} are not those of {MANIFEST}, {shown(sorted(found.words))}"
+            f"{name}: words {shown(sorted(vectors))} are not those that are listed, {shown(sorted(found.words))}"
         )
     for alias, parts in found.aliases.items():
         if alias in vectors or not set(parts) <= vectors.keys():
-            raise ConceptFileError(f"{listing}: alias {alias} is taken or stands for unknown words, {shown(parts)}")
+            raise ConceptFileError(f"{name}: alias {alias} is taken or stands for unknown words, {shown(parts)}")
+    shape = (len(cross_attentions(pipeline.unet)), token_width(pipeline))
     problems = value_problems(vectors)
     problems += [
         f"word {word}: expected (layers, dim) = {shape} or (1, {shape[1]}), found {tuple(vector.shape)}"
         for word, vector in vectors.items()
         if vector.shape not in (shape, (1, shape[1]))
     ]
-    if problems:
-        raise ConceptFileError(f"{path}: {problems[0]}")
-    return Vocabulary({word: vectors[word] for word in found.words}, found.aliases), manifest
+    raise_if(problems, name)
+    return Vocabulary({word: vectors[word].to(pipeline.device) for word in found.words}, found.aliases)

@@ -20,7 +20,7 @@ from mixofshow.errors import SettingsError, shown
 from mixofshow.evaluation.metrics import Scorer, clip_scorer, image_alignment, judge_scorer, text_alignment
 from mixofshow.evaluation.prompts import prompts_for
 from mixofshow.progress import Progress, silent
-from mixofshow.sampling.pipeline import GUIDANCE_SCALE, STEPS, MixOfShowPipeline
+from mixofshow.sampling.pipeline import STEPS, MixOfShowPipeline
 from mixofshow.tuning.dataset import read_folder
 
 LOWER_BOUND: Final = "lower_bound"
@@ -33,7 +33,7 @@ class EvaluationSettings:
 
     images_per_prompt: int = 4
     num_inference_steps: int = STEPS
-    guidance_scale: float = GUIDANCE_SCALE
+    guidance_scale: float | None = None
     seed: int = 100
 
 

@@ -11,22 +11,50 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, Field, ValidationError
+
 from mixofshow.concepts.concept import Concept, load_concept
 from mixofshow.concepts.model import CONCEPTS, MANIFEST
-from mixofshow.errors import BadInputError, ConceptFileError, nearest, shown
+from mixofshow.errors import BadInputError, ConceptFileError, field_problem, nearest, shown
 from mixofshow.files import read_bytes
-from mixofshow.fusion.settings import FusionSettings, make_fusion_settings
+from mixofshow.fusion.settings import FusionSettings, make_fusion_settings, on_top, parse_weights
+
+
+class _Entry(BaseModel):
+    """A concept in a manifest."""
+
+    name: str
+    hash: str
+
+
+class Manifest(BaseModel):
+    """The part of a fused folder's manifest that says how to fuse it again."""
+
+    base: str = Field(max_length=128)
+    concepts: tuple[_Entry, ...] = Field(min_length=1)
+    settings: dict[str, Any]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What a fused folder says it was made from. Raises ConceptFileError."""
+    listing = folder / MANIFEST
+    try:
+        return Manifest.model_validate(json.loads(read_bytes(listing)))
+    except ValidationError as error:
+        problem = field_problem(error.errors()[0], Manifest.model_fields)
+        raise ConceptFileError(f"{listing}: not written by a fusion of this version ({problem})") from error
+    except (ValueError, RecursionError) as error:
+        raise ConceptFileError(f"{listing}: not the expected table ({shown(error)})") from error
 
 
 def fused_from(folder: Path, pipeline: Any) -> tuple[list[Concept], FusionSettings]:
-    """The concepts and settings that a fused folder was made from. Raises ConceptFileError, SettingsError."""
-    listing = folder / MANIFEST
-    try:
-        manifest = json.loads(read_bytes(listing))
-        hashes = {str(one["name"]): str(one["hash"]) for one in manifest["concepts"]}
-        settings = make_fusion_settings(manifest["settings"], str(listing))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConceptFileError(f"{listing}: not written by a fusion of this version ({shown(error)})") from error
+    """The concepts and settings that a fused folder was made from; the pipeline is its base, not what is in the folder.
+
+    Raises ConceptFileError, SettingsError.
+    """
+    manifest = read_manifest(folder)
+    settings = make_fusion_settings(manifest.settings, str(folder / MANIFEST))
+    hashes = {one.name: one.hash for one in manifest.concepts}
     concepts = [load_concept(path, pipeline) for path in sorted((folder / CONCEPTS).glob("*.safetensors"))]
     if hashes != (found := {concept.info.name: concept.hash for concept in concepts}):
         raise ConceptFileError(
@@ -46,9 +74,10 @@ def edited(concepts: Sequence[Concept], add: Iterable[Concept], remove: Iterable
 
 
 def edited_settings(settings: FusionSettings, given: Mapping[str, Any], concepts: Sequence[Concept]) -> FusionSettings:
-    """The settings with given ones on top; weights by name are kept for the concepts that are still there."""
-    table = settings.model_dump()
+    """The settings with given ones on top; weights by name stay for the concepts that are still there."""
     if isinstance(settings.weights, Mapping):
         names = {concept.info.name for concept in concepts}
-        table["weights"] = {name: weight for name, weight in settings.weights.items() if name in names} or "equal"
-    return make_fusion_settings(table | dict(given))
+        kept = {name: weight for name, weight in settings.weights.items() if name in names}
+        asked = parse_weights(given.get("weights", kept or "equal"))
+        given = {**given, "weights": {**kept, **asked} if isinstance(asked, Mapping) else asked}
+    return on_top(settings, given)

@@ -10,13 +10,16 @@ import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from typing import Any, Final, Literal, get_args, get_type_hints
 
 import torch
 from peft.utils import merge_utils
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
+from torch.nn import functional
 
+from mixofshow.concepts.concept import LowRank
 from mixofshow.errors import SettingsError, nearest, shown
 from mixofshow.fusion.problem import LayerProblem
 from mixofshow.fusion.statistics import Seen
@@ -27,6 +30,10 @@ Election = Literal["total", "frequency"]
 METHODS: Final[dict[str, Method]] = {}
 KEEPS_INPUTS: Final[set[str]] = set()
 """Those that need the inputs themselves, row by row."""
+STAGE_DEFAULTS: Final[dict[str, dict[str, dict[str, Any]]]] = {
+    "lbfgs": {"picture": {"iterations": 50}},  # as in the paper's code
+}
+"""Settings that a method has by default in some stage only; whatever is given stands above them."""
 
 
 def fusion_method(name: str, *, keeps_inputs: bool = False) -> Callable[[Method], Method]:
@@ -42,7 +49,7 @@ def fusion_method(name: str, *, keeps_inputs: bool = False) -> Callable[[Method]
 
 
 @fusion_method("gradient")
-def gradient(problem: LayerProblem, *, ridge: float = 0.1, toward: Goal = "average") -> Tensor:
+def gradient(problem: LayerProblem, *, ridge: float = 0.03, toward: Goal = "average") -> Tensor:
     """Gradient fusion (Mix-of-Show §3.3, eq. 4) by its exact answer, damped: (Σ ΔW_i C_i + λ D)(Σ C_i + λI)⁻¹.
 
     This minimizes Σ ‖(ΔW_i − ΔW) X_i‖² + λ ‖ΔW − D‖², λ being `ridge` times the mean diagonal of Σ C_i. Where the
@@ -53,9 +60,98 @@ def gradient(problem: LayerProblem, *, ridge: float = 0.1, toward: Goal = "avera
     """
     _check_choice("toward", toward, Goal)
     sums = problem.sums
-    middle = average(problem) if toward == "average" else problem.zero()
+    middle = mean(problem) if toward == "average" else problem.zero()
     # Solved for the distance from D, so that rounding does not grow with D.
     return middle + solve_ridge(sums.moments, sums.pulls - middle @ sums.moments, ridge)
+
+
+@fusion_method("lbfgs", keeps_inputs=True)
+def lbfgs(problem: LayerProblem, *, iterations: int = 500) -> Tensor:
+    """Gradient fusion as the paper's own code solves it (Mix-of-Show §3.3): LBFGS on the stored inputs, begun at W0.
+
+    Minimizes the mean square of (W0 + ΔW_i) X_i − W X_i over the rows of all concepts, in the base weight's precision
+    (half precision in single), and returns the best W that it met. Here to compare with: `gradient` has the minimum
+    itself from the moments alone (ridge 1e-6 toward the base).
+    """
+    if iterations < 1:
+        raise SettingsError(f"iterations: expected at least 1, found {iterations}")
+    inputs, targets = _regression(problem)
+    weight = problem.base.detach().to(inputs.dtype, copy=True).requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [weight],
+        lr=1,
+        max_iter=iterations,
+        history_size=25,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=1e-16,
+        tolerance_change=1e-16,
+    )
+    best, least = problem.base, float("inf")
+
+    def loss() -> float:
+        nonlocal best, least
+        optimizer.zero_grad()
+        found = functional.mse_loss(functional.linear(inputs, weight), targets)
+        if (value := float(found.detach())) < least:
+            best, least = weight.detach().clone(), value
+        found.backward()
+        return value
+
+    optimizer.step(loss)
+    return best.double() - problem.base.double()
+
+
+def _regression(problem: LayerProblem) -> tuple[Tensor, Tensor]:
+    """All rows √w_i X_i, (rows, in), and what they should be mapped to, (rows, out); of the prior, what W0 says."""
+    kind = torch.promote_types(problem.base.dtype, torch.float32)
+    wanted = [
+        (problem.look(number), change, weight)
+        for number, (change, weight) in enumerate(zip(problem.matrices(), problem.weights, strict=True))
+    ]
+    if problem.prior is not None:
+        wanted.append((problem.prior, problem.zero(), problem.prior_weight))
+    inputs, targets = [], []
+    for seen, change, weight in wanted:
+        if seen.inputs is None or seen.drifted is not None:
+            raise SettingsError("method 'lbfgs': needs the inputs row by row, without drift; set refine to 0")
+        inputs.append(weight**0.5 * seen.inputs.to(problem.base.device, kind))
+        targets.append(functional.linear(inputs[-1], (problem.base.double() + change).to(kind)))
+    return torch.cat(inputs), torch.cat(targets)
+
+
+@fusion_method("custom-diffusion")
+def custom_diffusion(problem: LayerProblem, *, ridge: float = 1e-4, cutoff: float = 1e-6) -> Tensor:
+    """Custom Diffusion's constrained merge (Kumari et al. 2023, arXiv:2212.04488, eq. 4) in closed form.
+
+    min ‖ΔW C_reg‖ subject to ΔW X_i = ΔW_i X_i for the inputs of all concepts: ΔW = V (Uᵀ R⁻¹ U)⁻¹ Uᵀ R⁻¹. U spans
+    the inputs: it holds the eigenvectors of Σ C_i whose eigenvalue is above `cutoff` times the largest. V is what
+    they should be mapped to. R is C_reg C_regᵀ, the moments of the base's own prompts (the fusion's `prior`), damped
+    by `ridge` times their mean diagonal; without a prior it is the identity, and the change is the smallest of all.
+    Directions outside U are free: there the change may grow large for the prior's sake, the more the smaller the ridge.
+
+    The paper merges keys and values, where rows are fewer than dimensions. Where constraints contradict each other,
+    as in most other layers, V is their least-squares solution, through the pseudo-inverse of Σ C_i with that cut-off.
+    """
+    if not ridge > 0:
+        raise SettingsError(f"ridge: expected more than 0, found {ridge}")
+    if not 0 < cutoff < 1:
+        raise SettingsError(f"cutoff: expected more than 0 and less than 1, found {cutoff}")
+    sums = dataclasses.replace(problem, prior=None).sums
+    values, vectors = torch.linalg.eigh(sums.moments)
+    kept = values > cutoff * values.max()
+    spanning = vectors[:, kept]  # U
+    mapped = sums.pulls @ spanning / values[kept]  # V
+    if problem.prior is None:
+        return mapped @ spanning.T
+    moments = problem.prior.moments
+    others = moments + ridge * moments.diagonal().mean() * torch.eye(len(moments)).to(moments)  # R
+    weighed = torch.cholesky_solve(spanning, torch.linalg.cholesky(others))  # R⁻¹ U
+    return mapped @ torch.linalg.solve(spanning.T @ weighed, weighed.T)
+
+
+def mean(problem: LayerProblem) -> Tensor:
+    """The changes' plain mean, Σ ΔW_i / n: weight fusion as the paper has it, whatever the weights."""
+    return total(problem) / len(problem.changes)
 
 
 @fusion_method("average")
@@ -68,6 +164,40 @@ def average(problem: LayerProblem) -> Tensor:
 def total(problem: LayerProblem) -> Tensor:
     """Task arithmetic (Ilharco et al. 2023, arXiv:2212.04089) at scale 1: Σ ΔW_i, as when adapters are simply added."""
     return _total(problem, [1.0] * len(problem.changes))
+
+
+@fusion_method("orthogonal")
+def orthogonal(problem: LayerProblem, *, tolerance: float = 0.01) -> Tensor:
+    """Orthogonal Adaptation (Po et al. 2023, arXiv:2312.02432): Σ ΔW_i of changes that cannot meet.
+
+    Such concepts were tuned with `orthogonal_slice`: the down matrix A_i of ΔW_i = B_i A_i is fixed to rows of one
+    orthogonal basis that no other concept has. ΔW_j is then zero on all that ΔW_i reads, and the sum is there ΔW_i.
+    Refused when ‖A_i A_jᵀ‖ is more than `tolerance` times ‖A_i‖ ‖A_j‖ for any two concepts.
+    """
+    overlaps = _overlaps(problem)
+    first, second = worst = max(overlaps, key=overlaps.__getitem__, default=(0, 0))
+    if overlaps.get(worst, 0.0) > tolerance:
+        raise SettingsError(
+            f"method 'orthogonal': concepts {first} and {second} of this fusion overlap by {overlaps[worst]:.2g}, more "
+            f"than {tolerance:g}; {_TUNE_APART}"
+        )
+    return total(problem)
+
+
+_TUNE_APART: Final = "tune each with its own unet.orthogonal_slice and text_encoder.orthogonal_slice"
+
+
+def _overlaps(problem: LayerProblem) -> dict[tuple[int, int], float]:
+    """‖A_i A_jᵀ‖ / ‖A_i‖ ‖A_j‖ by the positions of two concepts, counted from 1. Raises SettingsError."""
+    downs: dict[int, Tensor] = {}
+    for position, change in enumerate(problem.changes, 1):
+        if isinstance(change, LowRank):
+            downs[position] = functional.normalize(change.down.double().flatten(), dim=0).view_as(change.down)
+        elif change is not None:
+            raise SettingsError(
+                f"method 'orthogonal': the change of concept {position} of this fusion is not low-rank; {_TUNE_APART}"
+            )
+    return {(one, other): float((downs[one] @ downs[other].T).norm()) for one, other in combinations(downs, 2)}
 
 
 def _total(problem: LayerProblem, weights: Sequence[float]) -> Tensor:

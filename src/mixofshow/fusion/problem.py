@@ -89,9 +89,9 @@ class LayerProblem:
         """The same problem with other weights."""
         return replace(self, weights=weights)
 
-    def without(self, number: int) -> LayerProblem:
-        """The same problem with one concept fewer, summed anew: nothing is subtracted."""
-        kept = [k for k in range(len(self.changes)) if k != number]
+    def without(self, *numbers: int) -> LayerProblem:
+        """The same problem without some concepts, summed anew: nothing is subtracted."""
+        kept = [k for k in range(len(self.changes)) if k not in numbers]
         return replace(
             self,
             changes=[self.changes[k] for k in kept],

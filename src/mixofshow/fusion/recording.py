@@ -7,6 +7,7 @@ rest of the UNet.
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -156,13 +157,16 @@ class _Recorder:
         fused = self._in_fused(partial(self._texts, prompt))
         scheduler = copy.deepcopy(self.pipeline.scheduler)
         scheduler.set_timesteps(self.settings.steps, device=own.device)
-        latents = _noise(self.pipeline, seed) * scheduler.init_noise_sigma
+        generator = torch.Generator().manual_seed(seed)
+        latents = _noise(self.pipeline, generator) * scheduler.init_noise_sigma
+        # Some schedulers draw noise in every step.
+        source = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         with layerwise(self.pipeline.unet):
             for timestep in scheduler.timesteps:
                 noisy = scheduler.scale_model_input(latents, timestep).expand(len(own), -1, -1, -1)
                 predict = partial(self.pipeline.unet, noisy, timestep)
                 made = self._observe("picture", partial(predict, own), partial(predict, fused)).sample
-                latents = scheduler.step(self._guided(made), timestep, latents).prev_sample
+                latents = scheduler.step(self._guided(made), timestep, latents, **source).prev_sample
 
     def _guided(self, made: Tensor) -> Tensor:
         if len(made) == 1:
@@ -216,7 +220,7 @@ class _Recorder:
         return encode_ids(text_encoder, ids, self.source.vocabulary.vectors(layers), encode=encode)[0]
 
 
-def _noise(pipeline: Any, seed: int) -> Tensor:
+def _noise(pipeline: Any, generator: torch.Generator) -> Tensor:
     side, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
-    noise = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(1, channels, side, side, generator=generator)
     return noise.to(pipeline.unet.device, pipeline.unet.dtype)

@@ -3,23 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from mixofshow.errors import SettingsError, field_problem
 
-PROMPTS: Final = ("photo of a {}", "{}")
+PAPER: Final[dict[str, Any]] = {
+    "prompts": ("photo of a {}", "{}"),
+    "picture_prompts": ("photo of a {}",),
+    "weights": "equal",
+    "refine": 0,
+}
+"""How the paper fuses (Mix-of-Show §4.1)."""
+PROMPTS: Final = ("photo of a {}", "{}", "a photo of a {} on a red background", "a {} on a blue background")
+PICTURE_PROMPTS: Final = (PROMPTS[0], *PROMPTS[2:])
+"""More than the paper's, so that what is kept is the concept and not one picture of it (docs/how-it-works.md)."""
+Settings = TypeVar("Settings", bound=BaseModel)
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 
 
+def parse_weights(value: Any) -> Any:
+    """Weights as typed on a command line, "name=2,other=0.5", as a table; all else is left as it is."""
+    if not isinstance(value, str) or "=" not in value:
+        return value
+    pairs = (pair.partition("=") for pair in value.split(","))
+    return {name.strip(): weight.strip() for name, _, weight in pairs}
+
+
+Weights = Annotated[
+    Annotated[Literal["equal", "energy"], Tag("word")] | Annotated[dict[str, Positive], Tag("table")],
+    # So that an error tells of the one that was meant.
+    Discriminator(lambda value: "table" if isinstance(value, Mapping) else "word"),
+    BeforeValidator(parse_weights),
+]
+
+
 class RecordingSettings(BaseModel):
-    """What a concept draws while it is recorded. The defaults are the reference's (Mix-of-Show §4.1)."""
+    """What a concept reads and draws while it is recorded. Prompts aside, the defaults are the paper's (Mix-of-Show §4.1)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     prompts: tuple[str, ...] = Field(PROMPTS, min_length=1, description="What the text side reads; {} is the concept.")
-    picture_prompts: tuple[str, ...] = Field(PROMPTS[:1], min_length=1, description="What is drawn, a picture each.")
+    picture_prompts: tuple[str, ...] = Field(
+        PICTURE_PROMPTS, min_length=1, description="What is drawn, a picture each."
+    )
     steps: int = Field(20, ge=1, le=1000, description="Sampling steps of each picture; every one is recorded.")
     seed: int = Field(1234, ge=0, lt=2**63, description="Of the first picture's noise; picture k has seed + k.")
     guidance_scale: float = Field(
@@ -34,7 +62,7 @@ class RecordingSettings(BaseModel):
 class FusionSettings(RecordingSettings):
     """How concepts are fused."""
 
-    method: str = Field("gradient", description="One of the functions in fusion/methods.py.")
+    method: str = Field("gradient", description="gradient, average, or another of docs/how-it-works.md.")
     options: Mapping[str, Any] = Field(
         default_factory=dict, description="The method's own settings; picture.ridge=0.1 is for one stage only."
     )
@@ -43,23 +71,58 @@ class FusionSettings(RecordingSettings):
         description="Staged: text encoder, then keys and values behind the fused one, then the rest behind both, as in "
         "the paper. Independent: each concept's whole own model, so that recordings can be kept and added up.",
     )
-    weights: Literal["equal", "energy"] | dict[str, Positive] = Field(
-        "equal", description="How much concepts count: equally, as 1 / ‖ΔW_i X_i‖² in each layer, or by name."
+    weights: Weights | None = Field(
+        None,
+        description="How much concepts count: equal; energy: as 1 / ‖ΔW_i X_i‖² in each layer; or by name, as "
+        "cat=2,dog=0.5. Default: energy for gradient fusion, equal for the others.",
     )
     prior: float = Field(0.0, ge=0, le=1e6, description="How much the base's own prompts count, against a concept's 1.")
     prior_prompts: tuple[str, ...] = Field(("", "a photo"), min_length=1, description="What they are.")
-    refine: int = Field(0, ge=0, le=100, description="Passes that correct for what fused layers hand to later ones.")
+    refine: int | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="Passes that correct for what fused layers hand to later ones. Default: 1 for gradient fusion, "
+        "0 for the others.",
+    )
     refine_order: Literal["stages", "all"] = Field("stages", description="Stage after stage, or all layers at once.")
-    guard: bool = Field(False, description="Turn down concepts that are far louder than the others.")
+    guard: bool = Field(False, description="Turn down concepts that are far louder than the others, and name them.")
+    refuse_loud: bool = Field(False, description="End with an error that names them instead.")
     leave_one_out: bool = Field(False, description="Also report how much each concept costs the others.")
     max_memory: float | None = Field(
         None, gt=0, description="Gigabytes for what is being recorded; less means more passes, with equal results."
     )
 
+    @property
+    def counting(self) -> Literal["equal", "energy"] | dict[str, float]:
+        """The weights, as given or as they suit the method."""
+        return self.weights or ("energy" if self.method == "gradient" else "equal")
+
+    @property
+    def passes(self) -> int:
+        """Passes of refinement, as given or as they suit the method."""
+        return self.refine if self.refine is not None else int(self.method == "gradient")
+
 
 def make_fusion_settings(table: Mapping[str, Any], source: str = "settings") -> FusionSettings:
     """Settings from a table. Raises SettingsError that names the field."""
+    return _checked(FusionSettings, table, source)
+
+
+def make_recording_settings(table: Mapping[str, Any], source: str = "settings") -> RecordingSettings:
+    """The same for recording alone."""
+    return _checked(RecordingSettings, table, source)
+
+
+def _checked(kind: type[Settings], table: Mapping[str, Any], source: str) -> Settings:
     try:
-        return FusionSettings.model_validate(dict(table))
+        return kind.model_validate(dict(table))
     except ValidationError as error:
-        raise SettingsError(f"{source}: {field_problem(error.errors()[0], FusionSettings.model_fields)}") from error
+        raise SettingsError(f"{source}: {field_problem(error.errors()[0], kind.model_fields)}") from error
+
+
+def on_top(settings: FusionSettings, given: Mapping[str, Any]) -> FusionSettings:
+    """The settings with given ones on top; a method's options stay as long as the method does. Raises SettingsError."""
+    kept = settings.options if given.get("method", settings.method) == settings.method else {}
+    options = {**kept, **given.get("options", {})}
+    return make_fusion_settings({**settings.model_dump(), **given, "options": options}, "options")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mixofshow.concepts.concept import Concept
 from mixofshow.fusion.guard import guarded, undone_of_others
-from mixofshow.fusion.methods import METHODS, average, method_settings
+from mixofshow.fusion.methods import METHODS, STAGE_DEFAULTS, mean, method_settings
 from mixofshow.fusion.problem import LayerProblem
 from mixofshow.fusion.recording import Stage
 from mixofshow.fusion.settings import FusionSettings
@@ -71,9 +71,30 @@ def total(reports: Iterable[LayerReport], name: str) -> Kept:
     return Kept(*(sum(getattr(kept, field.name) for kept in found) for field in fields(Kept)))
 
 
+@dataclass(frozen=True)
+class TurnedDown:
+    """What the guard did to one concept: in how many layers it was turned down, and the least weight it was left."""
+
+    layers: int
+    weight: float
+
+
+def turned_down(reports: Iterable[LayerReport]) -> dict[str, TurnedDown]:
+    """The concepts that the guard turned down, over all layers."""
+    found: dict[str, TurnedDown] = {}
+    for report in reports:
+        for name, weight in report.clipped.items():
+            before = found.get(name, TurnedDown(0, math.inf))
+            found[name] = TurnedDown(before.layers + 1, min(before.weight, weight))
+    return found
+
+
 def solver_for(settings: FusionSettings, stage: Stage) -> Solver:
-    """The method with its settings for a stage. Raises SettingsError for unknown ones."""
-    options: dict[str, Any] = {}
+    """The method with its settings for a stage. Raises SettingsError for unknown ones.
+
+    A stage's own settings stand above those for all stages, and what is given above what is usual for the method.
+    """
+    options: dict[str, Any] = dict(STAGE_DEFAULTS.get(settings.method, {}).get(stage, {}))
     for key, value in sorted(settings.options.items(), key=lambda item: "." in item[0]):
         of, dot, name = key.rpartition(".")
         if dot and of not in STAGES:
@@ -82,6 +103,12 @@ def solver_for(settings: FusionSettings, stage: Stage) -> Solver:
             options[name] = value
     chosen = method_settings(settings.method, options)
     return lambda problem: METHODS[settings.method](problem, **chosen)
+
+
+def check_method(settings: FusionSettings) -> None:
+    """Raise SettingsError for an unknown method or a setting that it does not have, before anything is recorded."""
+    for stage in STAGES:
+        solver_for(settings, stage)
 
 
 def problem_of(
@@ -107,15 +134,15 @@ def problem_of(
 
 def _weights(problem: LayerProblem, concepts: Sequence[Concept], settings: FusionSettings) -> list[float]:
     """The concepts' weights in this layer, 1 on average."""
-    if settings.weights == "equal":
+    if settings.counting == "equal":
         return [1.0] * len(concepts)
-    if settings.weights == "energy":
+    if settings.counting == "energy":
         energies = [problem.residual(number, problem.zero())[1] for number in range(len(concepts))]
         known = [1 / energy for energy in energies if energy > 0] or [1.0]
         # One that changes nothing here wants it left alone, as much as the others want their change.
         found = [1 / energy if energy > 0 else sum(known) / len(known) for energy in energies]
     else:
-        found = [settings.weights.get(concept.info.name, 1.0) for concept in concepts]
+        found = [settings.counting.get(concept.info.name, 1.0) for concept in concepts]
     return [weight * len(found) / sum(found) for weight in found]
 
 
@@ -131,9 +158,9 @@ def solve(
 ) -> tuple[Tensor, LayerReport]:
     """The fused weight (out, in) of one layer in the base's precision, and how good it is for each named concept."""
     asked, clipped = problem, {}
-    if settings.guard:
-        problem, turned_down = guarded(problem, solver)
-        clipped = {names[number]: weight for number, weight in turned_down.items()}
+    if settings.guard or settings.refuse_loud:
+        problem, left = guarded(problem, solver)
+        clipped = {names[number]: weight for number, weight in left.items()}
     change = solver(problem)
     fused = (problem.base.double() + change).to(problem.base.dtype)
     met = fused.double() - problem.base.double()
@@ -141,7 +168,7 @@ def solve(
     if settings.leave_one_out:
         kept = {name: _beside(one, problem, number, met, solver) for number, (name, one) in enumerate(kept.items())}
     sums = problem.sums
-    report = LayerReport(sums.rows, sums.energy, sums.objective(met), sums.objective(average(problem)), kept, clipped)
+    report = LayerReport(sums.rows, sums.energy, sums.objective(met), sums.objective(mean(problem)), kept, clipped)
     return fused, report
 
 

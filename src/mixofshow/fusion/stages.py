@@ -6,18 +6,19 @@ Concepts are taken in the order of their hashes, so that the order of the files 
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from mixofshow.bases.layers import layer, lora_layers, matrix, tunable_layers
-from mixofshow.bases.loading import fingerprint
+from mixofshow.bases.loading import base_name, fingerprint
 from mixofshow.concepts.adapters import replaced
 from mixofshow.concepts.concept import Concept, vocabulary
 from mixofshow.concepts.model import ConceptModel
@@ -25,10 +26,13 @@ from mixofshow.errors import BadInputError
 from mixofshow.fusion.methods import KEEPS_INPUTS
 from mixofshow.fusion.recording import Source, Stage, record, stage_of
 from mixofshow.fusion.settings import FusionSettings, RecordingSettings
-from mixofshow.fusion.solving import STAGES, LayerReport, problem_of, solve, solver_for
+from mixofshow.fusion.solving import STAGES, LayerReport, check_method, problem_of, solve, solver_for, turned_down
 from mixofshow.fusion.statistics import input_of
 from mixofshow.fusion.store import Recording, Store
 from mixofshow.progress import Progress, silent
+
+LOUD_SHARE: Final = 0.25
+"""A concept is refused as loud if it is in more than this share of the layers: in some, one always is."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ def fuse(
     settings = settings or FusionSettings()
     ordered = sorted(concepts, key=lambda concept: concept.hash)
     words = vocabulary(ordered)
+    check_method(settings)
     _check_names(ordered, settings)
     with contextlib.ExitStack() as stack:
         if store is None:
@@ -66,7 +71,10 @@ def fuse(
         recorder = _Recorder(pipeline, settings, store, budget, settings.method in KEEPS_INPUTS)
         fusion = _Fusion(pipeline, ordered, settings, recorder, progress)
         fusion.run()
+    if settings.refuse_loud:
+        _refuse_loud(fusion.reports)
     manifest = {
+        "base": base_name(pipeline),
         "settings": settings.model_dump(mode="json"),
         "concepts": [{"name": concept.info.name, "hash": concept.hash} for concept in ordered],
     }
@@ -89,6 +97,19 @@ def _check_names(concepts: Sequence[Concept], settings: FusionSettings) -> None:
         unknown = settings.weights.keys() - {concept.info.name for concept in concepts}
         if unknown:
             raise BadInputError(f"weights: no concept is called {', '.join(sorted(unknown))}")
+
+
+def _refuse_loud(reports: Mapping[str, LayerReport]) -> None:
+    """Raise BadInputError that names the concepts that the guard had to turn down in many layers."""
+    loud = [
+        f"<{name}> in {one.layers} of {len(reports)} layers"
+        for name, one in turned_down(reports.values()).items()
+        if one.layers > LOUD_SHARE * len(reports)
+    ]
+    if loud:
+        raise BadInputError(
+            f"concepts that are far louder than the others: {', '.join(loud)}; leave them out, or give --guard instead"
+        )
 
 
 @dataclass(frozen=True)
@@ -122,6 +143,7 @@ class _Recorder:
         key = {
             "source": source.concept.hash if source.concept else "base",
             "base": self.fingerprint,
+            "scheduler": self.scheduler,
             "texts": source.texts,
             "pictures": source.pictures,
             "settings": self.settings.recording(),
@@ -147,6 +169,12 @@ class _Recorder:
     def fingerprint(self) -> str:
         """The base model's; taken while the pipeline has its own weights."""
         return fingerprint(self.pipeline)
+
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """The kind and settings of what draws the pictures; others draw other pictures."""
+        config = json.loads(self.pipeline.scheduler.to_json_string())
+        return {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
 
 
 @dataclass
@@ -175,8 +203,13 @@ class _Fusion:
                 with replaced(self.pipeline, self.weights):
                     recordings = self._record(partial(self.recorder.staged, names=names, behind=behind))
                 self._solve(names, recordings)
-        for number in range(self.settings.refine):
+        for number in range(self._passes):
             self._refine(number)
+
+    @property
+    def _passes(self) -> int:
+        """One concept alone is kept as it is: nothing drifts."""
+        return self.settings.passes if len(self.concepts) > 1 else 0
 
     def _refine(self, number: int) -> None:
         """Solve all layers again, for the inputs that they have in the fused model."""
@@ -208,7 +241,7 @@ class _Fusion:
 
     def _record(self, record_one: Callable[[Source], Recording]) -> list[Recording]:
         recordings = []
-        rounds = (1 if self.settings.mode == "independent" else len(STAGES)) + self.settings.refine * (
+        rounds = (1 if self.settings.mode == "independent" else len(STAGES)) + self._passes * (
             1 if self.settings.refine_order == "all" else len(STAGES)
         )
         for source in self._sources:

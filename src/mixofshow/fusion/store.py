@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -16,12 +16,13 @@ from typing import Any, Final, Literal, get_args
 import torch
 from torch import Tensor
 
-from mixofshow.errors import ConceptFileError, SettingsError, shown
+from mixofshow.errors import BadInputError, ConceptFileError, SettingsError, shown
 from mixofshow.files import TensorFile, write_tensors
 from mixofshow.fusion.statistics import TENSORS, Seen
 
 Storage = Literal["fp64", "fp32", "fp16", "low-rank"]
 METADATA_KEY: Final = "mixofshow_recording"
+DIGEST_KEY: Final = "sha256"
 FORMAT_VERSION: Final = 1
 RANK_SHARE: Final = 8
 """Low-rank storage keeps the largest eighth of the eigenvalues, and of the rest the diagonal."""
@@ -29,18 +30,26 @@ RANK_SHARE: Final = 8
 
 @dataclass(frozen=True)
 class Recording:
-    """A recording's file: `look(input name)` reads what a layer saw."""
+    """A recording's file: `look(input name)` reads what a layer saw.
+
+    `error` is what storing it changed: mean and largest ‖C' − C‖ / ‖C‖ over the inputs.
+    """
 
     file: TensorFile
     rows: Mapping[str, int]
     about: Mapping[str, Any]
+    error: tuple[float, float] = (0.0, 0.0)
 
     def look(self, name: str, device: Any = "cpu") -> Seen:
         """What was recorded under an input name, in double. Raises ConceptFileError."""
-        found = {kind: self.file.read(f"{kind}:{name}") for kind in TENSORS if f"{kind}:{name}" in self.file}
-        packed = {part: self.file.read(f"{part}:{name}") for part in PARTS if f"{part}:{name}" in self.file}
-        if packed:
-            found["moments"] = unpack(packed)
+        stored = {
+            kind: self.file.read(f"{kind}:{name}") for kind in (*TENSORS, *PARTS) if f"{kind}:{name}" in self.file
+        }
+        if name not in self.rows or self.about["digests"].get(name) != _digest(stored):
+            raise ConceptFileError(f"{self.file.path}: damaged: {shown(name)} does not match its digest")
+        found = {kind: stored.pop(kind) for kind in TENSORS if kind in stored}
+        if stored:
+            found["moments"] = unpack(stored)
         for kind, tensor in found.items():
             if not torch.isfinite(tensor).all():
                 raise ConceptFileError(f"{self.file.path}: {kind} of {shown(name)}: values that are not finite")
@@ -71,22 +80,55 @@ class Store:
         return recording if inputs <= recording.rows.keys() else None
 
     def keep(self, key: Mapping[str, Any], name: str, seen: Mapping[str, Seen]) -> Recording:
-        """Write a recording whole or not at all, and open it."""
+        """Write a recording whole or not at all, and open it. Raises BadInputError for values that are not finite."""
         tensors: dict[str, Tensor] = {}
+        digests: dict[str, str] = {}
+        errors = []
         for input_name, one in seen.items():
-            found = {kind: value for kind in TENSORS if (value := getattr(one, kind)) is not None}
+            found = one.tensors()
+            if not all(torch.isfinite(value).all() for value in found.values()):
+                raise BadInputError(
+                    f"{name}: in its own model, {input_name} has values that are not finite; leave it out"
+                )
             if one.drifted is None:
-                found |= pack(found.pop("moments"), self.storage)
-            tensors |= {f"{kind}:{input_name}": value.cpu() for kind, value in found.items()}
+                packed = pack(found.pop("moments"), self.storage)
+                errors.append(_error(one.moments, packed))
+                found |= packed
+            found = {kind: value.cpu() for kind, value in found.items()}
+            digests[input_name] = _digest(found)
+            tensors |= {f"{kind}:{input_name}": value for kind, value in found.items()}
         about = {
             "format_version": FORMAT_VERSION,
             "key": key,
             "storage": self.storage,
             "rows": {input_name: one.rows for input_name, one in seen.items()},
+            "digests": digests,
+            "error": _mean_and_largest(errors),
         }
         path = self.path(key, name)
-        write_tensors(path, tensors, {"format": "pt", METADATA_KEY: json.dumps(about, sort_keys=True)})
+        write_tensors(path, tensors, _metadata(json.dumps(about, sort_keys=True)))
         return open_recording(path)
+
+
+def _digest(stored: Mapping[str, Tensor]) -> str:
+    """16 hex digits of the tensors stored of one input, by kind."""
+    digest = hashlib.sha256()
+    for kind, tensor in sorted(stored.items()):
+        digest.update(f"{kind} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _metadata(text: str) -> dict[str, str]:
+    return {"format": "pt", METADATA_KEY: text, DIGEST_KEY: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def open_store(folder: Path, storage: str = "fp64") -> Store:
+    """A store in a folder, made when something is kept. Raises SettingsError for a storage that there is not."""
+    for known in get_args(Storage):
+        if storage == known:
+            return Store(folder, known)
+    raise SettingsError(f"storage: expected one of {', '.join(get_args(Storage))}, found {shown(storage)}")
 
 
 def open_recording(path: Path) -> Recording:
@@ -94,30 +136,30 @@ def open_recording(path: Path) -> Recording:
     file = TensorFile(path)
     try:
         about = json.loads(file.metadata[METADATA_KEY])
+        if file.metadata != _metadata(file.metadata[METADATA_KEY]):
+            raise ValueError("damaged: its description does not match the digest written in it")
         rows = {str(name): int(count) for name, count in about["rows"].items()}
-        if about["format_version"] > FORMAT_VERSION or not isinstance(about["key"], dict):
+        mean, largest = map(float, about["error"])
+        if about["format_version"] > FORMAT_VERSION or not all(
+            isinstance(about[it], dict) for it in ("key", "digests")
+        ):
             raise ValueError(f"format {about['format_version']}")
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ConceptFileError(f"{path}: not a recording of this version ({shown(error)})") from error
-    return Recording(file, rows, about)
+    return Recording(file, rows, about, (mean, largest))
 
 
 PARTS: Final = ("plain", "scaled", "scale", "factor", "diagonal")
 
 
 def pack(moments: Tensor, storage: Storage) -> dict[str, Tensor]:
-    """Moments (in, in) as they are stored: whole, as correlations in half precision, or as low rank plus diagonal.
-
-    Raises SettingsError.
-    """
+    """Moments (in, in) as they are stored: whole, as correlations in half precision, or as low rank plus diagonal."""
     if storage in ("fp64", "fp32"):
         return {"plain": moments.to(torch.float64 if storage == "fp64" else torch.float32)}
     if storage == "fp16":
         scale = moments.diagonal().sqrt()
         safe = torch.where(scale > 0, scale, 1)
         return {"scaled": (moments / safe[:, None] / safe).half(), "scale": scale.float()}
-    if storage != "low-rank":
-        raise SettingsError(f"storage: expected one of {', '.join(get_args(Storage))}, found {shown(storage)}")
     values, vectors = torch.linalg.eigh(moments)
     rank = max(1, len(moments) // RANK_SHARE)
     factor = vectors[:, -rank:] * values[-rank:].clamp(min=0).sqrt()
@@ -137,8 +179,12 @@ def unpack(packed: Mapping[str, Tensor]) -> Tensor:
 
 def storage_error(seen: Mapping[str, Seen], storage: Storage) -> tuple[float, float]:
     """What storing changes: mean and largest ‖C' − C‖ / ‖C‖ over the inputs."""
-    errors = [
-        float((unpack(pack(one.moments, storage)) - one.moments).norm() / one.moments.norm().clamp(min=1e-300))
-        for one in seen.values()
-    ]
-    return sum(errors) / len(errors), max(errors)
+    return _mean_and_largest([_error(one.moments, pack(one.moments, storage)) for one in seen.values()])
+
+
+def _error(moments: Tensor, packed: Mapping[str, Tensor]) -> float:
+    return float((unpack(packed) - moments).norm() / moments.norm().clamp(min=1e-300))
+
+
+def _mean_and_largest(errors: Sequence[float]) -> tuple[float, float]:
+    return (sum(errors) / len(errors), max(errors)) if errors else (0.0, 0.0)

@@ -7,19 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mixofshow.errors import RegionError, SettingsError, field_problem, shown
-from mixofshow.files import refuse_unwritable, writing
+from mixofshow.files import read_table, refuse_unwritable, writing
 from mixofshow.progress import Progress, silent
-from mixofshow.sampling.pipeline import GUIDANCE_SCALE, STEPS, MixOfShowPipeline
+from mixofshow.sampling.pipeline import STEPS, MixOfShowPipeline
 from mixofshow.sampling.regions import Box, Region
 
 PNG_KEY: Final = "mixofshow"
-MAX_YAML_BYTES: Final = 100_000
 
 
 class RegionEntry(BaseModel):
@@ -45,7 +43,7 @@ class Composition(BaseModel):
     seed: int = 0
     num: int = Field(1, ge=1, le=10_000)
     steps: int = Field(STEPS, ge=1, le=1000)
-    guidance_scale: float = Field(GUIDANCE_SCALE, ge=0, le=100)
+    guidance_scale: float | None = Field(None, ge=0, le=100)
 
 
 def make_composition(table: Mapping[str, Any], source: str = "composition") -> Composition:
@@ -55,21 +53,6 @@ def make_composition(table: Mapping[str, Any], source: str = "composition") -> C
     except ValidationError as error:
         problem = field_problem(error.errors()[0], Composition.model_fields)
         raise SettingsError(f"{source}: {problem}") from error
-
-
-def read_table(path: Path) -> dict[str, Any]:
-    """The top-level table of a YAML file. Raises SettingsError."""
-    try:
-        if path.stat().st_size > MAX_YAML_BYTES:
-            raise SettingsError(f"{path}: over {MAX_YAML_BYTES} bytes")
-        table = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: not valid YAML ({shown(error)})") from error
-    if not isinstance(table, dict):
-        raise SettingsError(f"{path}: expected a table of settings, found {type(table).__name__}")
-    return table
 
 
 def parse_size(text: str) -> tuple[int, int]:

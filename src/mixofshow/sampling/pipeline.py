@@ -23,7 +23,6 @@ from mixofshow.sampling.attention import RegionText, regional
 from mixofshow.sampling.regions import Region, as_shares, require_a_cell
 
 STEPS: Final = 25
-GUIDANCE_SCALE: Final = 5.0
 MAX_STEPS: Final = 1000
 MAX_PIXELS: Final = 2**24
 MAX_SEED: Final = 2**63
@@ -69,15 +68,16 @@ class MixOfShowPipeline:
         height: int | None = None,
         num_images: int = 1,
         num_inference_steps: int = STEPS,
-        guidance_scale: float = GUIDANCE_SCALE,
+        guidance_scale: float | None = None,
         seed: int = 0,
         progress: Progress = silent,
     ) -> list[Image.Image]:
         """Pictures, RGB. Picture k of a batch is the one that `seed + k` gives alone (up to rounding).
 
-        Raises RegionError, TokenError, SettingsError.
+        Without a guidance scale the base's usual one is taken. Raises RegionError, TokenError, SettingsError.
         """
         base = self.model.pipeline
+        scale = self.model.usual_guidance if guidance_scale is None else guidance_scale
         width, height = self._size(width, height)
         _require(1 <= num_inference_steps <= MAX_STEPS, "num_inference_steps", num_inference_steps, f"1 to {MAX_STEPS}")
         _require(num_images >= 1, "num_images", num_images, "at least 1")
@@ -93,14 +93,14 @@ class MixOfShowPipeline:
                 width=width,
                 height=height,
                 rows=num_images,
-                guided=guidance_scale != 1.0,
+                guided=scale != 1.0,
             )
             latents = denoise(
                 base,
                 latents,
                 encoded,
                 num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
+                guidance_scale=scale,
                 generators=generators,
                 progress=progress,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, Protocol
 
@@ -11,8 +12,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mixofshow.bases.layers import lora_layers, module_path
+from mixofshow.bases.layers import lora_layers, matrix, module_path
 from mixofshow.concepts.concept import Change, Full, LowRank
+from mixofshow.errors import SettingsError
 from mixofshow.tuning.settings import TextEncoderSettings, TuningSettings, UNetSettings
 
 ADAPTER: Final = "concept"
@@ -59,20 +61,50 @@ def _stored(tensor: Tensor) -> Tensor:
 
 
 class _LowRankChange:
-    """A layer that peft has wrapped."""
+    """A layer that peft has wrapped. Where a down matrix (rank, in) is given, that stays as it is."""
 
-    def __init__(self, wrapper: Any, alpha: float) -> None:
-        self.wrapper, self.alpha = wrapper, alpha
+    def __init__(self, wrapper: Any, alpha: float, down: Tensor | None = None) -> None:
+        self.wrapper, self.alpha, self.fixed = wrapper, alpha, down is not None
+        if down is not None:
+            own = self._factors()[0]
+            own.data.copy_(down.view_as(own))
+            self.enable(True)
+
+    def _factors(self) -> list[nn.Parameter]:
+        return [self.wrapper.lora_A[ADAPTER].weight, self.wrapper.lora_B[ADAPTER].weight]
 
     def parameters(self) -> list[nn.Parameter]:
-        return [self.wrapper.lora_A[ADAPTER].weight, self.wrapper.lora_B[ADAPTER].weight]
+        return self._factors()[1:] if self.fixed else self._factors()
 
     def enable(self, on: bool) -> None:
         self.wrapper.enable_adapters(on)
+        if self.fixed:
+            self._factors()[0].requires_grad_(False)  # peft lets all of an adapter be trained that it enables
 
     def finished(self) -> LowRank:
-        down, up = self.parameters()
+        down, up = self._factors()
         return LowRank(_stored(down.flatten(1)), _stored(self.alpha * up.flatten(1)))
+
+
+def _shared_rows(layer: str, width: int, own: TextEncoderSettings | UNetSettings) -> Tensor | None:
+    """Rows [k·rank : (k+1)·rank] of the layer's orthogonal basis (width, width), k being the slice; None without one.
+
+    The basis is drawn by the layer's name, so that all clients have the same: then the changes of concepts with
+    different slices cannot meet (Orthogonal Adaptation, Po et al. 2023, arXiv:2312.02432). Raises SettingsError.
+    """
+    if own.orthogonal_slice is None:
+        return None
+    first, last = own.orthogonal_slice * own.rank, (own.orthogonal_slice + 1) * own.rank
+    if last > width:
+        raise SettingsError(
+            f"orthogonal_slice: {own.orthogonal_slice} at rank {own.rank} needs {last} inputs, layer '{layer}' has "
+            f"{width}; choose a smaller slice or rank"
+        )
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(layer.encode()).digest()[:8]))
+    # Gram-Schmidt: later rows change nothing of earlier ones, so they need not be drawn.
+    drawn = torch.stack([torch.randn(width, generator=generator, dtype=torch.float64) for _ in range(last)])
+    basis, triangle = torch.linalg.qr(drawn.T)
+    return (basis * triangle.diagonal().sign()).T[first:]
 
 
 @contextlib.contextmanager
@@ -84,6 +116,9 @@ def low_rank_layers(pipeline: Any, settings: TuningSettings) -> Iterator[Changes
     }
     layers = lora_layers(pipeline, unet=settings.unet.targets, text_encoder=settings.text_encoder.targets)
     paths = {name: module_path(pipeline, name) for name in layers}
+    downs = {
+        name: _shared_rows(name, matrix(module).shape[1], parts[paths[name][0]]) for name, module in layers.items()
+    }
     try:
         for part, own in parts.items():
             targets = [path for own_part, path in paths.values() if own_part == part]
@@ -91,7 +126,7 @@ def low_rank_layers(pipeline: Any, settings: TuningSettings) -> Iterator[Changes
             config = LoraConfig(r=own.rank, lora_alpha=own.alpha * own.rank, target_modules=targets)  # type: ignore[arg-type]
             inject_adapter_in_model(config, getattr(pipeline, part), ADAPTER)
         yield {
-            name: _LowRankChange(getattr(pipeline, part).get_submodule(path), parts[part].alpha)
+            name: _LowRankChange(getattr(pipeline, part).get_submodule(path), parts[part].alpha, downs[name])
             for name, (part, path) in paths.items()
         }
     finally:

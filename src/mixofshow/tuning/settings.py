@@ -42,6 +42,12 @@ class TextEncoderSettings(Group):
     targets: Literal["attention", "layers"] = Field(
         "attention", description="Attention only, or whole layers (with their feed-forward)."
     )
+    orthogonal_slice: int | None = Field(
+        None,
+        ge=0,
+        description="Fix the down matrices to this slice of the shared orthogonal basis, one per concept; for fusion "
+        "by the method orthogonal.",
+    )
 
 
 class UNetSettings(Group):
@@ -55,6 +61,12 @@ class UNetSettings(Group):
     )
     drop_kv: float = Field(
         0.0, ge=0, le=1, description="Share of steps without the change of cross-attention's keys and values."
+    )
+    orthogonal_slice: int | None = Field(
+        None,
+        ge=0,
+        description="Fix the down matrices to this slice of the shared orthogonal basis, one per concept; for fusion "
+        "by the method orthogonal.",
     )
 
 

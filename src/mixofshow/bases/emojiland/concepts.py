@@ -46,6 +46,7 @@ class Subject:
 CHARACTERS: Final = {
     "mintcat": Subject("cat", "twemoji", "cat-face", turn=0.35),
     "reddog": Subject("dog", "twemoji", "dog-face"),
+    "bluedog": Subject("dog", "twemoji", "dog-face", turn=0.6),
     "golddog": Subject("dog", "openmoji", "dog-face"),
     "robot": Subject("astronaut", "twemoji", "robot"),
     "alien": Subject("man", "twemoji", "alien"),

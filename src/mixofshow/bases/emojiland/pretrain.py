@@ -33,7 +33,7 @@ class Recipe:
     autoencoder_steps: int = 1800
     autoencoder_batch: int = 32
     autoencoder_rate: float = 2e-3
-    generator_steps: int = 9000
+    generator_steps: int = 12_600
     generator_batch: int = 32
     generator_rate: float = 1e-3
     cached_shards: int = 24

@@ -1,0 +1,161 @@
+"""A fused model as one file: what it changes of the base, to be put on the base again when it is loaded.
+
+In it are the layers' changes W − W0, in full or cut to a rank, and the words. Nothing of the base is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from mixofshow.bases.layers import layer, matrix
+from mixofshow.bases.loading import fingerprint
+from mixofshow.concepts.concept import METADATA_KEY as CONCEPT_KEY
+from mixofshow.concepts.concept import Change, Full, LowRank, layer_problems, raise_if, read_changes, value_problems
+from mixofshow.errors import ConceptFileError, SettingsError, field_problem, shown
+from mixofshow.files import parse_tensors, read_bytes, write_tensors
+
+FORMAT_VERSION: Final = 1
+METADATA_KEY: Final = "mixofshow_delta"
+DIGEST_KEY: Final = "sha256"
+WORD: Final = "word:"
+MAX_DELTA_BYTES: Final = 8 * 2**30
+"""All layers of a Stable Diffusion 1.x in full are about 2 GB."""
+
+
+class DeltaInfo(BaseModel):
+    """A delta file's metadata; `manifest` is the fused model's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = Field(FORMAT_VERSION, ge=1, le=FORMAT_VERSION)
+    base: str = Field(max_length=128)
+    base_fingerprint: str
+    words: tuple[str, ...] = ()
+    aliases: dict[str, tuple[str, ...]] = {}
+    manifest: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A fused model without its base: `vectors` (layers, dim) of each word, and the layers' changes by name."""
+
+    info: DeltaInfo
+    vectors: Mapping[str, Tensor]
+    changes: Mapping[str, Change]
+
+    def save(self, path: Path) -> None:
+        """Write the file whole or not at all, in single precision."""
+        named = {WORD + word: vector for word, vector in self.vectors.items()}
+        for name, change in self.changes.items():
+            named |= change.tensors(name)
+        tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in named.items()}
+        text = self.info.model_dump_json()
+        write_tensors(path, tensors, {"format": "pt", METADATA_KEY: text, DIGEST_KEY: _digest(tensors, text)})
+
+    @torch.no_grad()
+    def weights(self, pipeline: Any) -> dict[str, Tensor]:
+        """The changed layers' weights on this base, W0 + change, (out, in)."""
+        weights = {}
+        for name, change in self.changes.items():
+            base = matrix(layer(pipeline, name))
+            # In double precision, so that a change in full gives the weight back. On the CPU: Apple's GPUs have none.
+            weights[name] = (base.cpu().double() + change.matrix(dtype=torch.float64)).to(base)
+        return weights
+
+    def check_fits(self, pipeline: Any, name: str) -> None:
+        """Raise ConceptFileError unless the file `name` was made on this base, with these layers and shapes."""
+        raise_if(layer_problems(self.changes, pipeline), name)
+        if self.info.base_fingerprint != (found := fingerprint(pipeline)):
+            raise ConceptFileError(
+                f"{name}: made on base '{shown(self.info.base)}' ({shown(self.info.base_fingerprint)}), "
+                f"this base is {found}; nothing was changed"
+            )
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What cutting changes to a rank lost: ‖change − cut‖ / ‖change‖ over all layers, and in the worst `layer`."""
+
+    overall: float = 0.0
+    worst: float = 0.0
+    layer: str = ""
+
+
+def compressed(changes: Iterable[tuple[str, Tensor]], rank: int | None = None) -> tuple[dict[str, Change], Compression]:
+    """Changes (out, in) by layer as they are stored: in full, or cut to the nearest matrix of a rank where that is less.
+
+    Raises SettingsError for a rank below 1.
+    """
+    if rank is not None and rank < 1:
+        raise SettingsError(f"rank: expected at least 1, found {rank}")
+    kept: dict[str, Change] = {}
+    lost = wanted = 0.0
+    errors = {"": 0.0}
+    for name, change in changes:
+        kept[name] = _cut(change, rank)
+        left = float((kept[name].matrix(dtype=torch.float64) - change).square().sum())
+        energy = float(change.double().square().sum())
+        lost, wanted = lost + left, wanted + energy
+        errors[name] = _relative(left, energy)
+    worst = max(errors, key=errors.__getitem__)
+    return kept, Compression(_relative(lost, wanted), errors[worst], worst)
+
+
+def _relative(lost: float, wanted: float) -> float:
+    return math.sqrt(lost / wanted) if wanted > 0 else 0.0
+
+
+def _cut(change: Tensor, rank: int | None) -> Change:
+    """By singular values (Eckart–Young); in full where the factors would be no smaller."""
+    if rank is None or rank * sum(change.shape) >= change.numel():
+        return Full(change.float())
+    left, values, right = torch.linalg.svd(change.double(), full_matrices=False)
+    root = values[:rank].sqrt()
+    return LowRank(down=(root[:, None] * right[:rank]).float(), up=(left[:, :rank] * root).float())
+
+
+def load_delta(path: Path) -> Delta:
+    """Read a delta file and check all that can be checked without the base. Raises ConceptFileError."""
+    tensors, metadata = parse_tensors(read_bytes(path, MAX_DELTA_BYTES), str(path))
+    info = _read_info(metadata, str(path))
+    raise_if(value_problems(tensors), str(path))
+    if metadata.get(DIGEST_KEY) != _digest(tensors, metadata[METADATA_KEY]):
+        raise ConceptFileError(f"{path}: damaged: its content does not match the digest written in it")
+    vectors = {name.removeprefix(WORD): tensors.pop(name) for name in list(tensors) if name.startswith(WORD)}
+    changes, problems = read_changes(tensors)
+    raise_if(problems, str(path))
+    return Delta(info, vectors, changes)
+
+
+def _read_info(metadata: Mapping[str, str], name: str) -> DeltaInfo:
+    text = metadata.get(METADATA_KEY)
+    if text is None and CONCEPT_KEY in metadata:
+        raise ConceptFileError(f"{name}: a concept, not a model; put it on a base as --concept, or fuse it")
+    if text is None:
+        raise ConceptFileError(f"{name}: not a delta file, its metadata has no '{METADATA_KEY}'")
+    try:
+        return DeltaInfo.model_validate(json.loads(text))
+    except ValidationError as error:
+        problem = field_problem(error.errors()[0], DeltaInfo.model_fields)
+        raise ConceptFileError(f"{name}: metadata field {problem}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConceptFileError(f"{name}: metadata is not the expected table ({shown(error)})") from error
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    """Hex digits over the metadata and all numbers; it finds damage, and does not prove who wrote the file."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.float().numpy().tobytes())
+    return digest.hexdigest()

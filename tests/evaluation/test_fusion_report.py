@@ -1,0 +1,56 @@
+"""The page about a fusion says what the fusion found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mixofshow.evaluation.fusion_report import BEYOND, DARK, UNTOUCHED, concept_table, cost, fusion_page, heat_map
+from mixofshow.fusion.settings import FusionSettings
+from mixofshow.fusion.solving import Kept, LayerReport, share, total
+from mixofshow.fusion.stages import fuse
+
+
+@pytest.fixture(scope="module")
+def fused(golden_pipeline, golden_concepts):
+    return fuse(
+        golden_concepts,
+        golden_pipeline,
+        FusionSettings(weights="equal", refine=0, mode="independent", steps=1, leave_one_out=True),
+    )
+
+
+def test_every_concept_has_a_row(fused):
+    head, rows = concept_table(fused)
+    assert head[0] == "concept" and head[-1] == "costs the others"
+    assert sorted(row[0] for row in rows) == ["<dogx>", "<manx>"]
+    for row in rows:
+        kept = total(fused.layers.values(), row[0].strip("<>"))
+        assert row[1] == f"{share(kept.left, kept.wanted):.3f}"
+        assert float(row[-1].removesuffix(" %")) == pytest.approx(100 * cost(kept), abs=0.1)
+
+
+def test_the_page_has_all_of_it(fused, tmp_path):
+    fusion_page(fused).save(tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    worst = max(fused.layers, key=lambda name: fused.layers[name].residual)
+    for expected in ("&lt;dogx&gt;", worst, "data:image/png;base64,", "independent", "guidance scale"):
+        assert expected in text, expected
+
+
+def test_words_alone_make_a_page_too(golden_pipeline, golden_concepts, tmp_path):
+    words = fuse(
+        [replace(golden_concepts[0], deltas={})], golden_pipeline, FusionSettings(weights="equal", refine=0, steps=1)
+    )
+    fusion_page(words).save(tmp_path / "report.html")
+    assert words.layers == {}
+
+
+def test_colours_of_the_heat_map():
+    kept = {"a": Kept(0.0, 1.0), "b": Kept(1.0, 1.0), "c": Kept(2.0, 1.0), "d": Kept(0.0, 0.0)}
+    layers = {"unet.x.attn1.to_q": LayerReport(1, 3.0, 1.0, 1.0, kept, {})}
+    found = {name: set(map(tuple, np.array(heat_map([name], layers)).reshape(-1, 3))) for name in kept}
+    assert DARK in found["b"] and BEYOND in found["c"] and UNTOUCHED in found["d"]
+    assert BEYOND not in found["a"]
