@@ -39,7 +39,7 @@ from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.tuning.settings import make_settings
 from mixofshow.tuning.trainer import tune
 
-CONCEPTS: Final = ("reddog", "greenhouse", "bluedog")
+CONCEPTS: Final = ("reddog", "greenhouse", "foxy")
 """Two of one class, and something else between them."""
 WIDTH, HEIGHT = 160, 64
 SCENE: Final = "in the desert"
@@ -131,7 +131,8 @@ def _facts(
 def composition(seed: int, *, regions: bool) -> Composition:
     """The wide picture: all concepts in one prompt and, if asked for, each in a region of its own as well."""
     together = " and ".join(f"a <{name}>" for name in CONCEPTS)
-    prompts = [f"a photo of a <{name}> {SCENE}" for name in CONCEPTS]
+    # Emojiland fills as many places of a wide picture as its caption names things.
+    prompts = [f"a photo of {' and '.join([f'a <{name}>'] * len(CONCEPTS))} {SCENE}" for name in CONCEPTS]
     entries = tuple(RegionEntry(box=box, prompt=prompt) for prompt, box in zip(prompts, REGIONS, strict=True))
     return Composition(
         prompt=f"a photo of {together} {SCENE}",

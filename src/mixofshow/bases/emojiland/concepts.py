@@ -48,6 +48,7 @@ CHARACTERS: Final = {
     "reddog": Subject("dog", "twemoji", "dog-face"),
     "bluedog": Subject("dog", "twemoji", "dog-face", turn=0.6),
     "golddog": Subject("dog", "openmoji", "dog-face"),
+    "foxy": Subject("dog", "twemoji", "fox"),
     "robot": Subject("astronaut", "twemoji", "robot"),
     "alien": Subject("man", "twemoji", "alien"),
     "greencop": Subject("officer", "twemoji", "police-officer", turn=0.75),
