@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +33,7 @@ from mixofshow.evaluation.report import Page, alignment_rows, print_alignments
 from mixofshow.files import write_text
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.stages import Fused, fuse
+from mixofshow.fusion.store import Store
 from mixofshow.grids import grid
 from mixofshow.progress import terminal_bar
 from mixofshow.sampling.composition import Composition, RegionEntry, compose, save_picture
@@ -42,7 +44,7 @@ from mixofshow.tuning.trainer import tune
 CONCEPTS: Final = ("reddog", "greenhouse", "foxy")
 """Two of one class, and something else between them."""
 WIDTH, HEIGHT = 160, 64
-SCENE: Final = "in the desert"
+SCENE: Final = "in the forest"
 REGIONS: Final = ((2, 6, 54, 62), (54, 6, 106, 62), (106, 6, 158, 62))
 SEEDS: Final = 4
 
@@ -58,13 +60,14 @@ def run_demo(out: Path, *, quick: bool = False) -> None:
     for name in CONCEPTS:
         write_concept(name, out / "pictures" / name)
     concepts = [_shipped(name, pipeline) if quick else _tuned(name, out, pipeline) for name in CONCEPTS]
+    fuse_exactly = partial(fuse, settings=FusionSettings(steps=8 if quick else 20), store=Store(out / "recordings"))
     with terminal_bar("fusing") as progress:
-        gradient = fuse(concepts, pipeline, progress=progress)
-        average = fuse(concepts, pipeline, FusionSettings(method="average"), progress=progress)
+        gradient = fuse_exactly(concepts, pipeline, progress=progress)
+        average = fuse(concepts, pipeline, FusionSettings(method="average", steps=1), progress=progress)
     gradient.model.save(out / "model")
     models = {"gradient": gradient.model, "average": average.model}
     pictures = _compositions(out, models, seeds=2 if quick else SEEDS)
-    prompts = EMOJILAND["subject"][:3] if quick else EMOJILAND["subject"]
+    prompts = EMOJILAND["subject"][:2] if quick else EMOJILAND["subject"]
     cases = [
         Case(concept, references_of(out / "pictures" / concept.info.name / "reference"), prompts)
         for concept in concepts
@@ -72,7 +75,7 @@ def run_demo(out: Path, *, quick: bool = False) -> None:
     settings = EvaluationSettings(images_per_prompt=2 if quick else 4)
     with terminal_bar("evaluating") as progress:
         scores = evaluate(pipeline, cases, models, judge_scorer(), settings, progress=progress)
-    facts = _facts(pipeline, cases, gradient, scores, settings)
+    facts = _facts(pipeline, cases, gradient, scores, settings, fuse_exactly=fuse_exactly)
     alignments = means(scores)
     summary = {**alignments, "seconds": round(time.monotonic() - started)}
     write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -99,12 +102,18 @@ def _shipped(name: str, pipeline: Any) -> Concept:
 
 
 def _facts(
-    pipeline: Any, cases: Sequence[Case], gradient: Fused, scores: Scores, settings: EvaluationSettings
+    pipeline: Any,
+    cases: Sequence[Case],
+    gradient: Fused,
+    scores: Scores,
+    settings: EvaluationSettings,
+    *,
+    fuse_exactly: Callable[..., Fused],
 ) -> list[str]:
     """What must hold of any fusion, tried on these concepts; a line for each with its numbers."""
     concepts, first = [case.concept for case in cases], cases[0]
     better = sum(one.fused <= one.average for one in gradient.layers.values())
-    alone = fuse([first.concept], pipeline)
+    alone = fuse_exactly([first.concept], pipeline)
     residual = max(one.residual for one in alone.layers.values())
     scorer, name = judge_scorer(), first.concept.info.name
     itself = score(
@@ -115,7 +124,7 @@ def _facts(
         scorer=scorer,
         settings=settings,
     )
-    turned = fuse(concepts[::-1], pipeline).model.weights
+    turned = fuse_exactly(concepts[::-1], pipeline).model.weights
     equal = all(torch.equal(weight, turned[layer]) for layer, weight in gradient.model.weights.items())
     draw = MixOfShowPipeline(gradient.model)
     there, again = (draw(f"a photo of a {first.concept.prompt}", seed=1)[0].tobytes() for _ in range(2))
@@ -131,8 +140,7 @@ def _facts(
 def composition(seed: int, *, regions: bool) -> Composition:
     """The wide picture: all concepts in one prompt and, if asked for, each in a region of its own as well."""
     together = " and ".join(f"a <{name}>" for name in CONCEPTS)
-    # Emojiland fills as many places of a wide picture as its caption names things.
-    prompts = [f"a photo of {' and '.join([f'a <{name}>'] * len(CONCEPTS))} {SCENE}" for name in CONCEPTS]
+    prompts = [_region_prompt(place) for place in range(len(CONCEPTS))]
     entries = tuple(RegionEntry(box=box, prompt=prompt) for prompt, box in zip(prompts, REGIONS, strict=True))
     return Composition(
         prompt=f"a photo of {together} {SCENE}",
@@ -141,6 +149,16 @@ def composition(seed: int, *, regions: bool) -> Composition:
         height=HEIGHT,
         seed=seed,
     )
+
+
+def _region_prompt(place: int) -> str:
+    """The concept of a place, counted from the left, among things of its own class.
+
+    Emojiland takes from a caption how many things a wide picture shows, and draws them from left to right.
+    """
+    name = CONCEPTS[place]
+    words = [f"<{name}>" if other == place else class_word(name) for other in range(len(CONCEPTS))]
+    return f"a photo of {' and '.join(f'a {word}' for word in words)} {SCENE}"
 
 
 def _compositions(out: Path, models: Mapping[str, ConceptModel], *, seeds: int) -> dict[str, list[Image.Image]]:
