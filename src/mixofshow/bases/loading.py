@@ -14,6 +14,11 @@ from mixofshow.errors import BaseModelError, shown
 
 EMBEDDED: Final = {"emojiland": Path(__file__).parent / "emojiland" / "weights"}
 """Base models that ship with the package."""
+EMBEDDED_CONTROLS: Final = {
+    f"emojiland-{kind}": Path(__file__).parent / "emojiland" / "controls" / kind
+    for kind in ("t2i-adapter", "controlnet")
+}
+"""Controls that ship with the package, for `mixofshow.sampling.controls.load_control`."""
 USUAL_GUIDANCE: Final = 7.5
 GUIDANCE: Final = {"emojiland": 2.0}
 """How much classifier-free guidance a base is drawn with, where that is not the usual: small ones overdo it soon."""

@@ -1,4 +1,4 @@
-"""`python -m mixofshow.bases.emojiland pretrain | report | concepts`: Emojiland's own recipe and measurements."""
+"""`python -m mixofshow.bases.emojiland pretrain | report | controls | concepts`: Emojiland's own recipe and measurements."""
 
 from __future__ import annotations
 
@@ -63,6 +63,22 @@ def report(
         typer.echo(f"{name:16} {value:8.3f}   required {REQUIRED[name]:6.2f}   {mark}")
     if json:
         json.write_text(json_module.dumps(figures, indent=1) + "\n")
+
+
+@app.command()
+def controls(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, previews and the networks.")] = RUN_FOLDER,
+    kind: Annotated[list[str] | None, typer.Option(help="t2i-adapter, controlnet; default: both.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of training in all.")] = 2500,
+    minutes: Annotated[float, typer.Option(help="Save and stop after this long; go on later.")] = 1e9,
+) -> None:
+    """Train the controls beside the shipped base; the same command resumes."""
+    from mixofshow.bases.emojiland.controls import KINDS, train_control
+    from mixofshow.bases.loading import load_base
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    for name in kind or KINDS:
+        train_control(name, load_base("emojiland"), out, steps=steps, minutes=minutes)
 
 
 @app.command()

@@ -136,6 +136,17 @@ class _Generator(nn.Module):
         return self.unet(noisy, timesteps, text).sample
 
 
+def step_weights(scheduler: DDPMScheduler) -> Tensor:
+    """How much the loss counts at each timestep: less where there is little noise.
+
+    Min-SNR weights (Hang et al., 2023) would also turn down the noisiest steps; but on latents this small it is
+    there that shapes are decided.
+    """
+    signal = scheduler.alphas_cumprod
+    snr = signal / (1 - signal)
+    return (SNR_CAP / (snr + 1)).clamp(max=1)
+
+
 class LatentCache:
     """Pictures of the world, encoded once: latents in half precision and their captions, in shards on disk."""
 
@@ -191,17 +202,11 @@ def stage(
     batch: int,
     learning_rate: float,
 ) -> Stage:
-    """v-prediction loss, less of it where there is little noise; one caption in ten is dropped for guidance.
-
-    Min-SNR weights (Hang et al., 2023) would also turn down the noisiest steps; but on latents this small it is
-    there that shapes are decided.
-    """
+    """v-prediction loss; one caption in ten is dropped for guidance."""
     unet, scheduler = pipeline.unet, noise_scheduler()
     # The plain processor is a third faster than the fused kernel at these small sizes on CPU.
     unet.set_attn_processor(AttnProcessor())
-    signal = scheduler.alphas_cumprod
-    snr = signal / (1 - signal)
-    weights = (SNR_CAP / (snr + 1)).clamp(max=1)
+    weights = step_weights(scheduler)
     empty = tokenize(pipeline.tokenizer, [""])
 
     def loss(model: nn.Module, seed: int) -> Tensor:
@@ -212,7 +217,7 @@ def stage(
         dropped = torch.rand(count, 1, generator=generator) < CAPTION_DROPOUT
         ids = torch.where(dropped, empty, ids)
         noise = torch.randn(latents.shape, generator=generator)
-        timesteps = torch.randint(len(signal), (count,), generator=generator)
+        timesteps = torch.randint(len(weights), (count,), generator=generator)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         target = scheduler.get_velocity(latents, noise, timesteps)
         device = unet.device

@@ -115,20 +115,21 @@ def compose(
 def random_picture(random: Random) -> Picture:
     """One picture of the pre-training world: one sprite (two in three) or two, any scene, either style."""
     count = 1 if random.random() < 2 / 3 else 2
-    subjects = _random_subjects(random, count)
+    subjects = random_subjects(random, count)
     return compose(subjects, random.choice(list(KNOWN_SCENES)), random)
 
 
 def random_wide_picture(random: Random) -> Picture:
     """A wide one: one to three sprites, each in one of three places side by side."""
     count = random.choice((1, 2, 3, 3))
-    subjects = _random_subjects(random, count)
+    subjects = random_subjects(random, count)
     taken = sorted(random.sample(range(3), count))
     laid = places(random, 3, width=WIDE)
     scene = random.choice(list(KNOWN_SCENES))
     return compose(subjects, scene, random, width=WIDE, laid=[laid[k] for k in taken])
 
 
-def _random_subjects(random: Random, count: int) -> list[tuple[str, Image.Image]]:
+def random_subjects(random: Random, count: int) -> list[tuple[str, Image.Image]]:
+    """(word, sprite) pairs of different classes, each from either of the generator's icon sets."""
     words = random.sample(list(CLASSES), count)
     return [(word, sprite(random.choice(GENERATOR_SETS), CLASSES[word])) for word in words]

@@ -1,0 +1,250 @@
+"""Controls: a picture that says what lies where, by ControlNet (Zhang et al., 2023) or T2I-Adapter (Mou et al., 2023).
+
+The networks are diffusers' own. A control is one of them with its picture, and says for every step of sampling what
+is added inside the UNet, as keyword arguments for it; `combine` adds up those of several controls. A further kind of
+control is one class in CONTROLS.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from diffusers import ControlNetModel, T2IAdapter
+from einops import einsum, repeat
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+from mixofshow.bases.loading import EMBEDDED_CONTROLS
+from mixofshow.errors import SettingsError, nearest, shown
+
+logger = logging.getLogger(__name__)
+
+Picture = Image.Image | str | Path
+StrengthMap = Picture | np.ndarray[Any, Any] | Tensor
+"""How strongly a control counts where, laid over the whole picture: (rows, columns) of numbers, or white to black."""
+
+FORMATS: Final = ("PNG", "JPEG", "WEBP")
+MAX_PIXELS: Final = 2**24
+MAX_STRENGTH: Final = 10.0
+
+
+class PictureControl(ABC):
+    """A network, its picture, and how strongly, when and where it counts.
+
+    `strength` multiplies all that is added; 0 is nothing. `start` and `end` are shares of the steps, as in
+    diffusers: step k of n, from 1, is controlled if start <= (k - 1)/n and k/n <= end. `strength_map` multiplies place by
+    place. Raises SettingsError.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        picture: Picture,
+        *,
+        strength: float = 1.0,
+        start: float = 0.0,
+        end: float = 1.0,
+        strength_map: StrengthMap | None = None,
+    ) -> None:
+        _require(0 <= strength <= MAX_STRENGTH, "strength", strength, f"0 to {MAX_STRENGTH:g}")
+        _require(0 <= start < end <= 1, "start, end", f"{start}, {end}", "0 <= start < end <= 1")
+        self.network, self.strength, self.start, self.end = network, strength, start, end
+        self.picture = _opened(picture, "picture")
+        self.strength_map = None if strength_map is None else _as_map(strength_map)
+        self._fitted: tuple[Any, Tensor] | None = None
+
+    def residuals(self, latents: Tensor, timestep: Tensor, text: Tensor, step: int, steps: int) -> dict[str, Any]:
+        """Keyword arguments for the UNet in step `step` of `steps`, from 1; none where the control does not count.
+
+        `latents` (rows, channels, height, width) is the model's input; `text` (prompts, layers, tokens, dim), of
+        which equal parts of the rows share one.
+        """
+        if self.strength == 0 or (step - 1) / steps < self.start or step / steps > self.end:
+            return {}
+        return self._added(latents, timestep, text)
+
+    @abstractmethod
+    def _added(self, latents: Tensor, timestep: Tensor, text: Tensor) -> dict[str, Any]:
+        """What is added in a step in which the control counts."""
+
+    def _fitted_picture(self, latents: Tensor, *, factor: int, channels: int) -> Tensor:
+        """The picture as the network sees it, (1, channels, height, width) in [0, 1], `factor` times the latents' size."""
+        rows, columns = latents.shape[-2:]
+        key = (rows, columns, latents.dtype, latents.device)
+        if self._fitted is None or self._fitted[0] != key:
+            self.network.to(latents.device, latents.dtype)
+            fitted = _fit(self.picture, width=columns * factor, height=rows * factor, channels=channels)
+            self._fitted = key, fitted.to(latents)
+        return self._fitted[1]
+
+    def _weighed(self, residual: Tensor) -> Tensor:
+        """A residual (rows, channels, height, width) of any level, times what it counts in each cell."""
+        if self.strength_map is None:
+            return residual * self.strength
+        return residual * (self.strength * at_level(self.strength_map, *residual.shape[-2:])).to(residual)
+
+
+class AdapterControl(PictureControl):
+    """A T2I-Adapter: it sees the picture alone, so that its features are computed once and not in every step."""
+
+    _features: tuple[Tensor, list[Tensor]] | None = None
+
+    def _added(self, latents: Tensor, timestep: Tensor, text: Tensor) -> dict[str, Any]:
+        config = self.network.config
+        picture = self._fitted_picture(latents, factor=self.network.downscale_factor, channels=config.in_channels)
+        if self._features is None or self._features[0] is not picture:
+            self._features = picture, [self._weighed(feature) for feature in self.network(picture)]
+        # The UNet empties the list that it is given.
+        features = [feature.expand(len(latents), -1, -1, -1) for feature in self._features[1]]
+        return {"down_intrablock_additional_residuals": features}
+
+
+class ControlNetControl(PictureControl):
+    """A ControlNet: it sees latents, time and text too, and runs in every step.
+
+    diffusers' ControlNet takes one text for all of its layers: it gets that of the first cross-attention layer.
+    """
+
+    def _added(self, latents: Tensor, timestep: Tensor, text: Tensor) -> dict[str, Any]:
+        config = self.network.config
+        # Every convolution of the condition's embedding after the first halves its size.
+        factor = 2 ** (len(config.conditioning_embedding_out_channels) - 1)
+        picture = self._fitted_picture(latents, factor=factor, channels=config.conditioning_channels)
+        picture = picture.expand(len(latents), -1, -1, -1)
+        words = repeat(text[:, 0].to(latents), "prompts ... -> (prompts same) ...", same=len(latents) // len(text))
+        down, mid = self.network(latents, timestep, words, picture, return_dict=False)
+        return {
+            "down_block_additional_residuals": tuple(self._weighed(residual) for residual in down),
+            "mid_block_additional_residual": self._weighed(mid),
+        }
+
+
+CONTROLS: Final[dict[str, tuple[Any, type[PictureControl]]]] = {
+    "T2IAdapter": (T2IAdapter, AdapterControl),
+    "ControlNetModel": (ControlNetModel, ControlNetControl),
+}
+"""By the class that a network's config.json names: diffusers' class, and ours that steers with it."""
+
+
+def load_control(source: str | Path, *, unet: Any = None, dtype: torch.dtype = torch.float32) -> Any:
+    """A control's network, frozen, from a diffusers folder or by an embedded name such as "emojiland-controlnet".
+
+    With a `unet`, also checks that it fits. Raises SettingsError.
+    """
+    folder = Path(EMBEDDED_CONTROLS.get(str(source), source))
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        name = config["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        known = ", ".join(EMBEDDED_CONTROLS)
+        raise SettingsError(
+            f"control '{shown(source)}': no folder with the config.json of a network; known by name are {known}"
+            + nearest(str(source), EMBEDDED_CONTROLS)
+        ) from error
+    if name not in CONTROLS:
+        raise SettingsError(f"control '{shown(source)}': expected {' or '.join(CONTROLS)}, found {shown(name)}")
+    try:
+        # Only safetensors: a pickle could run code.
+        network = CONTROLS[name][0].from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise SettingsError(f"control '{shown(source)}': could not be loaded ({_first_line(error)})") from error
+    if unet is not None:
+        require_fit(network, unet, str(source))
+    return network.requires_grad_(False).eval()
+
+
+def make_control(network: Any, picture: Picture, **settings: Any) -> PictureControl:
+    """A control of the network's kind; `settings` are PictureControl's. Raises SettingsError."""
+    name = type(network).__name__
+    _require(name in CONTROLS, "control", name, " or ".join(CONTROLS))
+    return CONTROLS[name][1](network, picture, **settings)
+
+
+def require_fit(network: Any, unet: Any, source: str = "control") -> None:
+    """Raise SettingsError unless the network was made for a UNet of these widths."""
+    found = list(network.config.get("channels") or network.config.block_out_channels)
+    expected = list(unet.config.block_out_channels)
+    _require(found == expected, f"{shown(source)}: channels of its levels", found, f"the base model's {expected}")
+
+
+def combine(residuals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The keyword arguments of several controls as one: tensors of one name and level are added."""
+    total: dict[str, Any] = {}
+    for part in residuals:
+        for name, value in part.items():
+            total[name] = _sum(total[name], value) if name in total else value
+    return total
+
+
+def _sum(first: Any, second: Any) -> Any:
+    if isinstance(first, Tensor):
+        return first + second
+    return type(first)(one + other for one, other in zip(first, second, strict=True))
+
+
+def map_of_regions(regions: Sequence[tuple[Tensor, float]], *, outside: float = 1.0) -> Tensor:
+    """Strengths of regions as one map. Pairs of a coverage (rows, columns) in [0, 1] and a strength -> (rows, columns).
+
+    Where regions overlap, the average by coverage; what no region covers has the strength `outside`.
+    """
+    coverage = torch.stack([covered for covered, _ in regions])
+    strengths = torch.tensor([strength for _, strength in regions]).to(coverage)
+    total = coverage.sum(0)
+    inside = einsum(coverage, strengths, "region row column, region -> row column")
+    return inside / total.clamp(min=1) + outside * (1 - total).clamp(min=0)
+
+
+def at_level(strength_map: Tensor, rows: int, columns: int) -> Tensor:
+    """The map over a feature map's cells, each the mean of its area: (height, width) -> (rows, columns)."""
+    return F.interpolate(strength_map[None, None], size=(rows, columns), mode="area")[0, 0]
+
+
+def _as_map(given: StrengthMap) -> Tensor:
+    if isinstance(given, Image.Image | str | Path):
+        values = torch.from_numpy(np.array(_opened(given, "strength_map").convert("L"))).float() / 255
+    else:
+        values = torch.as_tensor(given).float()
+    _require(values.ndim == 2 and values.numel() > 0, "strength_map", tuple(values.shape), "rows and columns")
+    allowed = bool(((values >= 0) & (values <= MAX_STRENGTH)).all())
+    _require(allowed, "strength_map", f"{values.min():g} to {values.max():g}", f"numbers from 0 to {MAX_STRENGTH:g}")
+    return values
+
+
+def _fit(picture: Image.Image, *, width: int, height: int, channels: int) -> Tensor:
+    if picture.size != (width, height):
+        found = f"{picture.width} x {picture.height}"
+        logger.warning("the control's picture of %s pixels is resized to %d x %d", found, width, height)
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    values = torch.from_numpy(np.array(picture.convert("L" if channels == 1 else "RGB"))).float() / 255
+    return values.reshape(1, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _opened(picture: Picture, field: str) -> Image.Image:
+    """Upright RGB; what is transparent is black, which asks for nothing. Raises SettingsError."""
+    name = f"{field} '{shown(picture)}'" if isinstance(picture, str | Path) else field
+    try:
+        image = picture if isinstance(picture, Image.Image) else Image.open(picture, formats=FORMATS)
+        pixels = image.width * image.height
+        _require(pixels <= MAX_PIXELS, name, f"{pixels} pixels", f"at most {MAX_PIXELS}")
+        upright = ImageOps.exif_transpose(image).convert("RGBA")
+    except (OSError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise SettingsError(f"{name}: cannot be read as a picture ({_first_line(error)})") from error
+    black = Image.new("RGBA", upright.size, "black")
+    return Image.alpha_composite(black, upright).convert("RGB")
+
+
+def _first_line(error: Exception) -> str:
+    return shown((str(error).strip() or type(error).__name__).splitlines()[0], 160)
+
+
+def _require(holds: bool, name: str, found: object, expected: str) -> None:
+    if not holds:
+        raise SettingsError(f"{name}: expected {expected}, found {found}")
