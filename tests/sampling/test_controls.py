@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from diffusers import (
     ControlNetModel,
@@ -358,6 +359,35 @@ def write(folder, config, weights=b""):
 def test_a_folder_that_holds_no_control_is_refused(config, message, tmp_path):
     with pytest.raises(SettingsError, match=message) as caught:
         load_control(write(tmp_path / "net", config))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.popitem(), "tensors missing or unknown: expected none, found adapter"),
+        (lambda weights: weights.update(surplus=torch.zeros(1)), "expected none, found surplus"),
+        (
+            lambda weights: weights["adapter.conv_in.weight"].view(-1)[3:4].fill_(torch.nan),
+            "not finite: .*conv_in.weight",
+        ),
+    ],
+)
+def test_weights_that_are_not_whole_are_refused(change, message, adapter, tmp_path):
+    weights = {name: value.clone() for name, value in adapter.state_dict().items()}
+    change(weights)
+    config = json.dumps({**adapter.config, "_class_name": "T2IAdapter"})
+    with pytest.raises(SettingsError, match=message):
+        load_control(write(tmp_path / "net", config, safetensors.torch.save(weights)))
+
+
+@pytest.mark.parametrize("part", [0, 7, 100, 0.5, 0.99])
+def test_a_cut_file_is_refused(part, adapter, tmp_path):
+    weights = safetensors.torch.save(adapter.state_dict())
+    config = json.dumps({**adapter.config, "_class_name": "T2IAdapter"})
+    length = part if isinstance(part, int) else int(part * len(weights))
+    with pytest.raises(SettingsError, match="could not be loaded") as caught:
+        load_control(write(tmp_path / "net", config, weights[:length]))
     assert "\n" not in str(caught.value)
 
 

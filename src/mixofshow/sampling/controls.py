@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import safetensors
 import torch
 from diffusers import ControlNetModel, T2IAdapter
 from einops import einsum, repeat
@@ -151,14 +152,26 @@ def load_control(source: str | Path, *, unet: Any = None, dtype: torch.dtype = t
         ) from error
     if name not in CONTROLS:
         raise SettingsError(f"control '{shown(source)}': expected {' or '.join(CONTROLS)}, found {shown(name)}")
-    try:
-        # Only safetensors: a pickle could run code.
-        network = CONTROLS[name][0].from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise SettingsError(f"control '{shown(source)}': could not be loaded ({_first_line(error)})") from error
+    network = _network(CONTROLS[name][0], folder, f"control '{shown(source)}'", dtype)
     if unet is not None:
         require_fit(network, unet, str(source))
     return network.requires_grad_(False).eval()
+
+
+def _network(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
+    try:
+        # Only safetensors: a pickle could run code.
+        network, report = kind.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise SettingsError(f"{name}: could not be loaded ({_first_line(error)})") from error
+    # diffusers only warns of tensors that are not there, and leaves them random.
+    missing = [*report["missing_keys"], *report["unexpected_keys"]]
+    _require(not missing, f"{name}: tensors missing or unknown", shown(", ".join(missing)), "none")
+    broken = [key for key, value in network.state_dict().items() if not torch.isfinite(value).all()]
+    _require(not broken, f"{name}: tensors with numbers that are not finite", shown(", ".join(broken)), "none")
+    return network
 
 
 def make_control(network: Any, picture: Picture, **settings: Any) -> PictureControl:

@@ -25,7 +25,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import Tensor, nn
 
-from mixofshow.bases.emojiland.autoencoder import to_tensor
+from mixofshow.bases.emojiland.autoencoder import to_images, to_tensor
 from mixofshow.bases.emojiland.generator import CAPTION_DROPOUT, WIDE_BATCH, noise_scheduler, step_weights
 from mixofshow.bases.emojiland.training import Stage, flat_then_down, train
 from mixofshow.bases.emojiland.wordpieces import tokenize
@@ -229,23 +229,31 @@ def _conditions(layouts: Sequence[Layout]) -> Tensor:
     return (to_tensor(layout.sketch for layout in layouts) + 1) / 2
 
 
-@torch.no_grad()
 def preview(pipeline: Any) -> Image.Image:
     """Sketches that no training step sees, and below each what is drawn."""
-    pipeline.set_progress_bar_config(disable=True)
     rows = []
     for width, columns in ((SIZE, PREVIEWED), (WIDE, PREVIEWED // 2)):
         random = Random(-width)
         layouts = [random_layout(random, width=width) for _ in range(columns)]
-        sketches = [layout.sketch for layout in layouts]
-        made = pipeline(
-            [layout.picture.caption for layout in layouts],
-            image=sketches,
-            num_inference_steps=20,
-            guidance_scale=4.0,
-            generator=torch.Generator().manual_seed(0),
-            height=SIZE,
-            width=width,
-        )
-        rows.append(grid([*sketches, *made.images], columns=columns))
+        rows.append(grid([*(layout.sketch for layout in layouts), *draw(pipeline, layouts)], columns=columns))
     return grid(rows, columns=1)
+
+
+@torch.no_grad()
+def draw(
+    pipeline: Any, layouts: Sequence[Layout], *, steps: int = 20, guidance_scale: float = 4.0
+) -> list[Image.Image]:
+    """Pictures of layouts of one size by a Kind's `drawing`, picture k from seed k."""
+    pipeline.set_progress_bar_config(disable=True)
+    latents = pipeline(
+        [layout.picture.caption for layout in layouts],
+        image=[layout.sketch for layout in layouts],
+        width=layouts[0].sketch.width,
+        height=SIZE,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        generator=[torch.Generator().manual_seed(seed) for seed in range(len(layouts))],
+        output_type="latent",
+    ).images
+    vae = pipeline.vae
+    return to_images(vae.decode(latents / vae.config.scaling_factor).sample)
