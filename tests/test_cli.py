@@ -167,7 +167,7 @@ def test_record_fuse_edit_and_draw_from_a_delta(golden_concepts, tmp_path, capsy
         concept.save(tmp_path / f"{concept.info.name}.safetensors")
     store = ["--storage", "low-rank", "--steps", "1", "--prompts", "a {}", "--prompts", "{}"]
     line = run("record", "{0}/dogx.safetensors", "--out", "{0}/kept", "--base", GOLDEN_BASE, *store)
-    assert re.search(r"kept/dogx-\w+\.safetensors: <dogx>, [\d.]+ MB, low-rank, relative error", line)
+    assert re.search(r"kept/dogx-\w+\.safetensors: .*dogx.safetensors, [\d.]+ MB, low-rank, relative error", line)
     found = ["--statistics", "{0}/kept", "--mode", "independent", "--refine", "0", *store]
     run("fuse", "{0}/dogx.safetensors", "--base", GOLDEN_BASE, "--out", "{0}/fused", *found)
     assert len(list((tmp_path / "kept").iterdir())) == 1

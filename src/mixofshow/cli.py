@@ -127,24 +127,21 @@ def record(
     base: Base = "emojiland",
     storage: Storage = "fp64",
     max_memory: Annotated[float | None, typer.Option(help="Gigabytes for what is being recorded.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Concepts recorded at a time, each in a process (by Ray).")] = 1,
     device: Device = "cpu",
     given: dict[str, Any],
 ) -> None:
     """Record concepts, so that fuse --mode independent need not do it."""
-    from mixofshow.bases.loading import load_base
-    from mixofshow.concepts.concept import load_concept
     from mixofshow.fusion.settings import make_recording_settings
-    from mixofshow.fusion.stages import record_concept
     from mixofshow.fusion.store import open_store
+    from mixofshow.fusion.workers import RecordingJob, record_all
 
-    settings, store = make_recording_settings(given, "options"), open_store(out, storage)
-    pipeline = load_base(base, device=device)
-    concepts = [load_concept(path, pipeline) for path in files]
+    settings, store = make_recording_settings(given, "options"), open_store(out.absolute(), storage)
+    job = RecordingJob(base, settings, store, max_memory and max_memory * 2**30, device)
     with terminal_bar("recording") as progress:
-        for number, concept in enumerate(concepts):
-            made = record_concept(concept, pipeline, settings, store, budget=max_memory and max_memory * 2**30)
-            progress(number + 1, len(concepts), {})
-            typer.echo(f"{made.file.path}: <{concept.info.name}>, {_megabytes(made.file.path)}, {storage}{_lost(made)}")
+        for number, made in enumerate(record_all(files, job, workers=workers)):
+            progress(number + 1, len(files), {})
+            typer.echo(f"{made.file.path}: {files[number]}, {_megabytes(made.file.path)}, {storage}{_lost(made)}")
 
 
 def _lost(recording: Recording) -> str:
