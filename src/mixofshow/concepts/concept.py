@@ -70,6 +70,10 @@ class LowRank:
         """The change as a matrix, (out, in)."""
         return strength * (self.up.to(dtype) @ self.down.to(dtype))
 
+    def scaled(self, strength: float) -> LowRank:
+        """The change at another strength."""
+        return LowRank(self.down, strength * self.up)
+
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the layer."""
@@ -89,6 +93,10 @@ class Full:
     def matrix(self, strength: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """The change as a matrix, (out, in)."""
         return strength * self.change.to(dtype)
+
+    def scaled(self, strength: float) -> Full:
+        """The change at another strength."""
+        return Full(strength * self.change)
 
     @property
     def shape(self) -> tuple[int, int]:
