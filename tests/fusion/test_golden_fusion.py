@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mixofshow.bases.layers import layer, matrix
 from mixofshow.concepts.concept import LowRank
@@ -53,7 +54,7 @@ def extended(golden_pipeline, golden_concepts, golden, tmp_path_factory):
     """Both concepts as the reference wrote them, the first also with feed-forward, projection and MLP layers, fused."""
     file = tmp_path_factory.mktemp("extended") / "edlora.pth"
     params = torch.load(GOLDENS / "concepts" / "edlora_dogx.pth", weights_only=True)["params"]
-    for key, tensor in golden("e2_extra_lora").tensors.items():
+    for key, tensor in load_file(GOLDENS / "e2_extra_lora.safetensors").items():
         part, name = key.split("|")
         params[part][name] = tensor
     torch.save({"params": params}, file)

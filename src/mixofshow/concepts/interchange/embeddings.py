@@ -5,7 +5,7 @@ Mix-of-Show                params/new_concept_embedding/<word>   (layers, dim)
 A1111, .pt                 string_to_param/*                     (words, dim)
 A1111, .safetensors        emb_params                            (words, dim)
 A1111, inside a LoRA       bundle_emb.NAME.string_to_param.*     (words, dim)
-diffusers                  the word itself                       (dim,) or (words, dim)
+diffusers                  the word itself, or no name           (dim,) or (words, dim)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mixofshow.concepts.words import check_word
 from mixofshow.errors import ConceptFileError, TokenError, shown
 
 LAYERWISE: Final = re.compile(r"^(?:params/)?new_concept_embedding/(.+)$", re.DOTALL)
-NAMELESS: Final = re.compile(r"^(?:string_to_param/.*|emb_params|bundle_emb\..+\.string_to_param\..*)$", re.DOTALL)
+NAMELESS: Final = re.compile(r"^(?:|string_to_param/.*|emb_params|bundle_emb\..+\.string_to_param\..*)$", re.DOTALL)
 MAX_WORDS: Final = 8
 LONGEST_NAME: Final = 30
 _NUMBERED_FOLDER: Final = re.compile(r"^\d+_(.+)$")
