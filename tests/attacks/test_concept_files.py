@@ -23,6 +23,7 @@ import torch
 
 from mixofshow.concepts.concept import Concept, load_concept
 from mixofshow.concepts.interchange.convert import convert
+from mixofshow.concepts.interchange.importing import open_concept
 from mixofshow.concepts.interchange.settings import ConvertSettings
 from mixofshow.errors import ConceptFileError, MixOfShowError, TokenError
 from mixofshow.fusion import jobs
@@ -468,6 +469,16 @@ def test_a_file_of_another_tool_is_not_a_concept(good, golden_pipeline, tmp_path
     path = tmp_path / "evil.safetensors"
     path.write_bytes(safetensors.torch.save(good.tensors()))
     refused(path, golden_pipeline, ConceptFileError, "not a mixofshow concept")
+
+
+def test_a_file_that_changes_once_it_is_read_changes_nothing(good, golden_pipeline, tmp_path):
+    path = tmp_path / "good.safetensors"
+    good.save(path)
+    concept, imported = load_concept(path, golden_pipeline), open_concept(path, golden_pipeline)
+    with path.open("r+b") as file:
+        file.write(b"\xff" * 5000)
+        file.truncate(5000)
+    assert concept.hash == imported.hash == good.hash
 
 
 def test_random_bytes(golden_pipeline, tmp_path):

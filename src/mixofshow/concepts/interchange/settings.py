@@ -37,7 +37,7 @@ class ConvertSettings(ImportSettings):
 
     to: Literal["concept", "diffusers", "kohya"] = Field(
         "concept",
-        description="A concept file; or a folder with a LoRA for diffusers or for A1111, ComfyUI and the like.",
+        description="concept: a concept file. diffusers, kohya (A1111, ComfyUI …): a folder with LoRA and embeddings.",
     )
     rank: int | None = Field(None, ge=1, description="Cut changes that are exported to this rank; default: exactly.")
 
