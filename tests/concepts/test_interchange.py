@@ -400,10 +400,6 @@ def test_full_changes_are_exported_if_they_have_a_low_rank(golden_pipeline):
 # ---- what is refused
 
 
-def written(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None, file: str = "x.safetensors") -> Any:
-    return lambda folder: save_file(tensors, folder / file, metadata) or folder / file
-
-
 K = kohya()(TO_K, torch.ones(4, 32), torch.ones(24, 4))
 KEY = next(iter(K)).removesuffix(".lora_down.weight")
 MAN = ImportSettings(words="man")
