@@ -78,6 +78,10 @@ SAMPLE = ["sample", "--model", GOLDEN_BASE, "--prompt", "a man", "--size", "64x6
         (["record", "{0}/cut.safetensors", "--out", "{0}/x", "--storage", "fp8"], "storage: expected one of fp64"),
         ([*SAMPLE[:2], "{0}/cut.safetensors", *SAMPLE[3:]], "the file is cut"),
         (["inspect", "{0}/pictures/good.png"], "not safetensors"),
+        (["convert", "{0}/cut.safetensors", "{0}/x.safetensors"], "the file is cut"),
+        (["convert", "{0}/cut.safetensors", "{0}/x", "--to", "onnx"], "'to'"),
+        (["convert", "{0}/cut.safetensors", "{0}/file", "--to", "kohya"], "exists and is not a folder"),
+        (["convert", "{0}/cut.safetensors", "{0}/pictures"], "exists and is not a regular file"),
         ([*SAMPLE, "--region", "0,0,200,64: a man"], "outside the picture of 64 x 64"),
         ([*SAMPLE, "--region", "0,0,2,2: a man"], "too small"),
         ([*SAMPLE, "--region", "nonsense"], "left,top,right,bottom: prompt"),
@@ -90,7 +94,7 @@ SAMPLE = ["sample", "--model", GOLDEN_BASE, "--prompt", "a man", "--size", "64x6
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(folder, arguments, message, capsys, monkeypatch):
-    if arguments[0] in ("fuse", "record", "evaluate"):
+    if arguments[0] in ("fuse", "record", "evaluate", "convert"):
         arguments = [*arguments, "--base", GOLDEN_BASE]
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     code, error = _run([part.replace("{0}", str(folder)) for part in arguments], capsys, monkeypatch)
@@ -190,6 +194,21 @@ def test_the_example_of_a_fusion_runs(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "three.safetensors").is_file()
 
 
+def test_a_concept_goes_to_another_tool_and_back(tmp_path, capsys, monkeypatch):
+    example = Path(__file__).parents[1] / "examples" / "concepts" / "reddog.safetensors"
+    for arguments in (
+        [str(example), "{0}/out", "--to", "kohya"],
+        ["{0}/out/reddog.safetensors", "{0}/back.safetensors", "--embeddings", "{0}/out/reddog-words.safetensors"],
+    ):
+        code, error = _run(
+            ["convert", *(part.replace("{0}", str(tmp_path)) for part in arguments)], capsys, monkeypatch
+        )
+        assert code == 0, error
+    back, concept = load_concept(tmp_path / "back.safetensors"), load_concept(example)
+    assert back.deltas.keys() == concept.deltas.keys()
+    assert back.info.base_fingerprint == concept.info.base_fingerprint
+
+
 def test_the_printed_configuration_is_the_one_that_is_meant(folder, capsys, monkeypatch):
     given = ["--data", "{0}/pictures", "--unet.rank", "8", "--pictures.flip", "--loss.min_snr=5", "--no-loss.masked"]
     arguments = [part.replace("{0}", str(folder)) for part in (*TUNE, *given, "--print-config")]
@@ -226,7 +245,7 @@ def test_the_schema_of_the_examples_is_the_settings_own():
 
 def test_help_names_every_verb():
     shown = subprocess.run([sys.executable, "-m", "mixofshow", "--help"], capture_output=True, text=True, check=True)
-    for verb in ("tune", "record", "fuse", "sample", "evaluate", "inspect", "demo"):
+    for verb in ("tune", "record", "fuse", "sample", "evaluate", "inspect", "convert", "demo"):
         assert verb in shown.stdout
 
 

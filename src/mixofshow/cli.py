@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mixofshow.concepts.interchange.settings import ConvertSettings, make_convert_settings
 from mixofshow.errors import MixOfShowError, ResourceError, SettingsError
 from mixofshow.fusion.settings import FusionSettings, RecordingSettings
 from mixofshow.options import assignments, with_settings
@@ -301,6 +302,23 @@ def inspect(file: Annotated[Path, typer.Argument(help="A concept file.")]) -> No
     table = concept.info.model_dump(mode="json")
     table |= {"hash": concept.hash, "placeholder": f"<{concept.info.name}>", "changed_layers": len(concept.deltas)}
     typer.echo(json.dumps(table, indent=1))
+
+
+@app.command()
+@with_settings(ConvertSettings)
+def convert(
+    *,
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A concept, LoRA or embedding file, of any tool.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="File or, with --to, folder to write.")],
+    base: Base = "emojiland",
+    given: dict[str, Any],
+) -> None:
+    """Make a concept of other tools' LoRA and embeddings, or --to diffusers or kohya those of a concept."""
+    from mixofshow.bases.loading import load_base
+    from mixofshow.concepts.interchange.convert import convert as run
+
+    settings = make_convert_settings(given)
+    typer.echo("\n".join(run(source, target, load_base(base), settings)))
 
 
 @app.command()
