@@ -148,7 +148,7 @@ def test_tune_fuse_sample_inspect_on_a_foreign_base(folder, capsys, monkeypatch)
     )
     assert (folder / "a.png").read_bytes() == (folder / "b.png").read_bytes()
     assert (folder / "c-001.png").is_file()
-    from mixofshow.sampling.composition import composition_of
+    from mixofshow.sampling.replay import composition_of
 
     assert composition_of(folder / "a.png").regions[0].prompt == "a <thing>"
     assert composition_of(folder / "c-001.png").seed == 1
