@@ -247,7 +247,8 @@ def _write_report(path: Path, fused: Fused) -> None:
 
 Model = Annotated[str, typer.Option(help="Fused folder, delta file, or base model.")]
 DeltaBase = Annotated[
-    str | None, typer.Option("--base", help="Base of a delta file, where it is not here by the name that the file says.")
+    str | None,
+    typer.Option("--base", help="Base of a delta file, where it is not here by the name that the file says."),
 ]
 OneConcept = Annotated[Path | None, typer.Option("--concept", help="A single concept file to put on the base model.")]
 Strength = Annotated[float, typer.Option(help="Of the single concept: 0 its words only, 1 as tuned.")]
@@ -269,7 +270,9 @@ def sample(
     image: Annotated[Path | None, typer.Option(help="Picture or rough layout to start from.")] = None,
     out: Annotated[Path, typer.Option(help="PNG to write; several are numbered.")] = Path("sample.png"),
     show_layout: Annotated[Path | None, typer.Option(help="PNG to write: the first picture under its regions.")] = None,
-    grid: Annotated[Path | None, typer.Option(help="PNG to write instead: a column per seed, a row per --vary.")] = None,
+    grid: Annotated[
+        Path | None, typer.Option(help="PNG to write instead: a column per seed, a row per --vary.")
+    ] = None,
     vary: Annotated[str | None, typer.Option(help="With --grid: KEY=VALUE,VALUE of a setting.")] = None,
     device: Device = "cpu",
     given: dict[str, Any],

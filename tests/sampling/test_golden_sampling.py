@@ -190,9 +190,7 @@ def test_regional_sampling(golden, golden_fused, composed, relative_error):
 def test_fused_model_draws_all_concepts(golden, golden_fused, relative_error):
     expected, values = golden("e_fused_use"), golden("c_sample").values
     with golden_fused.active():
-        encoded = encode(
-            golden_fused, expected.values["prompt"], values["negative_prompt"], (), **SQUARE, guided=True
-        )
+        encoded = encode(golden_fused, expected.values["prompt"], values["negative_prompt"], (), **SQUARE, guided=True)
         found = denoise(
             golden_fused.pipeline, golden("b_unet")["latents_sq"], encoded, num_inference_steps=8, guidance_scale=7.5
         )

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from collections.abc import Iterator, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from mixofshow.sampling.attention import INSIDE, CrossAttention, RegionalAttention
-from mixofshow.sampling.denoising import Correct
+from mixofshow.sampling.denoising import Correct, Moment
 
 SHARE: Final = 0.4
 """The part of all steps in which latents are moved; the layout is settled by then."""
@@ -28,19 +28,17 @@ USUAL_CELLS: Final = 256
 def attend_and_excite(rate: float, *, share: float = SHARE) -> Correct:
     """Moves latents, in the first `share` of the steps, by `rate` times their own size where the loss is at its most."""
 
-    def correct(
-        predict: Any, batched: Callable[[Tensor], Tensor], timestep: Tensor, latents: Tensor, step: int, steps: int
-    ) -> Tensor:
-        if step > share * steps:
+    def correct(moment: Moment, latents: Tensor) -> Tensor:
+        if moment.step > share * moment.steps:
             return latents
-        handle: RegionalAttention = predict.attention
+        handle: RegionalAttention = moment.predict.attention
         with torch.enable_grad(), _queries(handle.layers) as queries:
             moving = latents.detach().requires_grad_()
-            predict(batched(moving), timestep, step, {})
-            loss = missing(handle, queries, step, pictures=len(latents))
-        if loss is None:
-            return latents
-        (slope,) = torch.autograd.grad(loss.sum(), moving)
+            moment.predict(moment.batched(moving, moment.timestep), moment.timestep, moment.step, {})
+            loss = missing(handle, queries, moment.step, pictures=len(latents))
+            if loss is None:
+                return latents
+            (slope,) = torch.autograd.grad(loss.sum(), moving)
         sizes = [one.flatten(1).norm(dim=1)[:, None, None, None] for one in (latents, slope)]
         return latents - rate * loss.detach()[:, None, None, None] * slope * sizes[0] / sizes[1].clamp(min=1e-12)
 

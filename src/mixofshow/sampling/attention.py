@@ -25,9 +25,9 @@ from mixofshow.errors import BaseModelError
 from mixofshow.sampling.regions import Cells, Grid, Shape, bounding_cells, coverages, levels
 
 _WITHOUT: Final = (
-    ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross")
-    + ("add_k_proj", "add_v_proj", "add_q_proj")
-    + ("residual_connection", "fused_projections", "is_causal")
+    *("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross"),
+    *("add_k_proj", "add_v_proj", "add_q_proj"),
+    *("residual_connection", "fused_projections", "is_causal"),
 )
 """Parts of diffusers' attention that the models we know leave empty, and that are not done here."""
 INSIDE: Final = 0.5
@@ -159,9 +159,7 @@ class CrossAttention:
             left, top, right, bottom = piece.area
             inside = query[:, top:bottom, left:right].flatten(1, 2)
             attended = _attend(inside, *self.texts[piece.text], scale)
-            mixed[:, top:bottom, left:right].addcmul_(
-                piece.share, attended.unflatten(1, (bottom - top, right - left))
-            )
+            mixed[:, top:bottom, left:right].addcmul_(piece.share, attended.unflatten(1, (bottom - top, right - left)))
         return mixed.flatten(1, 2)
 
 
@@ -226,8 +224,9 @@ def regional(
     that of `coverages`. Raises BaseModelError for attention of a kind that is not known here.
     """
     cross = cross_attentions(unet)
-    own = {name.removesuffix("2") + "1": unet.get_submodule(name.removesuffix("2") + "1") for name in cross}
-    replaced: dict[str, Any] = {**cross, **own} if isolate and regions else dict(cross)
+    replaced: dict[str, Any] = dict(cross)
+    if isolate and regions:
+        replaced |= {name: unet.get_submodule(name) for name in (f"{one.removesuffix('2')}1" for one in cross)}
     for name, module in replaced.items():
         _require_known(name, module)
     like = torch.empty(0, device=text.device, dtype=unet.dtype)

@@ -21,7 +21,8 @@ from mixofshow.sampling.settings import Composition, RegionEntry
 def make_composition(table: Mapping[str, Any], source: str = "composition", folder: Path | None = None) -> Composition:
     """A checked composition; pictures that it names, relative to the folder, become part of it.
 
-    Without a folder no file is read: then the pictures must be part of it already. Raises SettingsError naming the field and the nearest known one, RegionError, BadInputError for a picture.
+    Without a folder no file is read: then the pictures must be part of it already. Raises SettingsError naming the
+    field and the nearest known one, RegionError, BadInputError for a picture.
     """
     try:
         made = Composition.model_validate(table)

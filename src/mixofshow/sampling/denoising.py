@@ -7,6 +7,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -39,21 +40,21 @@ class Predict(Protocol):
 
 Predicting = Callable[[Any, EncodedPrompt, Tensor], AbstractContextManager[Predict]]
 """What makes predictions, from a pipeline, the prompts, and a batch of latents of the size to come."""
-class Correct(Protocol):
-    """Moves latents before a step; `batched` makes of latents what is given to `predict`."""
-
-    def __call__(
-        self,
-        predict: Any,
-        batched: Callable[[Tensor], Tensor],
-        timestep: Tensor,
-        latents: Tensor,
-        step: int,
-        steps: int,
-    ) -> Tensor:
-        """(pictures, channels, height, width) to the same."""
 
 
+@dataclass(frozen=True)
+class Moment:
+    """A step, counted from 1, out of `steps`; `batched` makes of latents, and the timestep, what `predict` takes."""
+
+    predict: Any
+    timestep: Tensor
+    step: int
+    steps: int
+    batched: Callable[[Tensor, Tensor], Tensor]
+
+
+Correct = Callable[[Moment, Tensor], Tensor]
+"""Moves the latents before a step: (pictures, channels, height, width) to the same."""
 StepEnd = Callable[[int, Tensor, Tensor], Tensor]
 """Told of a step, from 0, its timestep and the latents after it; gives the latents to go on with."""
 
@@ -110,29 +111,30 @@ def denoise(
     skipped = len(scheduler.timesteps) - len(timesteps)
     draws = generators and "generator" in inspect.signature(scheduler.step).parameters
     noise_source = {"generator": list(generators)} if draws else {}
-    if start is None:
-        latents = noise * scheduler.init_noise_sigma
-    else:
+    latents = noise * scheduler.init_noise_sigma
+    if start is not None:
         latents = scheduler.add_noise(start, noise, timesteps[:1].expand(len(noise)))
     sides = 2 if encoded.guided else 1
+
+    def batched(latents: Tensor, timestep: Tensor) -> Tensor:
+        return scheduler.scale_model_input(torch.cat([latents] * sides), timestep)
+
     with predicting(pipeline, encoded, torch.cat([latents] * sides)) as predict:
         for done, timestep in enumerate(timesteps):
             step = min((skipped + done) // scheduler.order + 1, num_inference_steps)
 
-            def batched(latents: Tensor, timestep: Tensor = timestep) -> Tensor:
-                scaled: Tensor = scheduler.scale_model_input(torch.cat([latents] * sides), timestep)
-                return scaled
-
             if correct:
-                latents = correct(predict, batched, timestep, latents, step, num_inference_steps)
-            batch = batched(latents)
+                latents = correct(Moment(predict, timestep, step, num_inference_steps, batched), latents)
+            batch = batched(latents, timestep)
             more = [one.residuals(batch, timestep, encoded.text, step, num_inference_steps) for one in controls]
             prediction = predict(batch, timestep, step, added(more))
             if encoded.guided:
                 prediction = guided(prediction, guidance_scale, guidance_rescale)
             latents = scheduler.step(prediction, timestep, latents, **noise_source, return_dict=False)[0]
             if not torch.isfinite(latents).all():
-                raise MixOfShowError(f"sampling: numbers that are not finite appeared at step {step} of {num_inference_steps}")
+                raise MixOfShowError(
+                    f"sampling: numbers that are not finite appeared at step {step} of {num_inference_steps}"
+                )
             latents = step_end(done, timestep, latents) if step_end else latents
             progress(done + 1, len(timesteps), {})
     return latents

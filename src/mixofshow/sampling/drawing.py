@@ -42,7 +42,9 @@ def draw_grid(
     images: list[Image.Image] = []
     for number, (_, one) in enumerate(rows):
         images += compose(
-            pipeline, one, progress=lambda step, total, info, k=number: progress(k * total + step, len(rows) * total, info)
+            pipeline,
+            one,
+            progress=lambda step, total, info, k=number: progress(k * total + step, len(rows) * total, info),
         )
     seeds = [f"seed {composition.seed + number}" for number in range(composition.num)]
     labels = [label for label, _ in rows] if vary else []

@@ -88,5 +88,8 @@ def _blend(models: Sequence[OwnModel], regions: Sequence[RegionText], step: int,
     covers = [coverage(region.shape, columns=columns, rows=rows) for region in there]
     weights = torch.tensor([1.0, *(region.weight for region in there)])
     share = shares(torch.stack([torch.zeros(rows, columns), *covers]), weights)
-    own = [sum((share[k] for k, region in enumerate(there, 1) if one.name in region.concepts), torch.zeros(rows, columns)) for one in models]
+    own = [
+        sum((share[k] for k, region in enumerate(there, 1) if one.name in region.concepts), torch.zeros(rows, columns))
+        for one in models
+    ]
     return torch.stack([1 - sum(own, torch.zeros(rows, columns)), *own]).to(latents)

@@ -184,11 +184,11 @@ class MixOfShowPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # t
         """The picture, and if asked for, the same enlarged and drawn over."""
         (width, height), drawing = asked.size, asked.drawing
         start = self._latents_of(asked.images, asked, (width, height)) if asked.images else None
-        latents = run((width, height), start, drawing.image_strength, progress)
+        latents = run((width, height), start=start, strength=drawing.image_strength, progress=progress)
         if drawing.upscale > 1:
             larger = drawing.enlarged(self, width, height)
             start = self._latents_of(decode(self, latents), asked, larger)
-            latents = run(larger, start, drawing.upscale_strength, progress)
+            latents = run(larger, start=start, strength=drawing.upscale_strength, progress=progress)
         return latents
 
     def _latents_of(self, images: Sequence[Image.Image], asked: _Asked, size: tuple[int, int]) -> Tensor:
@@ -199,8 +199,8 @@ class MixOfShowPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # t
         encoded: EncodedPrompt,
         asked: _Asked,
         size: tuple[int, int],
+        *,
         start: Tensor | None,
-        strength: float,
         progress: Progress,
         **how: Any,
     ) -> Tensor:
@@ -221,7 +221,6 @@ class MixOfShowPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # t
                 guidance_scale=asked.guidance_scale,
                 guidance_rescale=drawing.guidance_rescale,
                 start=start,
-                strength=strength,
                 generators=asked.generators,
                 correct=attend_and_excite(drawing.attend) if drawing.attend else None,
                 progress=told,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import re
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 _REGION: Final = re.compile(r"\s*([^:]*?)\s*:\s*(.*)", re.DOTALL)
 MAX_POINTS: Final = 1000
 MAX_WEIGHT: Final = 1e6
+WHOLE: Final[Box] = (0.0, 0.0, 1.0, 1.0)
 _SMALLEST_AREA: Final = 1e-9
 """Below this share of the picture a polygon is a line."""
 
@@ -92,7 +94,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Shape:
-    """Where a region lies, checked: a box, or a polygon's corners (corners, 2), or a mask (rows, columns) of 0 to 1.
+    """Where a region lies, checked: a polygon's corners (corners, 2), or a mask (rows, columns) of 0 to 1, or a box.
 
     Box, corners and `feather` (across, down) are in shares of the picture; `title` is for messages.
     """
@@ -185,16 +187,15 @@ def coverage(shape: Shape, *, columns: int, rows: int) -> Tensor:
 
     A box covers the cells that lie wholly inside it, as in the reference; a polygon or mask its share of each cell.
     """
-    if shape.box is not None:
-        left, top, right, bottom = cells(shape.box, columns=columns, rows=rows)
-        cover = torch.zeros(rows, columns, dtype=torch.float64)
-        cover[top : max(top, bottom), left : max(left, right)] = 1
-    elif shape.polygon is not None:
+    if shape.polygon is not None:
         cover = _polygon_coverage(shape.polygon, columns=columns, rows=rows)
-    else:
-        assert shape.mask is not None
+    elif shape.mask is not None:
         high, wide = shape.mask.shape
         cover = _overlaps(_edges(rows), _edges(high)) @ shape.mask @ _overlaps(_edges(columns), _edges(wide)).T
+    else:
+        left, top, right, bottom = cells(shape.box or WHOLE, columns=columns, rows=rows)
+        cover = torch.zeros(rows, columns, dtype=torch.float64)
+        cover[top : max(top, bottom), left : max(left, right)] = 1
     return _feathered(cover, shape.feather).clamp(0, 1).round(decimals=6).float()
 
 
@@ -210,14 +211,19 @@ def coverages(shape: Shape, grids: Sequence[Grid], *, tiny: str = "nearest") -> 
         columns, rows = grids[number]
         found[number] = coverage(_grown(shape, columns, rows), columns=columns, rows=rows)
     if lost:
-        named = ", ".join(f"{columns} x {rows}" for columns, rows in (grids[number] for number in lost))
-        logger.warning("%s covers no whole cell of the feature maps of %s; there it takes the nearest", shape.title, named)
+        _report(shape.title, ", ".join(f"{columns} x {rows}" for columns, rows in (grids[number] for number in lost)))
     return found
+
+
+@functools.cache
+def _report(title: str, maps: str) -> None:
+    """Say it once, however many pictures and steps there are."""
+    logger.warning("%s covers no whole cell of the feature maps of %s; there it takes the nearest", title, maps)
 
 
 def _grown(shape: Shape, columns: int, rows: int) -> Shape:
     """The shape's box, made to cover at least one column and one row of cells."""
-    left, top, right, bottom = shape.box or (0.0, 0.0, 1.0, 1.0)
+    left, top, right, bottom = shape.box or WHOLE
     (left, right), (top, bottom) = _nearest_cells(left, right, columns), _nearest_cells(top, bottom, rows)
     return Shape(box=(left, top, right, bottom))
 
