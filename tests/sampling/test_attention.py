@@ -70,7 +70,7 @@ def through(model, regions, hidden, text, **how):
         return model.mid_block.attn2(hidden, encoder_hidden_states=text), handle
 
 
-@pytest.mark.parametrize("names", CASES, ids=lambda names: "+".join(names))
+@pytest.mark.parametrize("names", CASES, ids="+".join)
 def test_it_is_the_formula(names, layer):
     hidden, text = drawn(2, ROWS * COLUMNS, 32), drawn(2, 1, TOKENS, DIM, seed=1)
     weights = [1.0, 2.0, 0.5, 3.0, 1.5][: len(names)]
@@ -102,8 +102,12 @@ def test_the_query_is_computed_once_and_so_is_the_output(layer):
     calls = []
     attention = layer.mid_block.attn2
     names = {attention.to_q: "q", attention.to_k: "k", attention.to_out[0]: "out"}
+
+    def count(module, *_):
+        calls.append(names[module])
+
     for module in names:
-        module.register_forward_hook(lambda called, *_: calls.append(names[called]))
+        module.register_forward_hook(count)
     hidden, text = drawn(2, ROWS * COLUMNS, 32), drawn(2, 1, TOKENS, DIM, seed=1)
     regions = texts_of(["box", "overlapping", "soft"])
     with regional(layer, text, regions, batch=2, columns=COLUMNS, rows=ROWS):

@@ -67,7 +67,6 @@ def test_guidance_rescale_is_that_of_diffusers(rescale, draw, golden_pipeline, r
     "name",
     [
         "UniPCMultistepScheduler",
-        "DEISMultistepScheduler",
         "HeunDiscreteScheduler",
         "PNDMScheduler",
         "LCMScheduler",

@@ -107,13 +107,13 @@ def compose(pipeline: MixOfShowPipeline, composition: Composition, *, progress: 
             image=start,
             seed=composition.seed + number,
             own_weights=composition.own_weights,
-            progress=_as_part(progress, number, composition.num),
+            progress=as_part(progress, number, composition.num),
             **composition.drawing,
         )
     return images
 
 
-def _as_part(progress: Progress, number: int, count: int) -> Progress:
+def as_part(progress: Progress, number: int, count: int) -> Progress:
     """Progress of picture `number` out of `count` as progress of them all."""
     return lambda step, total, info: progress(number * total + step, count * total, info)
 

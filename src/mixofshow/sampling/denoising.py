@@ -107,13 +107,10 @@ def denoise(
     With clean latents to `start` from, only the last steps are done, a share `strength` of all; these are counted on,
     so that a region's steps mean the same. Some schedulers draw noise in every step: picture k's from generator k.
     """
-    scheduler, timesteps = _schedule(pipeline, num_inference_steps, 1.0 if start is None else strength, noise.device)
+    scheduler, timesteps, latents = _begin(pipeline, noise, num_inference_steps, start, strength)
     skipped = len(scheduler.timesteps) - len(timesteps)
     draws = generators and "generator" in inspect.signature(scheduler.step).parameters
     noise_source = {"generator": list(generators)} if draws else {}
-    latents = noise * scheduler.init_noise_sigma
-    if start is not None:
-        latents = scheduler.add_noise(start, noise, timesteps[:1].expand(len(noise)))
     sides = 2 if encoded.guided else 1
 
     def batched(latents: Tensor, timestep: Tensor) -> Tensor:
@@ -122,7 +119,6 @@ def denoise(
     with predicting(pipeline, encoded, torch.cat([latents] * sides)) as predict:
         for done, timestep in enumerate(timesteps):
             step = min((skipped + done) // scheduler.order + 1, num_inference_steps)
-
             if correct:
                 latents = correct(Moment(predict, timestep, step, num_inference_steps, batched), latents)
             batch = batched(latents, timestep)
@@ -140,17 +136,21 @@ def denoise(
     return latents
 
 
-def _schedule(pipeline: Any, steps: int, strength: float, device: torch.device) -> tuple[Any, Tensor]:
-    """The pipeline's scheduler, ready for use, and the timesteps to do, which are the last ones when strength < 1."""
+def _begin(
+    pipeline: Any, noise: Tensor, steps: int, start: Tensor | None, strength: float
+) -> tuple[Any, Tensor, Tensor]:
+    """The pipeline's scheduler, ready for use, the timesteps to do, and the latents before them."""
     scheduler = copy.deepcopy(pipeline.scheduler)
-    scheduler.set_timesteps(steps, device=device)
+    scheduler.set_timesteps(steps, device=noise.device)
+    if start is None:
+        return scheduler, scheduler.timesteps, noise * scheduler.init_noise_sigma
     begin = (steps - min(int(steps * strength), steps)) * scheduler.order
     timesteps = scheduler.timesteps[begin:]
     if not len(timesteps):
         raise SettingsError(f"strength: expected at least 1 of {steps} steps, {1 / steps:.2g}, found {strength}")
-    if begin and hasattr(scheduler, "set_begin_index"):
+    if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
-    return scheduler, timesteps
+    return scheduler, timesteps, scheduler.add_noise(start, noise, timesteps[:1].expand(len(noise)))
 
 
 def guided(prediction: Tensor, scale: float, rescale: float = 0.0) -> Tensor:

@@ -10,7 +10,7 @@ from PIL import Image
 from mixofshow.files import writing
 from mixofshow.grids import grid
 from mixofshow.progress import Progress, silent
-from mixofshow.sampling.composition import compose, entry_region, variations
+from mixofshow.sampling.composition import as_part, compose, entry_region, variations
 from mixofshow.sampling.layout import draw_layout
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.replay import maker_of, save_picture
@@ -41,11 +41,7 @@ def draw_grid(
     rows = list(variations(composition, vary))
     images: list[Image.Image] = []
     for number, (_, one) in enumerate(rows):
-        images += compose(
-            pipeline,
-            one,
-            progress=lambda step, total, info, k=number: progress(k * total + step, len(rows) * total, info),
-        )
+        images += compose(pipeline, one, progress=as_part(progress, number, len(rows)))
     seeds = [f"seed {composition.seed + number}" for number in range(composition.num)]
     labels = [label for label, _ in rows] if vary else []
     _write(grid(images, composition.num, column_labels=seeds, row_labels=labels), out)

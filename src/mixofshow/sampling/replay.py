@@ -63,7 +63,7 @@ def model_hash(pipeline: MixOfShowPipeline) -> str:
 
     def take(name: str, tensor: Tensor) -> None:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
     with pipeline.model.active():
         for part in ("text_encoder", "unet", "vae"):
