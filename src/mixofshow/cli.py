@@ -280,14 +280,15 @@ def sample(
     """Draw pictures, with regions if you like. Every setting of a composition is an option, on top of the YAML."""
     from mixofshow.files import refuse_unwritable
     from mixofshow.sampling.composition import from_options, picture_paths
-    from mixofshow.sampling.drawing import draw_grid, draw_pictures
+    from mixofshow.sampling.drawing import draw_grid, draw_pictures, open_pipeline
 
     typed = {"regions": region, "size": size, "image": image}
     wanted = from_options(composition, given | {key: value for key, value in typed.items() if value})
     for target in filter(None, (show_layout, grid)):
         refuse_unwritable(target)
     targets = picture_paths(out, wanted.num) if grid is None else [grid]
-    pipeline = _pipeline(model, base, concept, strength, device, own_weights=wanted.own_weights)
+    own = wanted.own_weights
+    pipeline = open_pipeline(model, base=base, concept=concept, strength=strength, device=device, own_weights=own)
     with terminal_bar("sampling") as progress:
         if grid is not None:
             draw_grid(pipeline, wanted, vary, grid, progress=progress)
@@ -308,31 +309,17 @@ def replay(
 ) -> None:
     """Draw the picture again, to the same bytes, from what the PNG says; refused if the model is another."""
     from mixofshow.files import refuse_unwritable
+    from mixofshow.sampling.drawing import open_pipeline
     from mixofshow.sampling.replay import composition_of
     from mixofshow.sampling.replay import replay as run
 
     out = out or picture.with_stem(f"{picture.stem}-replay")
     refuse_unwritable(out)
     own = composition_of(picture).own_weights
+    pipeline = open_pipeline(model, base=base, concept=concept, strength=strength, device=device, own_weights=own)
     with terminal_bar("replaying") as progress:
-        run(_pipeline(model, base, concept, strength, device, own_weights=own), picture, out, progress=progress)
+        run(pipeline, picture, out, progress=progress)
     typer.echo(str(out))
-
-
-def _pipeline(
-    model: str, base: str | None, concept: Path | None, strength: float, device: str, *, own_weights: bool
-) -> Any:
-    """A MixOfShowPipeline of a model by its name, with a single concept or without."""
-    from mixofshow.concepts.concept import load_concept
-    from mixofshow.concepts.model import load_model, load_unfused, with_concept
-    from mixofshow.sampling.pipeline import MixOfShowPipeline
-
-    load = load_unfused if own_weights and not concept and Path(model).is_dir() else load_model
-    known = load(model, base=base, device=device)
-    if concept:
-        file = load_concept(concept, known.pipeline)
-        known = with_concept(known.pipeline, file, unet=strength, text_encoder=strength)
-    return MixOfShowPipeline.of(known)
 
 
 @app.command()

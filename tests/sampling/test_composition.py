@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -173,9 +174,7 @@ def test_refused_compositions(change, error, message, tmp_path):
 
 
 def test_the_example_can_be_drawn():
-    from tests.conftest import GOLDENS
-
-    example = GOLDENS.parents[1] / "examples" / "compose-three.yaml"
+    example = Path(__file__).parents[2] / "examples" / "compose-three.yaml"
     assert len(from_options(example, {}).regions) == 3
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,12 +13,13 @@ from mixofshow.concepts.model import ConceptModel, load_model, load_unfused, wit
 from mixofshow.errors import ConceptFileError, SettingsError
 from mixofshow.fusion.settings import make_fusion_settings
 from mixofshow.fusion.stages import fuse
-from mixofshow.sampling.attend import missing
-from mixofshow.sampling.denoising import shared_weights
+from mixofshow.sampling.attend import attend_and_excite, missing, queries_of
+from mixofshow.sampling.denoising import Moment, shared_weights
 from mixofshow.sampling.encoding import concepts_in, encode, without_concepts
 from mixofshow.sampling.latents import initial_latents
 
 ASKED = {"prompt": "two things near the castle", "width": 64, "height": 48, "num_inference_steps": 4}
+GOLDEN_BASE = Path(__file__).parents[1] / "goldens" / "pipeline"
 LEFT, RIGHT = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
 
 
@@ -53,15 +56,9 @@ def test_a_saved_model_knows_its_class_words(model, golden_concepts, golden_pipe
     fused = fuse(golden_concepts, golden_pipeline, make_fusion_settings({"method": "average"})).model
     fused.save(tmp_path / "model")
     fused.save_delta(tmp_path / "delta.safetensors")
-    for found in (load_model(tmp_path / "model"), load_model(tmp_path / "delta.safetensors", base=golden_base())):
+    for found in (load_model(tmp_path / "model"), load_model(tmp_path / "delta.safetensors", base=GOLDEN_BASE)):
         assert without_concepts(found, "a <dogx> and a <manx>") == "a object and a object"
         assert found.concept_hashes == {one.info.name: one.hash for one in golden_concepts}
-
-
-def golden_base():
-    from tests.conftest import GOLDENS
-
-    return GOLDENS / "pipeline"
 
 
 def test_without_class_words_strength_is_refused(model):
@@ -131,7 +128,7 @@ def test_own_weights_change_nothing_where_fusing_has_nothing_to_do(golden_pipeli
 def test_own_weights_of_a_saved_model(golden_pipeline, golden_concepts, tmp_path, relative_error):
     fused = fuse(golden_concepts, golden_pipeline, make_fusion_settings({"method": "average"})).model
     fused.save(tmp_path / "model")
-    again = load_unfused(tmp_path / "model", base=golden_base())
+    again = load_unfused(tmp_path / "model", base=GOLDEN_BASE)
     again.pipeline.scheduler = golden_pipeline.scheduler
     asked = {**ASKED, "regions": [Region("a <dogx>", LEFT), Region("a <manx>", RIGHT)], "output_type": "latent"}
     for own, tolerance in ((False, 1e-6), (True, 1e-3)):  # concepts are kept in half precision
@@ -139,7 +136,7 @@ def test_own_weights_of_a_saved_model(golden_pipeline, golden_concepts, tmp_path
         assert relative_error(found, expected) < tolerance
     next((tmp_path / "model" / "concepts").iterdir()).unlink()
     with pytest.raises(ConceptFileError, match="its 1 files are not the concepts"):
-        load_unfused(tmp_path / "model", base=golden_base())
+        load_unfused(tmp_path / "model", base=GOLDEN_BASE)
 
 
 @pytest.mark.parametrize(
@@ -158,19 +155,14 @@ def test_guided_attention_lowers_its_loss(model, latents):
     start = initial_latents(draw, [torch.Generator().manual_seed(0)], width=64, height=48)
 
     def loss(moved):
-        from mixofshow.sampling.attend import _queries
-
         batch = torch.cat([moved] * 2)
         with (
             torch.no_grad(),
             shared_weights(draw, encoded, batch) as predict,
-            _queries(predict.attention.layers) as seen,
+            queries_of(predict.attention.layers) as seen,
         ):
             predict(batch, torch.tensor(999), 1, {})
             return float(missing(predict.attention, seen, 1, pictures=1))
-
-    from mixofshow.sampling.attend import attend_and_excite
-    from mixofshow.sampling.denoising import Moment
 
     batch = torch.cat([start] * 2)
     with torch.no_grad(), shared_weights(draw, encoded, batch) as predict:

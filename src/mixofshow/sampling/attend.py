@@ -32,7 +32,7 @@ def attend_and_excite(rate: float, *, share: float = SHARE) -> Correct:
         if moment.step > share * moment.steps:
             return latents
         handle: RegionalAttention = moment.predict.attention
-        with torch.enable_grad(), _queries(handle.layers) as queries:
+        with torch.enable_grad(), queries_of(handle.layers) as queries:
             moving = latents.detach().requires_grad_()
             moment.predict(moment.batched(moving, moment.timestep), moment.timestep, moment.step, {})
             loss = missing(handle, queries, moment.step, pictures=len(latents))
@@ -46,7 +46,7 @@ def attend_and_excite(rate: float, *, share: float = SHARE) -> Correct:
 
 
 @contextlib.contextmanager
-def _queries(layers: Sequence[CrossAttention]) -> Iterator[list[list[Tensor]]]:
+def queries_of(layers: Sequence[CrossAttention]) -> Iterator[list[list[Tensor]]]:
     """Inside, each layer's queries are kept in a list of its own."""
     kept: list[list[Tensor]] = [[] for _ in layers]
     for layer, queries in zip(layers, kept, strict=True):

@@ -80,6 +80,7 @@ class RegionalAttention:
         self.plan: Plan = {}
         self.apart: Mapping[int, Tensor] = {}
         self._plans: dict[tuple[int, ...], Plan] = {}
+        self._masks: dict[tuple[int, ...], Mapping[int, Tensor]] = {}
         self.at(1)
 
     def at(self, step: int) -> None:
@@ -88,7 +89,10 @@ class RegionalAttention:
         if there not in self._plans:
             self._plans[there] = {columns * rows: self._planned(there, (columns, rows)) for columns, rows in self.grids}
         self.plan = self._plans[there]
-        self.apart = self._apart(there) if step <= self.isolate and there else {}
+        isolated = step <= self.isolate and len(there) > 1
+        if isolated and there not in self._masks:
+            self._masks[there] = self._apart(there)
+        self.apart = self._masks[there] if isolated else {}
 
     def _stacked(self, there: Sequence[int], grid: Grid) -> Tensor:
         """The coverages of the global prompt (none) and the regions: (texts, rows, columns)."""

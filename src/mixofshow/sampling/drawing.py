@@ -7,6 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from mixofshow.concepts.concept import load_concept
+from mixofshow.concepts.model import load_model, load_unfused, with_concept
 from mixofshow.files import writing
 from mixofshow.grids import grid
 from mixofshow.progress import Progress, silent
@@ -15,6 +17,27 @@ from mixofshow.sampling.layout import draw_layout
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.replay import maker_of, save_picture
 from mixofshow.sampling.settings import Composition
+
+
+def open_pipeline(
+    model: str,
+    *,
+    base: str | None = None,
+    concept: Path | None = None,
+    strength: float = 1.0,
+    device: str = "cpu",
+    own_weights: bool = False,
+) -> MixOfShowPipeline:
+    """A fused folder, delta file or base model by its name, with a single concept at a strength, or without.
+
+    With `own_weights` a fused folder comes with its concepts and base. Raises as `load_model` and `load_concept` do.
+    """
+    load = load_unfused if own_weights and not concept and Path(model).is_dir() else load_model
+    known = load(model, base=base, device=device)
+    if concept:
+        file = load_concept(concept, known.pipeline)
+        known = with_concept(known.pipeline, file, unet=strength, text_encoder=strength)
+    return MixOfShowPipeline.of(known)
 
 
 def draw_pictures(
