@@ -152,10 +152,28 @@ def test_tune_fuse_sample_inspect_on_a_foreign_base(folder, capsys, monkeypatch)
     )
     assert (folder / "a.png").read_bytes() == (folder / "b.png").read_bytes()
     assert (folder / "c-001.png").is_file()
-    from mixofshow.sampling.composition import composition_of
+    from mixofshow.sampling.replay import composition_of
 
     assert composition_of(folder / "a.png").regions[0].prompt == "a <thing>"
     assert composition_of(folder / "c-001.png").seed == 1
+    run("replay", "{0}/a.png", "--model", "{0}/fused")
+    assert (folder / "a-replay.png").read_bytes() == (folder / "a.png").read_bytes()
+    sheet = ["--grid", "{0}/grid.png", "--num", "2", "--vary", "guidance_scale=1,4"]
+    run("sample", "--model", "{0}/fused", *wide, *sheet)
+    run(
+        "sample",
+        "--model",
+        "{0}/fused",
+        *wide,
+        "--show-layout",
+        "{0}/layout.png",
+        "--isolate",
+        "1",
+        "--out",
+        "{0}/d.png",
+    )
+    assert (folder / "grid.png").is_file() and (folder / "layout.png").is_file()
+    assert composition_of(folder / "d.png").isolate == 1
 
 
 def test_record_fuse_edit_and_draw_from_a_delta(golden_concepts, tmp_path, capsys, monkeypatch):
@@ -245,7 +263,7 @@ def test_the_schema_of_the_examples_is_the_settings_own():
 
 def test_help_names_every_verb():
     shown = subprocess.run([sys.executable, "-m", "mixofshow", "--help"], capture_output=True, text=True, check=True)
-    for verb in ("tune", "record", "fuse", "sample", "evaluate", "inspect", "convert", "demo"):
+    for verb in ("tune", "record", "fuse", "sample", "replay", "evaluate", "inspect", "convert", "demo"):
         assert verb in shown.stdout
 
 

@@ -18,6 +18,7 @@ from mixofshow.errors import MixOfShowError, ResourceError, SettingsError
 from mixofshow.fusion.settings import FusionSettings, RecordingSettings
 from mixofshow.options import assignments, with_settings
 from mixofshow.progress import terminal_bar
+from mixofshow.sampling.settings import Composition
 from mixofshow.tuning.settings import TuningSettings
 
 if TYPE_CHECKING:
@@ -211,7 +212,10 @@ def _write_fused(fused: Fused, out: Path | None, as_delta: Path | None, rank: in
     if as_delta:
         _write_delta(as_delta, fused.model, rank)
     if report:
-        _write_report(report, fused)
+        from mixofshow.evaluation.fusion_report import fusion_page
+
+        fusion_page(fused).save(report)
+        typer.echo(str(report))
 
 
 def _print_fused(out: Path | None, fused: Fused) -> None:
@@ -235,62 +239,81 @@ def _write_delta(path: Path, model: ConceptModel, rank: int | None) -> None:
     typer.echo(f"{path}: {_megabytes(path)}, {f'rank {rank}' if rank else 'in full'}: {error}")
 
 
-def _write_report(path: Path, fused: Fused) -> None:
-    from mixofshow.evaluation.fusion_report import fusion_page
-
-    fusion_page(fused).save(path)
-    typer.echo(str(path))
+Model = Annotated[str, typer.Option(help="Fused folder, delta file, or base model.")]
+DeltaBase = Annotated[
+    str | None,
+    typer.Option("--base", help="Base of a delta file, where it is not here by the name that the file says."),
+]
+OneConcept = Annotated[Path | None, typer.Option("--concept", help="A single concept file to put on the base model.")]
+Strength = Annotated[float, typer.Option(help="Of the single concept: 0 its words only, 1 as tuned.")]
 
 
 @app.command()
+@with_settings(Composition, leave_out=["regions", "width", "height", "image"])
 def sample(
+    *,
     composition: Annotated[Path | None, typer.Argument(help="YAML composition; the options below override it.")] = None,
-    model: Annotated[str, typer.Option(help="Fused folder, delta file, or base model.")] = "emojiland",
-    base: Annotated[
-        str | None, typer.Option(help="Base of a delta file, where it is not here by the name that the file says.")
-    ] = None,
-    concept: Annotated[Path | None, typer.Option(help="A single concept file to put on the base model.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="What the whole picture shows.")] = None,
+    model: Model = "emojiland",
+    base: DeltaBase = None,
+    concept: OneConcept = None,
+    strength: Strength = 1.0,
     region: Annotated[
         list[str] | None, typer.Option(help='"left,top,right,bottom: prompt", in pixels; any number.')
     ] = None,
-    negative_prompt: Annotated[str | None, typer.Option()] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
-    num: Annotated[int | None, typer.Option(help="How many pictures; picture k has seed + k.")] = None,
-    steps: Annotated[int | None, typer.Option()] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Default: what suits the base.")] = None,
-    strength: Annotated[float, typer.Option(help="Of the single concept: 0 its words only, 1 as tuned.")] = 1.0,
+    image: Annotated[Path | None, typer.Option(help="Picture or rough layout to start from.")] = None,
     out: Annotated[Path, typer.Option(help="PNG to write; several are numbered.")] = Path("sample.png"),
+    show_layout: Annotated[Path | None, typer.Option(help="PNG to write: the first picture under its regions.")] = None,
+    grid: Annotated[
+        Path | None, typer.Option(help="PNG to write instead: a column per seed, a row per --vary.")
+    ] = None,
+    vary: Annotated[str | None, typer.Option(help="With --grid: KEY=VALUE,VALUE of a setting.")] = None,
+    device: Device = "cpu",
+    given: dict[str, Any],
+) -> None:
+    """Draw pictures, with regions if you like. Every setting of a composition is an option, on top of the YAML."""
+    from mixofshow.files import refuse_unwritable
+    from mixofshow.sampling.composition import from_options, picture_paths
+    from mixofshow.sampling.drawing import draw_grid, draw_pictures, open_pipeline
+
+    typed = {"regions": region, "size": size, "image": image}
+    wanted = from_options(composition, given | {key: value for key, value in typed.items() if value})
+    for target in filter(None, (show_layout, grid)):
+        refuse_unwritable(target)
+    targets = picture_paths(out, wanted.num) if grid is None else [grid]
+    own = wanted.own_weights
+    pipeline = open_pipeline(model, base=base, concept=concept, strength=strength, device=device, own_weights=own)
+    with terminal_bar("sampling") as progress:
+        if grid is not None:
+            draw_grid(pipeline, wanted, vary, grid, progress=progress)
+        else:
+            draw_pictures(pipeline, wanted, targets, layout=show_layout, progress=progress)
+    typer.echo("\n".join(map(str, [*targets, *filter(None, [show_layout])])))
+
+
+@app.command()
+def replay(
+    picture: Annotated[Path, typer.Argument(help="A PNG that sample wrote.")],
+    out: Annotated[Path | None, typer.Option(help="PNG to write, default NAME-replay.png.")] = None,
+    model: Model = "emojiland",
+    base: DeltaBase = None,
+    concept: OneConcept = None,
+    strength: Strength = 1.0,
     device: Device = "cpu",
 ) -> None:
-    """Draw pictures, with regions if you like."""
-    from mixofshow.concepts.concept import load_concept
-    from mixofshow.concepts.model import load_model, with_concept
-    from mixofshow.sampling import composition as compositions
-    from mixofshow.sampling.pipeline import MixOfShowPipeline
+    """Draw the picture again, to the same bytes, from what the PNG says; refused if the model is another."""
+    from mixofshow.files import refuse_unwritable
+    from mixofshow.sampling.drawing import open_pipeline
+    from mixofshow.sampling.replay import composition_of
+    from mixofshow.sampling.replay import replay as run
 
-    given = {
-        "prompt": prompt,
-        "negative_prompt": negative_prompt,
-        "size": size,
-        "regions": region,
-        "seed": seed,
-        "num": num,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-    }
-    wanted = compositions.from_options(composition, {key: value for key, value in given.items() if value is not None})
-    targets = compositions.picture_paths(out, wanted.num)
-    known = load_model(model, base=base, device=device)
-    if concept:
-        file = load_concept(concept, known.pipeline)
-        known = with_concept(known.pipeline, file, unet=strength, text_encoder=strength)
-    with terminal_bar("sampling") as progress:
-        images = compositions.compose(MixOfShowPipeline(known), wanted, progress=progress)
-    for number, (image, target) in enumerate(zip(images, targets, strict=True)):
-        compositions.save_picture(image, target, wanted, number)
-    typer.echo("\n".join(map(str, targets)))
+    out = out or picture.with_stem(f"{picture.stem}-replay")
+    refuse_unwritable(out)
+    own = composition_of(picture).own_weights
+    pipeline = open_pipeline(model, base=base, concept=concept, strength=strength, device=device, own_weights=own)
+    with terminal_bar("replaying") as progress:
+        run(pipeline, picture, out, progress=progress)
+    typer.echo(str(out))
 
 
 @app.command()

@@ -20,7 +20,8 @@ from mixofshow.errors import SettingsError, shown
 from mixofshow.evaluation.metrics import Scorer, clip_scorer, image_alignment, judge_scorer, text_alignment
 from mixofshow.evaluation.prompts import prompts_for
 from mixofshow.progress import Progress, silent
-from mixofshow.sampling.pipeline import STEPS, MixOfShowPipeline
+from mixofshow.sampling.pipeline import MixOfShowPipeline
+from mixofshow.sampling.settings import STEPS
 from mixofshow.tuning.dataset import read_folder
 
 LOWER_BOUND: Final = "lower_bound"
@@ -115,12 +116,12 @@ def score(
     model: ConceptModel, noun: str, case: Case, *, references: Tensor, scorer: Scorer, settings: EvaluationSettings
 ) -> Score:
     """Draw the case's prompts with `noun` in them and compare with references and class-word texts."""
-    draw = MixOfShowPipeline(model)
+    draw = MixOfShowPipeline.of(model)
     images: list[Image.Image] = []
     for prompt in case.prompts:
         images += draw(
             prompt.format(noun),
-            num_images=settings.images_per_prompt,
+            num_images_per_prompt=settings.images_per_prompt,
             seed=settings.seed,
             num_inference_steps=settings.num_inference_steps,
             guidance_scale=settings.guidance_scale,

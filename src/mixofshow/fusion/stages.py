@@ -77,7 +77,15 @@ def fuse(
     manifest = {
         "base": base_name(pipeline),
         "settings": settings.model_dump(mode="json"),
-        "concepts": [{"name": concept.info.name, "hash": concept.hash} for concept in ordered],
+        "concepts": [
+            {
+                "name": concept.info.name,
+                "hash": concept.hash,
+                "words": list(concept.info.words),
+                "class_word": concept.info.class_word,
+            }
+            for concept in ordered
+        ],
     }
     return Fused(ConceptModel(pipeline, words, fusion.weights, manifest, ordered), fusion.reports)
 

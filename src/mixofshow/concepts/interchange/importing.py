@@ -65,16 +65,10 @@ def scaled(concept: Concept, *, unet: float = 1.0, text_encoder: float = 1.0) ->
     if unet == text_encoder == 1:
         return concept
     deltas = {
-        name: _scaled(change, unet if name.startswith("unet.") else text_encoder)
+        name: change.scaled(unet if name.startswith("unet.") else text_encoder)
         for name, change in concept.deltas.items()
     }
     return dataclasses.replace(concept, deltas=deltas)
-
-
-def _scaled(change: Change, strength: float) -> Change:
-    if isinstance(change, LowRank):
-        return LowRank(change.down, change.up * strength)
-    return Full(change.change * strength)
 
 
 def _read(file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
