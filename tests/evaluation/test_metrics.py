@@ -49,7 +49,12 @@ def test_the_first_reference_alone_is_what_the_published_script_compares_with():
 
 @pytest.mark.parametrize(
     ("references", "expected"),
-    [(_unit([1, 0]), 1.0), (_unit([1, 0], [1, 0]), 1.0), (_unit([1, 0], [0, 1]), 0.0), (_unit([1, 0], [1, 0], [0, 1]), 1 / 3)],
+    [
+        (_unit([1, 0]), 1.0),
+        (_unit([1, 0], [1, 0]), 1.0),
+        (_unit([1, 0], [0, 1]), 0.0),
+        (_unit([1, 0], [1, 0], [0, 1]), 1 / 3),
+    ],
 )
 def test_references_are_compared_with_each_other_and_not_with_themselves(references, expected):
     assert metrics.self_alignment(references) == pytest.approx(expected, abs=1e-6)

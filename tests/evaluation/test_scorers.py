@@ -21,7 +21,9 @@ from mixofshow.errors import BadInputError
 from mixofshow.evaluation.scorers import BATCH, clip_scorer, dino_scorer
 
 SIDE = 64
-PICTURES = [Image.fromarray(np.random.default_rng(k).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)) for k in range(3)]
+PICTURES = [
+    Image.fromarray(np.random.default_rng(k).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)) for k in range(3)
+]
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +33,9 @@ def clip_folder(tmp_path_factory):
     clip, tokenizer = judge.load()
     clip.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    CLIPImageProcessorPil(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
-    ).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}).save_pretrained(
+        folder
+    )
     return folder
 
 

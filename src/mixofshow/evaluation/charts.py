@@ -74,7 +74,7 @@ def matrix_chart(names: Sequence[str], matrix: Sequence[Sequence[float]]) -> str
         y = NAMES + row * CELL
         parts.append(f'<text x="{NAMES - 6}" y="{y + 17}" text-anchor="end">{html.escape(name)}</text>')
         place = f"{NAMES + row * CELL + 17} {NAMES - 6}"
-        x = place.split()[0]
+        x = place.split(maxsplit=1)[0]
         parts.append(f'<text x="{x}" y="{NAMES - 6}" transform="rotate(-60 {place})">{html.escape(name)}</text>')
         for column, share in enumerate(shares):
             title = f"<title>asked {html.escape(name)}, judged {html.escape(names[column])}: {share:.2f}</title>"
@@ -126,7 +126,9 @@ class _Scale:
 def _whisker(x: float, point: Point, scale: _Scale) -> list[str]:
     if point.low is None or point.high is None:
         return []
-    return [f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{scale.y(point.low):.1f}" y2="{scale.y(point.high):.1f}" stroke="#222"/>']
+    return [
+        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{scale.y(point.low):.1f}" y2="{scale.y(point.high):.1f}" stroke="#222"/>'
+    ]
 
 
 def _legend(names: Sequence[str]) -> list[str]:

@@ -22,7 +22,12 @@ def test_emojilands_concepts_need_no_more_than_their_name():
 
 
 def test_methods_are_called_by_what_they_do():
-    methods = ["p-plus", "custom-diffusion", "lora+average", {"tuning": "ed-lora", "fusion": "gradient", "name": "ours"}]
+    methods = [
+        "p-plus",
+        "custom-diffusion",
+        "lora+average",
+        {"tuning": "ed-lora", "fusion": "gradient", "name": "ours"},
+    ]
     suite = make_suite({**GOOD, "methods": methods})
     assert [method.key for method in suite.methods] == ["p-plus", "custom-diffusion", "lora+average", "ours"]
     assert [suite.fusion(method).method for method in suite.methods] == [
@@ -36,7 +41,12 @@ def test_methods_are_called_by_what_they_do():
 def test_a_methods_settings_stand_above_the_suites_and_those_above_the_bases(tmp_path):
     method = {"tuning": "ed-lora", "fusion": "gradient", "tune": {"unet.rank": 2}, "fuse": {"options": {"ridge": 0.5}}}
     suite = make_suite(
-        {**GOOD, "methods": [method], "tune": {"steps": 7, "unet": {"rank": 3}}, "fuse": {"steps": 5, "options": {"toward": "base"}}}
+        {
+            **GOOD,
+            "methods": [method],
+            "tune": {"steps": 7, "unet": {"rank": 3}},
+            "fuse": {"steps": 5, "options": {"toward": "base"}},
+        }
     )
     tuning = suite.tuning(suite.methods[0], suite.concepts[0], tmp_path)
     assert (tuning.steps, tuning.unet.rank, tuning.unet.rate, tuning.data) == (7, 2, 1e-3, tmp_path)
@@ -79,7 +89,13 @@ def test_a_bad_suite_is_refused_in_one_line(change, message):
 
 def test_paths_are_relative_to_the_file_and_keys_may_be_overridden(tmp_path):
     (tmp_path / "base").mkdir()
-    concept = {"name": "mine", "kind": "object", "class_word": "cup", "folder": "cup", "files": {"ed-lora": "cup.safetensors"}}
+    concept = {
+        "name": "mine",
+        "kind": "object",
+        "class_word": "cup",
+        "folder": "cup",
+        "files": {"ed-lora": "cup.safetensors"},
+    }
     (tmp_path / "a.yaml").write_text(yaml.safe_dump({**GOOD, "base": "base", "concepts": [concept]}))
     suite = read_suite(tmp_path / "a.yaml", {"images_per_prompt": 9})
     assert suite.base == str(tmp_path / "base")

@@ -139,10 +139,7 @@ def columns(count: int, width: int, height: int) -> tuple[tuple[int, int, int, i
     left, top, right, bottom = MARGINS
     share = (1 - left - right) / count
     edges = [round((left + number * share) * width) for number in range(count + 1)]
-    return tuple(
-        (start, round(top * height), end, round((1 - bottom) * height))
-        for start, end in pairwise(edges)
-    )
+    return tuple((start, round(top * height), end, round((1 - bottom) * height)) for start, end in pairwise(edges))
 
 
 def _region_prompt(base: str, concepts: Sequence[ConceptEntry], own: int, place: str) -> str:

@@ -119,7 +119,7 @@ class _Run:
     suite: Suite
     cache: Path
     device: str
-    each: Each[Job]
+    each: Each
     bars: Bars
 
     def __post_init__(self) -> None:

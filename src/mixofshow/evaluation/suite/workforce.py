@@ -8,19 +8,18 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Any
 
 import torch
 
 from mixofshow.errors import ResourceError, SettingsError
 
-Job = TypeVar("Job")
-Each = Callable[[Callable[[Job], None], Sequence[Job]], Iterator[Job]]
+Each = Callable[[Callable[[Any], None], Sequence[Any]], Iterator[Any]]
 """Does every job and yields it when it is done, in any order."""
 
 
 @contextlib.contextmanager
-def workforce(workers: int) -> Iterator[Each[Job]]:
+def workforce(workers: int) -> Iterator[Each]:
     """So many processes while inside; 1 is this process itself. Raises SettingsError, ResourceError."""
     if workers < 1:
         raise SettingsError(f"workers: expected at least 1, found {workers}")
@@ -31,7 +30,7 @@ def workforce(workers: int) -> Iterator[Each[Job]]:
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_share_cores, initargs=(workers,))
 
-    def each(function: Callable[[Job], None], jobs: Sequence[Job]) -> Iterator[Job]:
+    def each(function: Callable[[Any], None], jobs: Sequence[Any]) -> Iterator[Any]:
         running = {pool.submit(function, job): job for job in jobs}
         for future in as_completed(running):
             future.result()
@@ -45,7 +44,7 @@ def workforce(workers: int) -> Iterator[Each[Job]]:
         pool.shutdown(cancel_futures=True)
 
 
-def _one_by_one(function: Callable[[Job], None], jobs: Sequence[Job]) -> Iterator[Job]:
+def _one_by_one(function: Callable[[Any], None], jobs: Sequence[Any]) -> Iterator[Any]:
     for job in jobs:
         function(job)
         yield job
