@@ -329,7 +329,16 @@ def evaluate(
 ) -> None:
     """Measure identity and prompt fidelity, single concept → fused: of a whole suite, or of a few files."""
     if not what[0].endswith((".yaml", ".yml")):
-        _evaluate_files(what, base or "emojiland", method, clip, kind or "subject", images or 4, json_file, device)
+        _evaluate_files(
+            what,
+            base=base or "emojiland",
+            method=method,
+            clip=clip,
+            kind=kind or "subject",
+            images=images or 4,
+            json_file=json_file,
+            device=device,
+        )
         return
     pairs_only = {"--base": base, "--method": method, "--kind": kind, "--json": json_file}
     if given := [option for option, value in pairs_only.items() if value]:
@@ -349,6 +358,7 @@ def evaluate(
 
 def _evaluate_files(
     pairs: list[str],
+    *,
     base: str,
     method: list[str] | None,
     clip: str | None,

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mixofshow import cli
-from mixofshow.concepts.concept import load_concept
+from mixofshow.concepts.concept import Concept, load_concept
 from mixofshow.errors import BadInputError, SettingsError
 from mixofshow.evaluation.suite import make_suite, run_suite, suite_means
 from mixofshow.evaluation.suite import work as working
@@ -144,6 +144,19 @@ def test_concepts_are_tuned_once_and_again_when_settings_or_pictures_change(tmp_
     Image.new("RGB", (64, 64), "blue").save(folder / "reference" / "a.png")
     run_suite(make_suite(table), out)
     assert len(tuned) == 3  # references are for looking only
+
+
+def test_words_alone_lose_nothing_when_they_are_put_together(tmp_path, draws, monkeypatch):
+    def tune(settings, pipeline):
+        concept = load_concept(SHIPPED / f"{settings.name}.safetensors", pipeline)
+        word = {"words": (settings.placeholder,), "initializers": ("dog",), "method": settings.method}
+        return Concept(concept.info.model_copy(update=word), concept.embeddings[1:], {})
+
+    monkeypatch.setattr(working, "tune", tune)
+    table = {**TABLE, "concepts": ["reddog", "foxy"], "methods": ["p-plus"], "words_only": [], "compositions": {}}
+    method = run_suite(make_suite(table), tmp_path)["methods"]["p-plus"]
+    assert method["image_alignment"]["mean"]["change"] == 0
+    assert method["prior_drift"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_damaged_picture_and_a_strangers_concept_are_named(tmp_path, draws):

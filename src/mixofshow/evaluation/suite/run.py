@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +17,7 @@ import torch
 from mixofshow.bases.emojiland.concepts import write_concept
 from mixofshow.bases.loading import fingerprint, load_base
 from mixofshow.concepts.concept import load_concept
+from mixofshow.concepts.model import ConceptModel
 from mixofshow.errors import SettingsError
 from mixofshow.evaluation.protocol import references_of
 from mixofshow.evaluation.scorers import dino_scorer, scorer_for
@@ -65,6 +67,7 @@ def run_suite(
     cache = out / "cache"
     with workforce(workers) as each:
         run = _Run(suite, cache, device, each, bars)
+        suite = run.suite
         folders = {one.name: _folder(one, cache) for one in suite.concepts}
         scorer = scorer_for(suite.base, suite.clip)  # before anything that takes long
         dino = dino_scorer(suite.dino) if suite.dino else None
@@ -114,18 +117,25 @@ Files = Mapping[str, Mapping[str, Path]]
 
 @dataclass
 class _Run:
-    """A run under way: what it is of, and where things are kept."""
+    """A run under way: what it is of, and where things are kept. `fingerprint` is of all of the base that draws."""
 
     suite: Suite
     cache: Path
     device: str
     each: Each
     bars: Bars
+    hashes: dict[Path, str] = field(default_factory=dict)
+    fusions: dict[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         pipeline = load_base(self.suite.base)
+        if self.suite.guidance_scale is None:  # said in so many words, pictures and results tell of it
+            usual = ConceptModel(pipeline).usual_guidance
+            self.suite = self.suite.model_copy(update={"guidance_scale": usual})
         self.side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-        self.fingerprint = fingerprint(pipeline)
+        scheduler = json.loads(pipeline.scheduler.to_json_string())
+        kept = {key: value for key, value in scheduler.items() if key == "_class_name" or not key.startswith("_")}
+        self.fingerprint = digest({"weights": fingerprint(pipeline), "scheduler": kept})
         self.pictures = self.cache / "pictures"
 
     def tuned(self, folders: Mapping[str, Path]) -> Files:
@@ -159,7 +169,7 @@ class _Run:
 
     def _check(self, files: Files) -> None:
         """Read all concept files once, so that a bad one is named before anything is fused."""
-        pipeline, self.hashes = load_base(self.suite.base), dict[Path, str]()
+        pipeline = load_base(self.suite.base)
         for row in files.values():
             for name, path in row.items():
                 if path in self.hashes:
