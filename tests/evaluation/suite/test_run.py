@@ -13,7 +13,7 @@ from PIL import Image
 from mixofshow import cli
 from mixofshow.concepts.concept import Concept, load_concept
 from mixofshow.errors import BadInputError, SettingsError
-from mixofshow.evaluation.suite import make_suite, run_suite, suite_means
+from mixofshow.evaluation.suite import make_suite, read_suite, run_suite, suite_means
 from mixofshow.evaluation.suite import work as working
 from mixofshow.evaluation.suite.workforce import workforce
 
@@ -191,6 +191,19 @@ def test_several_processes_draw_the_same_pictures(tmp_path):
     missing = {**TABLE["concepts"][0], "files": {"ed-lora": str(tmp_path / "missing.safetensors")}}
     with pytest.raises(BadInputError, match=r"missing\.safetensors"):
         run_suite(make_suite({**TABLE, "concepts": [missing], "compositions": {}}), tmp_path / "3", workers=2)
+
+
+@pytest.mark.slow
+def test_the_small_suite_shows_what_the_paper_shows(tmp_path):
+    results = run_suite(read_suite(SHIPPED.parent / "suites" / "emojiland-small.yaml"), tmp_path, workers=2)
+    scores = {key: method["image_alignment"]["mean"] for key, method in results["methods"].items()}
+    assert abs(scores["ed-lora+gradient"]["change"]) <= 0.05
+    assert scores["ed-lora+gradient"]["change"] > scores["ed-lora+average"]["change"]
+    assert scores["ed-lora+gradient"]["single"] > results["bounds"]["image_alignment"]["mean"]["lower"]
+    assert results["region_accuracy"]["ed-lora+gradient"]["value"] >= 2 / 3  # by chance it is 1 / 3
+    words = results["methods"]["ed-lora+gradient"]["words_only"]["image_alignment"]
+    alone = results["methods"]["ed-lora+gradient"]["by_concept"]["image_alignment"]
+    assert alone["foxy"]["single"] - words["foxy"] > alone["reddog"]["single"] - words["reddog"]  # out of domain, in it
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def _charts(page: Page, results: Mapping[str, Any]) -> None:
         }
         page.chart(
             bar_chart(list(methods), series, line=line),
-            f"{TITLES[measure]}; dashed: the base, asked for the class word.",
+            f"{TITLES[measure]}; dashed: the base, asked for the class word. The axis does not begin at 0.",
         )
     overs = [over for over in next(iter(methods.values()))["image_alignment"] if over != MEAN]
     lines = {key: [_point(one["image_alignment"][over], "fused") for over in overs] for key, one in methods.items()}
