@@ -17,8 +17,7 @@ from mixofshow.bases.loading import load_base
 from mixofshow.concepts.concept import Concept, load_concept
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.errors import BadInputError
-from mixofshow.evaluation.metrics import judge_scorer
-from mixofshow.evaluation.prompts import EMOJILAND
+from mixofshow.evaluation.prompts import prompts_by_category
 from mixofshow.evaluation.protocol import (
     SINGLE,
     Case,
@@ -30,6 +29,7 @@ from mixofshow.evaluation.protocol import (
     score,
 )
 from mixofshow.evaluation.report import Page, alignment_rows, print_alignments
+from mixofshow.evaluation.scorers import judge_scorer
 from mixofshow.files import write_text
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.stages import Fused, fuse
@@ -69,7 +69,8 @@ def run_demo(out: Path, *, quick: bool = False) -> None:
     gradient.model.save(out / "model")
     models = {"gradient": gradient.model, "average": average.model}
     pictures = _compositions(out, models, seeds=2 if quick else SEEDS)
-    prompts = EMOJILAND["subject"][:2] if quick else EMOJILAND["subject"]
+    places = prompts_by_category("emojiland", "subject")
+    prompts = places["context"][:2] if quick else (*places["context"], *places["attribute"][:3])
     cases = [
         Case(concept, references_of(out / "pictures" / concept.info.name / "reference"), prompts)
         for concept in concepts
