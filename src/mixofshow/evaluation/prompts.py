@@ -19,12 +19,12 @@ EMOJILAND: Final[Mapping[str, ByCategory]] = {
             "a photo of a {} in the city",
             "a photo of a {} in the mountains",
         ),
-        "style": (
-            "a {} on a red background",
-            "a {} on a blue background",
+        "style": (  # not the backgrounds that fusion records by default
             "a {} on a green background",
             "a {} on a yellow background",
             "a {} on a white background",
+            "a photo of a {} on a green background",
+            "a photo of a {} on a yellow background",
         ),
         "interaction": (
             "a photo of a {} and a cat in the forest",
