@@ -140,7 +140,7 @@ def one(what: str) -> None:
     """Do one thing in this process and print its peak of memory in GB."""
     pipeline = BASES["sd15"]()
     if what == "sampling":
-        MixOfShowPipeline(ConceptModel(pipeline))("photo of a dog", num_inference_steps=2)
+        MixOfShowPipeline.of(ConceptModel(pipeline))("photo of a dog", num_inference_steps=2)
     else:
         concepts = [random_concept(pipeline, f"c{number}") for number in range(int(what.removeprefix("fusing-")))]
         fuse(concepts, pipeline, FusionSettings(steps=2))

@@ -78,6 +78,10 @@ SAMPLE = ["sample", "--model", GOLDEN_BASE, "--prompt", "a man", "--size", "64x6
         (["record", "{0}/cut.safetensors", "--out", "{0}/x", "--storage", "fp8"], "storage: expected one of fp64"),
         ([*SAMPLE[:2], "{0}/cut.safetensors", *SAMPLE[3:]], "the file is cut"),
         (["inspect", "{0}/pictures/good.png"], "not safetensors"),
+        (["convert", "{0}/cut.safetensors", "{0}/x.safetensors"], "the file is cut"),
+        (["convert", "{0}/cut.safetensors", "{0}/x", "--to", "onnx"], "'to'"),
+        (["convert", "{0}/cut.safetensors", "{0}/file", "--to", "kohya"], "exists and is not a folder"),
+        (["convert", "{0}/cut.safetensors", "{0}/pictures"], "exists and is not a regular file"),
         ([*SAMPLE, "--region", "0,0,200,64: a man"], "outside the picture of 64 x 64"),
         ([*SAMPLE, "--region", "0,0,2,2: a man"], "too small"),
         ([*SAMPLE, "--region", "nonsense"], "left,top,right,bottom: prompt"),
@@ -90,7 +94,7 @@ SAMPLE = ["sample", "--model", GOLDEN_BASE, "--prompt", "a man", "--size", "64x6
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(folder, arguments, message, capsys, monkeypatch):
-    if arguments[0] in ("fuse", "record", "evaluate"):
+    if arguments[0] in ("fuse", "record", "evaluate", "convert"):
         arguments = [*arguments, "--base", GOLDEN_BASE]
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     code, error = _run([part.replace("{0}", str(folder)) for part in arguments], capsys, monkeypatch)
@@ -148,10 +152,28 @@ def test_tune_fuse_sample_inspect_on_a_foreign_base(folder, capsys, monkeypatch)
     )
     assert (folder / "a.png").read_bytes() == (folder / "b.png").read_bytes()
     assert (folder / "c-001.png").is_file()
-    from mixofshow.sampling.composition import composition_of
+    from mixofshow.sampling.replay import composition_of
 
     assert composition_of(folder / "a.png").regions[0].prompt == "a <thing>"
     assert composition_of(folder / "c-001.png").seed == 1
+    run("replay", "{0}/a.png", "--model", "{0}/fused")
+    assert (folder / "a-replay.png").read_bytes() == (folder / "a.png").read_bytes()
+    sheet = ["--grid", "{0}/grid.png", "--num", "2", "--vary", "guidance_scale=1,4"]
+    run("sample", "--model", "{0}/fused", *wide, *sheet)
+    run(
+        "sample",
+        "--model",
+        "{0}/fused",
+        *wide,
+        "--show-layout",
+        "{0}/layout.png",
+        "--isolate",
+        "1",
+        "--out",
+        "{0}/d.png",
+    )
+    assert (folder / "grid.png").is_file() and (folder / "layout.png").is_file()
+    assert composition_of(folder / "d.png").isolate == 1
 
 
 def test_record_fuse_edit_and_draw_from_a_delta(golden_concepts, tmp_path, capsys, monkeypatch):
@@ -167,7 +189,7 @@ def test_record_fuse_edit_and_draw_from_a_delta(golden_concepts, tmp_path, capsy
         concept.save(tmp_path / f"{concept.info.name}.safetensors")
     store = ["--storage", "low-rank", "--steps", "1", "--prompts", "a {}", "--prompts", "{}"]
     line = run("record", "{0}/dogx.safetensors", "--out", "{0}/kept", "--base", GOLDEN_BASE, *store)
-    assert re.search(r"kept/dogx-\w+\.safetensors: <dogx>, [\d.]+ MB, low-rank, relative error", line)
+    assert re.search(r"kept/dogx-\w+\.safetensors: .*dogx.safetensors, [\d.]+ MB, low-rank, relative error", line)
     found = ["--statistics", "{0}/kept", "--mode", "independent", "--refine", "0", *store]
     run("fuse", "{0}/dogx.safetensors", "--base", GOLDEN_BASE, "--out", "{0}/fused", *found)
     assert len(list((tmp_path / "kept").iterdir())) == 1
@@ -188,6 +210,21 @@ def test_the_example_of_a_fusion_runs(tmp_path, capsys, monkeypatch):
     code, error = _run(arguments, capsys, monkeypatch)
     assert code == 0, error
     assert (tmp_path / "three.safetensors").is_file()
+
+
+def test_a_concept_goes_to_another_tool_and_back(tmp_path, capsys, monkeypatch):
+    example = Path(__file__).parents[1] / "examples" / "concepts" / "reddog.safetensors"
+    for arguments in (
+        [str(example), "{0}/out", "--to", "kohya"],
+        ["{0}/out/reddog.safetensors", "{0}/back.safetensors", "--embeddings", "{0}/out/reddog-words.safetensors"],
+    ):
+        code, error = _run(
+            ["convert", *(part.replace("{0}", str(tmp_path)) for part in arguments)], capsys, monkeypatch
+        )
+        assert code == 0, error
+    back, concept = load_concept(tmp_path / "back.safetensors"), load_concept(example)
+    assert back.deltas.keys() == concept.deltas.keys()
+    assert back.info.base_fingerprint == concept.info.base_fingerprint
 
 
 def test_the_printed_configuration_is_the_one_that_is_meant(folder, capsys, monkeypatch):
@@ -226,7 +263,7 @@ def test_the_schema_of_the_examples_is_the_settings_own():
 
 def test_help_names_every_verb():
     shown = subprocess.run([sys.executable, "-m", "mixofshow", "--help"], capture_output=True, text=True, check=True)
-    for verb in ("tune", "record", "fuse", "sample", "evaluate", "inspect", "demo"):
+    for verb in ("tune", "record", "fuse", "sample", "replay", "evaluate", "inspect", "convert", "demo"):
         assert verb in shown.stdout
 
 

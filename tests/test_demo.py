@@ -8,9 +8,9 @@ import pytest
 
 from mixofshow import MixOfShowPipeline, fuse, load_base, load_concept
 from mixofshow.demo import CONCEPTS, run_demo
-from mixofshow.evaluation.metrics import judge_scorer
 from mixofshow.evaluation.prompts import EMOJILAND
 from mixofshow.evaluation.protocol import SINGLE, Case, EvaluationSettings, evaluate, references_of
+from mixofshow.evaluation.scorers import judge_scorer
 
 pytestmark = pytest.mark.slow
 

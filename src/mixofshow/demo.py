@@ -17,8 +17,7 @@ from mixofshow.bases.loading import load_base
 from mixofshow.concepts.concept import Concept, load_concept
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.errors import BadInputError
-from mixofshow.evaluation.metrics import judge_scorer
-from mixofshow.evaluation.prompts import EMOJILAND
+from mixofshow.evaluation.prompts import prompts_by_category
 from mixofshow.evaluation.protocol import (
     SINGLE,
     Case,
@@ -30,14 +29,17 @@ from mixofshow.evaluation.protocol import (
     score,
 )
 from mixofshow.evaluation.report import Page, alignment_rows, print_alignments
+from mixofshow.evaluation.scorers import judge_scorer
 from mixofshow.files import write_text
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.stages import Fused, fuse
 from mixofshow.fusion.store import Store
 from mixofshow.grids import grid
 from mixofshow.progress import terminal_bar
-from mixofshow.sampling.composition import Composition, RegionEntry, compose, save_picture
+from mixofshow.sampling.composition import compose
 from mixofshow.sampling.pipeline import MixOfShowPipeline
+from mixofshow.sampling.replay import maker_of, save_picture
+from mixofshow.sampling.settings import Composition, RegionEntry
 from mixofshow.tuning.settings import make_settings
 from mixofshow.tuning.trainer import tune
 
@@ -67,7 +69,8 @@ def run_demo(out: Path, *, quick: bool = False) -> None:
     gradient.model.save(out / "model")
     models = {"gradient": gradient.model, "average": average.model}
     pictures = _compositions(out, models, seeds=2 if quick else SEEDS)
-    prompts = EMOJILAND["subject"][:2] if quick else EMOJILAND["subject"]
+    places = prompts_by_category("emojiland", "subject")
+    prompts = places["context"][:2] if quick else (*places["context"], *places["attribute"][:3])
     cases = [
         Case(concept, references_of(out / "pictures" / concept.info.name / "reference"), prompts)
         for concept in concepts
@@ -126,7 +129,7 @@ def _facts(
     )
     turned = fuse_exactly(concepts[::-1], pipeline).model.weights
     equal = all(torch.equal(weight, turned[layer]) for layer, weight in gradient.model.weights.items())
-    draw = MixOfShowPipeline(gradient.model)
+    draw = MixOfShowPipeline.of(gradient.model)
     there, again = (draw(f"a photo of a {first.concept.prompt}", seed=1)[0].tobytes() for _ in range(2))
     return [
         f"gradient fusion fits at least as well as weight fusion in {better} of {len(gradient.layers)} layers",
@@ -171,10 +174,12 @@ def _compositions(out: Path, models: Mapping[str, ConceptModel], *, seeds: int) 
     pictures: dict[str, list[Image.Image]] = {}
     for number, (label, (model, regions)) in enumerate(ways.items()):
         wanted = [composition(seed, regions=regions) for seed in range(seeds)]
+        pipeline = MixOfShowPipeline.of(model)
+        maker = maker_of(pipeline)
         with terminal_bar("sampling") as progress:
-            pictures[label] = [compose(MixOfShowPipeline(model), one, progress=progress)[0] for one in wanted]
+            pictures[label] = [compose(pipeline, one, progress=progress)[0] for one in wanted]
         for one, image in zip(wanted, pictures[label], strict=True):
-            save_picture(image, out / f"wide-{number}-{one.seed}.png", one)
+            save_picture(image, out / f"wide-{number}-{one.seed}.png", one, maker)
     return pictures
 
 

@@ -133,6 +133,12 @@ def read_bytes(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
         raise ConceptFileError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from error
 
 
+def is_pickle(data: bytes) -> bool:
+    """Whether these are the bytes of a pickle, or of the zip archive that torch makes of one."""
+    # A good safetensors file may begin with a pickle's 0x80 too, when that is the low byte of its header's length.
+    return data.startswith(PICKLE_MAGICS) and int.from_bytes(data[:8], "little") > MAX_HEADER_BYTES
+
+
 def parse_tensors(data: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of safetensors bytes, after checking the header by ourselves.
 
@@ -205,8 +211,7 @@ def _header(data: bytes, name: str, size: int | None = None) -> dict[str, Any]:
     if len(data) < 8:
         raise ConceptFileError(f"{name}: too short, found {len(data)} bytes, needs at least 8")
     length = int.from_bytes(data[:8], "little")
-    # Only here: a good file may begin with a pickle's 0x80 too, when that is the low byte of its header's length.
-    if length > MAX_HEADER_BYTES and data.startswith(PICKLE_MAGICS):
+    if is_pickle(data):
         raise ConceptFileError(f"{name}: a PyTorch pickle, not safetensors; pickles are never opened")
     if length > MAX_HEADER_BYTES:
         raise ConceptFileError(f"{name}: not safetensors, or its header of {length} bytes is over {MAX_HEADER_BYTES}")

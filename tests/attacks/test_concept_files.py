@@ -1,4 +1,7 @@
-"""Hostile concept files: each is refused in one line that names the file, and none of its content is ever run."""
+"""Hostile concept files: each is refused in one line that names the file, and none of its content is ever run.
+
+Every file is tried at three doors: `inspect` (and all who load concepts), `convert`, and `fuse`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import os
 import pickle
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,11 @@ import safetensors.torch
 import torch
 
 from mixofshow.concepts.concept import Concept, load_concept
+from mixofshow.concepts.interchange.convert import convert
+from mixofshow.concepts.interchange.importing import open_concept
+from mixofshow.concepts.interchange.settings import ConvertSettings
 from mixofshow.errors import ConceptFileError, MixOfShowError, TokenError
+from mixofshow.fusion import jobs
 
 UNET = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
@@ -48,17 +55,42 @@ def entry(shape: list[Any], begin: int, end: int, dtype: str = "F16") -> dict[st
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
-def refused(path: Path, pipeline: Any, error: type[MixOfShowError], message: str) -> None:
-    """Loading must end in exactly this error, at once, in one line that names the file."""
-    start = time.monotonic()
-    with pytest.raises(MixOfShowError, match=message) as raised:
-        load_concept(path, pipeline)
-    line = str(raised.value)
-    assert type(raised.value) is error
-    assert line.startswith(f"{path}: ")
-    assert line.isprintable()
-    assert len(line) < len(str(path)) + 4000
-    assert time.monotonic() - start < 2
+def convert_door(path: Path, pipeline: Any) -> None:
+    target = path.parent / "converted.safetensors"
+    try:
+        convert(path, target, pipeline, ConvertSettings())
+    finally:
+        assert not target.exists()
+
+
+def fuse_door(path: Path, pipeline: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "load_base", lambda *args, **options: pipeline)
+        jobs.make_job([path], {})
+
+
+DOORS: dict[str, Callable[[Path, Any], object]] = {
+    "inspect": load_concept,
+    "convert": convert_door,
+    "fuse": fuse_door,
+}
+
+
+def refused(path: Path, pipeline: Any, error: type[MixOfShowError], message: str, doors: Iterable[str] = DOORS) -> None:
+    """Every door must end in exactly this error, at once, in one line that names the file, which stays as it was.
+
+    What `convert` finds wrong may be something else: what is no concept is another tool's file there.
+    """
+    for door in doors:
+        start = time.monotonic()
+        with pytest.raises(MixOfShowError, match=None if door == "convert" else message) as raised:
+            DOORS[door](path, pipeline)
+        line = str(raised.value)
+        assert type(raised.value) is error or door == "convert", door
+        assert line.startswith(f"{path}: "), door
+        assert line.isprintable(), door
+        assert len(line) < len(str(path)) + 4000, door
+        assert time.monotonic() - start < 2, door
 
 
 BYTES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
@@ -253,6 +285,7 @@ def test_pickles_are_never_opened(make, name, golden_pipeline, tmp_path):
         golden_pipeline,
         ConceptFileError,
         "a PyTorch pickle, not safetensors; pickles are never opened",
+        doors=("inspect", "fuse"),
     )
     assert not sentinel.exists()
 
@@ -436,6 +469,16 @@ def test_a_file_of_another_tool_is_not_a_concept(good, golden_pipeline, tmp_path
     path = tmp_path / "evil.safetensors"
     path.write_bytes(safetensors.torch.save(good.tensors()))
     refused(path, golden_pipeline, ConceptFileError, "not a mixofshow concept")
+
+
+def test_a_file_that_changes_once_it_is_read_changes_nothing(good, golden_pipeline, tmp_path):
+    path = tmp_path / "good.safetensors"
+    good.save(path)
+    concept, imported = load_concept(path, golden_pipeline), open_concept(path, golden_pipeline)
+    with path.open("r+b") as file:
+        file.write(b"\xff" * 5000)
+        file.truncate(5000)
+    assert concept.hash == imported.hash == good.hash
 
 
 def test_random_bytes(golden_pipeline, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from mixofshow.concepts.concept import vocabulary
 from mixofshow.concepts.words import Vocabulary, check_word, token_ids
 from mixofshow.errors import MixOfShowError, RegionError, TokenError
-from mixofshow.sampling.regions import Region, as_shares, cells, feature_grid
+from mixofshow.sampling.regions import Region, as_shares, cells, levels
 
 quick = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 
@@ -110,12 +111,11 @@ def test_only_our_errors_leave_boxes(box, prompt):
 
 
 @quick
-@given(columns=st.integers(1, 64), rows=st.integers(1, 64), tokens=st.integers(1, 5000))
-def test_a_grid_is_found_or_refused(columns, rows, tokens):
-    try:
-        assert math.prod(feature_grid(tokens, columns=columns, rows=rows)) == tokens
-    except ValueError as error:
-        assert "no level" in str(error)
+@given(columns=st.integers(1, 64), rows=st.integers(1, 64), depth=st.integers(1, 8))
+def test_every_level_has_fewer_cells_or_one(columns, rows, depth):
+    counts = [math.prod(grid) for grid in levels(columns, rows, depth)]
+    assert len(counts) == depth
+    assert all(fewer < more or more == 1 for more, fewer in itertools.pairwise(counts))
 
 
 @quick

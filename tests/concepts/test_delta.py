@@ -43,7 +43,9 @@ def test_in_full_it_draws_the_same_picture(file, golden_fused):
     asked = {"width": 64, "height": 64, "seed": 3, "num_inference_steps": 2}
     found = load_model(file, base=BASE)
     found.pipeline.scheduler = golden_fused.pipeline.scheduler
-    (expected,), (picture,) = (MixOfShowPipeline(one)("a <dogx> on a <manx>", **asked) for one in (golden_fused, found))
+    (expected,), (picture,) = (
+        MixOfShowPipeline.of(one)("a <dogx> on a <manx>", **asked) for one in (golden_fused, found)
+    )
     differences = (abs(a - b) for a, b in zip(expected.tobytes(), picture.tobytes(), strict=True))
     assert max(differences) <= 1
 

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from mixofshow.errors import DatasetError, SettingsError
-from mixofshow.evaluation.metrics import Scorer, image_alignment, text_alignment
+from mixofshow.evaluation import metrics
+from mixofshow.evaluation.metrics import image_alignment, text_alignment
 from mixofshow.evaluation.protocol import (
     Case,
     EvaluationSettings,
@@ -18,9 +19,9 @@ from mixofshow.evaluation.protocol import (
     evaluate,
     means,
     references_of,
-    scorer_for,
 )
 from mixofshow.evaluation.report import Page
+from mixofshow.evaluation.scorers import Scorer, scorer_for
 
 
 def _unit(*rows):
@@ -38,6 +39,58 @@ def _unit(*rows):
 )
 def test_image_alignment_is_the_mean_cosine_of_all_pairs(made, references, expected):
     assert image_alignment(made, references) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_first_reference_alone_is_what_the_published_script_compares_with():
+    references = _unit([1, 0], [0, 1])
+    assert metrics.reference_scores(_unit([1, 0], [0, 1]), references[:1]).tolist() == [1, 0]
+    assert metrics.reference_scores(_unit([1, 0], [0, 1]), references).tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("references", "expected"),
+    [
+        (_unit([1, 0]), 1.0),
+        (_unit([1, 0], [1, 0]), 1.0),
+        (_unit([1, 0], [0, 1]), 0.0),
+        (_unit([1, 0], [1, 0], [0, 1]), 1 / 3),
+    ],
+)
+def test_references_are_compared_with_each_other_and_not_with_themselves(references, expected):
+    assert metrics.self_alignment(references) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_nearest_reference_decides_and_not_the_mean():
+    # The second concept has the nearer picture, the first the nearer mean.
+    first, second = _unit([1, 0.2], [1, 0.2]), _unit([1, 0], [-1, 0])
+    assert metrics.nearest_concept(_unit([1, 0], [1, 0.2], [-1, 0.1]), [first, second]).tolist() == [1, 0, 1]
+
+
+def test_interference_is_counted_in_shares_of_what_was_asked():
+    found = metrics.interference(torch.tensor([0, 0, 0, 0, 1]), torch.tensor([0, 0, 0, 1, 0]), 3)
+    assert found.tolist() == [[0.75, 0.25, 0], [1, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        (_unit([1, 0], [1, 0])[None], 0.0),
+        (_unit([1, 0], [0, 1])[None], 1.0),
+        (_unit([1, 0], [0, 1], [0, 1])[None], 2 / 3),
+        (torch.stack([_unit([1, 0], [1, 0]), _unit([1, 0], [-1, 0])]), 1.0),
+        (_unit([1, 0])[None], None),
+    ],
+)
+def test_diversity_is_the_mean_distance_of_pairs_of_seeds(made, expected):
+    assert metrics.diversity(made) == (None if expected is None else pytest.approx(expected, abs=1e-6))
+
+
+def test_distances_to_training_and_drift():
+    training = _unit([1, 0], [0, 1])
+    assert metrics.distance_to_nearest(training, training) == pytest.approx(0, abs=1e-6)
+    assert metrics.distance_to_nearest(_unit([1, 1], [1, 0]), training) == pytest.approx((1 - 0.5**0.5) / 2, abs=1e-6)
+    assert metrics.drift(training, training.flip(0)) == pytest.approx(1)
+    assert metrics.drift(training, training) == pytest.approx(0, abs=1e-6)
 
 
 def test_text_alignment_is_clipscore():

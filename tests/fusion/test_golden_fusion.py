@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mixofshow.bases.layers import layer, matrix
 from mixofshow.concepts.concept import LowRank
+from mixofshow.concepts.interchange.importing import open_concept
 from mixofshow.concepts.prompts import encode_prompts, layerwise
 from mixofshow.fusion import recording
 from mixofshow.fusion.methods import STAGE_DEFAULTS, gradient, lbfgs, solve_ridge
@@ -44,11 +46,28 @@ def objectives():
 @pytest.fixture(scope="module")
 def fused(golden_pipeline, golden_concepts, golden):
     concepts = sorted(map(_strengthened, golden_concepts), key=lambda concept: concept.hash)
-    recorded = golden("e_fused")
+    return fuse_as_recorded(concepts, golden_pipeline, golden("e_fused"))
+
+
+@pytest.fixture(scope="module")
+def extended(golden_pipeline, golden_concepts, golden, tmp_path_factory):
+    """Both concepts as the reference wrote them, the first also with feed-forward, projection and MLP layers, fused."""
+    file = tmp_path_factory.mktemp("extended") / "edlora.pth"
+    params = torch.load(GOLDENS / "concepts" / "edlora_dogx.pth", weights_only=True)["params"]
+    for key, tensor in load_file(GOLDENS / "e2_extra_lora.safetensors").items():
+        part, name = key.split("|")
+        params[part][name] = tensor
+    torch.save({"params": params}, file)
+    first = open_concept(file, golden_pipeline)
+    concepts = sorted((first, _strengthened(golden_concepts[1])), key=lambda concept: concept.hash)
+    return fuse_as_recorded(concepts, golden_pipeline, golden("e2_fused_ext"))
+
+
+def fuse_as_recorded(concepts, pipeline, recorded):
     starts = iter([recorded[f"rec_latents_init.{concept.info.words[0][1:-1]}"] for concept in concepts])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recording, "_noise", lambda pipeline, seed: next(starts))
-        return fuse(concepts, golden_pipeline, PAPER_SETTINGS)
+        return fuse(concepts, pipeline, PAPER_SETTINGS)
 
 
 def _short(name: str) -> str:
@@ -72,6 +91,23 @@ def test_objectives_are_at_least_as_good_as_lbfgs(fused, objectives):
         else:
             assert report.fused <= 1.01 * golden["sse_lbfgs"], name
         assert report.fused <= report.average * (1 + 1e-9), name
+
+
+def test_layers_that_one_concept_alone_changes(extended, golden):
+    values = golden("e2_fused_ext").values
+    assert len(extended.layers) == values["n_layers_fused"]
+    layers = {_short(name): report for name, report in extended.layers.items()}
+    expected = {name: table for name, table in values.items() if name.endswith(".weight")}
+    assert len(expected) == 13
+    for name, table in expected.items():
+        batch, *sides = table["X_shape"]
+        rows = batch * sides[1] * sides[2] if len(sides) == 3 else batch  # a 1×1 convolution sees (batch, in, y, x)
+        assert layers[name].rows == rows, name
+        assert layers[name].unchanged == pytest.approx(table["sse_W0"], rel=2e-2), name
+        if name.endswith("attn2.to_k.weight"):
+            assert layers[name].fused <= 1e-8 * layers[name].unchanged, name
+        else:
+            assert layers[name].fused <= 1.01 * table["sse_lbfgs"], name
 
 
 def test_weights_and_noise_are_the_closed_forms(fused, golden_pipeline, golden, relative_error):

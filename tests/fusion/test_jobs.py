@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,6 +71,53 @@ def test_another_method_does_not_inherit_the_options():
 def test_tables_that_cannot_be(table, message, folder):
     with pytest.raises(MixOfShowError, match=message) as error:
         make_job([_written(folder, table)], {})
+    assert str(error.value).isprintable()
+
+
+CONCEPTS = Path(__file__).parents[1] / "goldens" / "concepts"
+
+
+def test_the_reference_implementations_list(folder, golden_pipeline, golden_concepts):
+    listed = json.loads((CONCEPTS / "concept_cfg.json").read_text())
+    for one in listed:
+        one["lora_path"] = str(CONCEPTS.parent / one["lora_path"])
+    listed.append({"lora_path": "files/dogx.safetensors", "text_encoder_alpha": 0.5})  # ours, beside the list
+    (folder / "concepts.json").write_text(json.dumps(listed))
+    job = make_job([folder / "concepts.json"], {"steps": "4"}, base=BASE)
+    assert job.settings.steps == 4
+    strengths = [(1.0, 1.0), (0.8, 0.9), (1.0, 0.5)]
+    for found, golden, (unet, text) in zip(
+        job.concepts, (*golden_concepts, golden_concepts[0]), strengths, strict=True
+    ):
+        assert found.info.words == golden.info.words
+        for name, one in golden.deltas.items():
+            expected = one.matrix(unet if name.startswith("unet.") else text)
+            assert float((found.deltas[name].matrix() - expected).norm() / expected.norm()) < 1e-3  # ours is in fp16
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not valid JSON"),
+        ("[", "not valid JSON"),
+        ("[" * 20_000, "not valid JSON"),
+        ("[]", "at least 1"),
+        ("{}", "valid list"),
+        ('[{"lora_path": 3}]', "'0.lora_path'"),
+        ('[{"lora_path": "a", "unet_alpha": NaN}]', "'0.unet_alpha'"),
+        ('[{"lora_path": "a", "unet_alpa": 1}]', "unknown key '0.unet_alpa'"),
+        ('[{"lora_path": "a", "unet_alpha": -1}]', "'0.unet_alpha'"),
+        ('[{"lora_path": "nowhere.pth"}]', "nowhere.pth: cannot be read"),
+        (
+            '[{"lora_path": "files/dogx.safetensors", "concept_name": "<a> <b>"}]',
+            "its words are <dogx1> <dogx2>, not <a>",
+        ),
+    ],
+)
+def test_lists_that_cannot_be(text, message, folder):
+    (folder / "list.json").write_text(text)
+    with pytest.raises(MixOfShowError, match=message) as error:
+        make_job([folder / "list.json"], {}, base=BASE)
     assert str(error.value).isprintable()
 
 

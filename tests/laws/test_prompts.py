@@ -13,6 +13,7 @@ from mixofshow.concepts.concept import vocabulary
 from mixofshow.concepts.prompts import encode_ids, encode_prompts, layerwise, placeholder_vectors
 from mixofshow.concepts.words import Vocabulary, token_ids
 from mixofshow.sampling.attention import RegionText, regional
+from mixofshow.sampling.regions import Shape
 
 
 @pytest.mark.parametrize(
@@ -118,8 +119,9 @@ def test_each_layer_reads_its_own_slice(layer, golden, golden_pipeline):
 
 
 def _regional(pipeline, concept):
-    text = RegionText((0, 0, 0.5, 0.5), torch.zeros(1, 16, 77, 32))
-    return regional(pipeline.unet, [text], columns=16, rows=16)
+    text = torch.zeros(1, 16, 77, 32)
+    region = RegionText(Shape(box=(0, 0, 0.5, 0.5)), text)
+    return regional(pipeline.unet, text, [region], batch=1, columns=16, rows=16, isolate=1)
 
 
 CHANGES = {

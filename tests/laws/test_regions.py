@@ -7,11 +7,10 @@ import torch
 from torch.nn.functional import conv2d
 
 from mixofshow.bases.layers import cross_attentions
-from mixofshow.concepts.prompts import layerwise
 from mixofshow.errors import RegionError
 from mixofshow.sampling.attention import RegionText, regional
-from mixofshow.sampling.pipeline import encode
-from mixofshow.sampling.regions import Region, as_shares, cells, feature_grid
+from mixofshow.sampling.encoding import encode
+from mixofshow.sampling.regions import Region, Shape, as_shares, cells, levels
 
 COLUMNS, ROWS = 24, 16
 EVERYWHERE = (0.0, 0.0, 1.0, 1.0)
@@ -25,11 +24,15 @@ def predict(golden_pipeline):
     latents = torch.randn(2, 4, ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
 
     @torch.no_grad()
-    def noise(*regions: RegionText) -> torch.Tensor:
-        with layerwise(unet), regional(unet, regions, columns=COLUMNS, rows=ROWS):
+    def noise(*regions: RegionText, **how) -> torch.Tensor:
+        with regional(unet, text(0), regions, batch=2, columns=COLUMNS, rows=ROWS, **how):
             return unet(latents, 500, text(0)).sample
 
     return noise
+
+
+def region_text(box, text, **how):
+    return RegionText(Shape(box=box), text, **how)
 
 
 def text(seed: int) -> torch.Tensor:
@@ -37,28 +40,28 @@ def text(seed: int) -> torch.Tensor:
 
 
 def test_a_whole_region_with_the_global_prompt_changes_nothing(predict, relative_error):
-    assert relative_error(predict(RegionText(EVERYWHERE, text(0))), predict()) < 1e-6
+    assert relative_error(predict(region_text(EVERYWHERE, text(0))), predict()) < 1e-6
 
 
 def test_the_global_prompt_in_any_region_changes_nothing(predict, relative_error):
-    assert relative_error(predict(RegionText(MIDDLE, text(0)), RegionText(LOW, text(0))), predict()) < 1e-6
+    assert relative_error(predict(region_text(MIDDLE, text(0)), region_text(LOW, text(0))), predict()) < 1e-6
 
 
 def test_a_region_changes_the_picture(predict, relative_error):
-    assert relative_error(predict(RegionText(LEFT, text(1))), predict()) > 1e-3
+    assert relative_error(predict(region_text(LEFT, text(1))), predict()) > 1e-3
 
 
-def test_a_region_too_small_for_any_cell_changes_nothing(predict):
-    assert torch.equal(predict(RegionText((0.01, 0.01, 0.02, 0.02), text(1))), predict())
+def test_a_region_too_small_for_any_cell_changes_nothing_if_it_is_dropped(predict):
+    assert torch.equal(predict(region_text((0.01, 0.01, 0.02, 0.02), text(1)), tiny="drop"), predict())
 
 
 def test_two_equal_regions_are_one(predict):
-    region = RegionText(MIDDLE, text(1))
+    region = region_text(MIDDLE, text(1))
     assert torch.equal(predict(region, region), predict(region))
 
 
 def test_the_order_of_regions_does_not_matter(predict, relative_error):
-    regions = [RegionText(box, text(seed)) for seed, box in enumerate((LEFT, MIDDLE, LOW), start=1)]
+    regions = [region_text(box, text(seed)) for seed, box in enumerate((LEFT, MIDDLE, LOW), start=1)]
     assert relative_error(predict(*regions[::-1]), predict(*regions)) < 1e-5
 
 
@@ -68,7 +71,8 @@ def test_cross_attention_changes_in_the_box_only(box, golden_pipeline):
     attention = next(iter(cross_attentions(golden_pipeline.unet).values()))
     hidden = torch.randn(2, ROWS * COLUMNS, 16, generator=torch.Generator().manual_seed(2))
     without = attention(hidden, encoder_hidden_states=text(0)[:, 0])
-    with regional(golden_pipeline.unet, [RegionText(box, text(1))], columns=COLUMNS, rows=ROWS):
+    unet, regions = golden_pipeline.unet, [region_text(box, text(1))]
+    with regional(unet, text(0), regions, batch=2, columns=COLUMNS, rows=ROWS):
         changed = (attention(hidden, encoder_hidden_states=text(0)[:, 0]) != without).all(-1)[0].view(ROWS, COLUMNS)
     left, top, right, bottom = cells(box, columns=COLUMNS, rows=ROWS)
     expected = torch.zeros(ROWS, COLUMNS, dtype=torch.bool)
@@ -84,7 +88,7 @@ def test_pixels_and_shares_are_the_same(golden_fused):
 
 @torch.no_grad()
 def test_a_region_without_negative_prompt_has_the_global_one(golden_fused):
-    size = {"width": 192, "height": 128, "rows": 1, "guided": True}
+    size = {"width": 192, "height": 128, "guided": True}
     silent, same, empty = (Region("a castle", EVERYWHERE, negative) for negative in (None, "lowres", ""))
     found = encode(golden_fused, "a beach", "lowres", [silent, same, empty], **size).regions
     assert torch.equal(found[0].text, found[1].text)
@@ -140,7 +144,7 @@ def test_other_texts_are_no_regions(written):
 )
 def test_boxes_that_are_refused(box, reason, golden_fused):
     with pytest.raises(RegionError, match=reason) as error:
-        encode(golden_fused, "", "", [Region("a castle", box)], width=192, height=128, rows=1, guided=True)
+        encode(golden_fused, "", "", [Region("a castle", box)], width=192, height=128, guided=True)
     assert str(tuple(box)) in str(error.value)
 
 
@@ -148,7 +152,6 @@ def test_boxes_that_are_refused(box, reason, golden_fused):
 def test_every_level_of_the_unet_is_found(columns, rows, golden_pipeline):
     down = golden_pipeline.unet.down_blocks[0].downsamplers[0].conv
     level = torch.zeros(1, 1, rows, columns)
-    for _ in range(4):
-        rows_here, columns_here = level.shape[2:]
-        assert feature_grid(rows_here * columns_here, columns=columns, rows=rows) == (columns_here, rows_here)
+    for grid in levels(columns, rows, 4):
+        assert grid == (level.shape[3], level.shape[2])
         level = conv2d(level, torch.ones(1, 1, 3, 3), stride=down.stride, padding=down.padding)

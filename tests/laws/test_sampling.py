@@ -13,7 +13,10 @@ import torch
 from mixofshow.concepts.concept import vocabulary
 from mixofshow.concepts.model import ConceptModel, with_concept
 from mixofshow.errors import BadInputError, MixOfShowError, SettingsError, TokenError
-from mixofshow.sampling.pipeline import MixOfShowPipeline, denoise, encode, initial_latents
+from mixofshow.sampling.denoising import denoise
+from mixofshow.sampling.encoding import encode
+from mixofshow.sampling.latents import initial_latents
+from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.regions import Region
 
 PROMPT, NEGATIVE = "photo of a red castle", "lowres"
@@ -39,7 +42,7 @@ def latents_of(model, seeds, *, regions=(), guidance_scale=5.0, steps=3):
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with torch.no_grad(), model.active():
         start = initial_latents(model.pipeline, generators, **SIZE)
-        encoded = encode(model, PROMPT, NEGATIVE, regions, **SIZE, rows=len(seeds), guided=guidance_scale != 1.0)
+        encoded = encode(model, PROMPT, NEGATIVE, regions, **SIZE, guided=guidance_scale != 1.0)
         return denoise(
             model.pipeline,
             start,
@@ -71,7 +74,7 @@ def test_no_region_and_no_concept_is_plain_diffusers(scheduler, guidance_scale, 
 
 
 def test_the_picture_is_the_one_of_plain_diffusers(golden_pipeline):
-    (found,) = MixOfShowPipeline(ConceptModel(golden_pipeline))(
+    (found,) = MixOfShowPipeline.of(ConceptModel(golden_pipeline))(
         PROMPT, negative_prompt=NEGATIVE, **SIZE, seed=3, num_inference_steps=3, guidance_scale=5.0
     )
     start = initial_latents(golden_pipeline, [torch.Generator().manual_seed(3)], **SIZE)
@@ -92,10 +95,10 @@ def test_a_picture_does_not_depend_on_its_batch(scheduler, golden_pipeline, gold
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_the_same_seed_gives_the_same_bytes(scheduler, golden_pipeline, golden_concepts):
-    draw = MixOfShowPipeline(ConceptModel(with_scheduler(golden_pipeline, scheduler), vocabulary(golden_concepts)))
+    draw = MixOfShowPipeline.of(ConceptModel(with_scheduler(golden_pipeline, scheduler), vocabulary(golden_concepts)))
 
     def pictures(seed):
-        made = draw(PROMPT, regions=REGIONS, **SIZE, num_images=2, num_inference_steps=2, seed=seed)
+        made = draw(PROMPT, regions=REGIONS, **SIZE, num_images_per_prompt=2, num_inference_steps=2, seed=seed)
         return [hashlib.sha256(picture.tobytes()).hexdigest() for picture in made]
 
     first, second = pictures(5)
@@ -123,7 +126,7 @@ def test_sampling_leaves_the_model_as_it_was(golden_pipeline, golden_concepts):
 
 def test_progress_is_told_of_every_step(golden_pipeline):
     told = []
-    MixOfShowPipeline(ConceptModel(golden_pipeline))(
+    MixOfShowPipeline.of(ConceptModel(golden_pipeline))(
         "", **SIZE, num_inference_steps=3, progress=lambda *step: told.append(step)
     )
     assert told == [(1, 3, {}), (2, 3, {}), (3, 3, {})]
@@ -138,7 +141,7 @@ def test_progress_is_told_of_every_step(golden_pipeline):
         ({"width": 8192, "height": 8192}, SettingsError),
         ({"num_inference_steps": 0}, SettingsError),
         ({"num_inference_steps": 10**9}, SettingsError),
-        ({"num_images": 0}, SettingsError),
+        ({"num_images_per_prompt": 0}, SettingsError),
         ({"seed": 2**63}, SettingsError),
         ({"seed": -1}, SettingsError),
         ({"guidance_scale": float("nan")}, MixOfShowError),
@@ -149,7 +152,7 @@ def test_progress_is_told_of_every_step(golden_pipeline):
 )
 def test_refused_settings(settings, error, golden_pipeline):
     with pytest.raises(error) as raised:
-        MixOfShowPipeline(ConceptModel(golden_pipeline))("", **(SIZE | {"num_inference_steps": 1} | settings))
+        MixOfShowPipeline.of(ConceptModel(golden_pipeline))("", **(SIZE | {"num_inference_steps": 1} | settings))
     assert "\n" not in str(raised.value)
 
 
@@ -158,4 +161,4 @@ def test_broken_numbers_never_give_a_black_picture(broken, golden_pipeline):
     layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
     model = ConceptModel(golden_pipeline, weights={layer: torch.full((24, 32), broken)})
     with pytest.raises(MixOfShowError, match="not finite appeared at step 1 of 2"):
-        MixOfShowPipeline(model)("", **SIZE, num_inference_steps=2)
+        MixOfShowPipeline.of(model)("", **SIZE, num_inference_steps=2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from itertools import pairwise
@@ -21,17 +20,17 @@ from einops import repeat
 from PIL import Image
 
 from mixofshow.bases.layers import cross_attentions
-from mixofshow.concepts.prompts import layerwise
 from mixofshow.errors import SettingsError
 from mixofshow.sampling.controls import (
     AdapterControl,
     ControlNetControl,
     at_level,
-    combine,
     load_control,
     make_control,
     map_of_regions,
 )
+from mixofshow.sampling.denoising import added, denoise, shared_weights
+from mixofshow.sampling.encoding import EncodedPrompt
 
 PROMPT, NEGATIVE = "photo of a red castle", "lowres"
 WIDTH, HEIGHT = 96, 64
@@ -85,21 +84,18 @@ def texts(pipeline, rows):
 
 
 @torch.no_grad()
-def drawn(pipeline, start, controls, *, guidance_scale=5.0):
-    """Latents after the plainest loop that asks controls in every step."""
-    unet, scheduler = pipeline.unet, copy.deepcopy(pipeline.scheduler)
-    positive, negative = texts(pipeline, len(start))
-    text = repeat(torch.cat([negative, positive]), "rows ... -> rows layers ...", layers=len(cross_attentions(unet)))
-    scheduler.set_timesteps(STEPS)
-    latents = start * scheduler.init_noise_sigma
-    with layerwise(unet):
-        for step, timestep in enumerate(scheduler.timesteps, start=1):
-            batch = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
-            added = combine([control.residuals(batch, timestep, text, step, STEPS) for control in controls])
-            without, with_prompt = unet(batch, timestep, text, **added).sample.chunk(2)
-            noise = without + guidance_scale * (with_prompt - without)
-            latents = scheduler.step(noise, timestep, latents).prev_sample
-    return latents
+def drawn(pipeline, start, controls):
+    """Latents of the package's own loop, from layer-wise text."""
+    layers, (positive, negative) = len(cross_attentions(pipeline.unet)), texts(pipeline, len(start))
+    text = repeat(torch.cat([negative, positive]), "rows ... -> rows layers ...", layers=layers)
+    return denoise(
+        pipeline,
+        start,
+        EncodedPrompt(text, (), guided=True),
+        num_inference_steps=STEPS,
+        guidance_scale=5.0,
+        controls=controls,
+    )
 
 
 def plain(pipeline, start, picture, **options):
@@ -197,14 +193,30 @@ def test_controls_add_up(adapter, controlnet, golden_pipeline, start):
         asked(make_control(network, noise_picture(seed=seed)), golden_pipeline, start)
         for seed, network in enumerate((adapter, adapter, controlnet, controlnet))
     ]
-    total = combine(parts)
+    total = added(parts)
     assert set(total) == set(parts[0]) | set(parts[2])
     for name, value in total.items():
         first, second = (part[name] for part in parts if name in part)
         for found, one, other in zip(*map(tensors_of, (value, first, second)), strict=True):
             torch.testing.assert_close(found, one + other)
-    assert combine([parts[0], {}])["down_intrablock_additional_residuals"] == [*tensors(parts[0])]
-    assert combine([]) == {}
+    assert added([parts[0], {}])["down_intrablock_additional_residuals"] == [*tensors(parts[0])]
+    assert added([]) == {}
+
+
+def test_adapters_of_other_depths_do_not_add_up():
+    shallow, deep = ({"down_intrablock_additional_residuals": [torch.ones(1)] * levels} for levels in (1, 2))
+    with pytest.raises(ValueError, match="longer than"):
+        added([shallow, deep])
+
+
+@torch.no_grad()
+def test_every_prediction_of_a_step_is_controlled(network, golden_pipeline, start):
+    """The UNet empties the list that it is given; a step of regions with weights of their own predicts several times."""
+    more = asked(make_control(network, noise_picture()), golden_pipeline, start)
+    text = repeat(texts(golden_pipeline, 2)[0], "rows ... -> rows layers ...", layers=16)
+    with shared_weights(golden_pipeline, EncodedPrompt(text, (), guided=False), start) as predict:
+        first, second, plain = (predict(start, torch.tensor(500), 1, given) for given in (more, more, {}))
+    assert torch.equal(first, second) and not torch.equal(first, plain)
 
 
 def tensors_of(value):

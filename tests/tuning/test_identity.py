@@ -6,8 +6,9 @@ import pytest
 
 from mixofshow.bases.emojiland.concepts import class_word, write_concept
 from mixofshow.bases.loading import load_base
-from mixofshow.evaluation.metrics import image_alignment, judge_scorer
+from mixofshow.evaluation.metrics import image_alignment
 from mixofshow.evaluation.protocol import references_of
+from mixofshow.evaluation.scorers import judge_scorer
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.tuning.settings import make_settings
 from mixofshow.tuning.trainer import tune
@@ -24,7 +25,7 @@ def test_the_words_of_ed_lora_carry_more_of_the_concept_than_those_of_lora(tmp_p
         concept = tune(make_settings(table), base)
         for strength in (0.0, 1.0):
             draw = MixOfShowPipeline.single(base, concept, strength=strength)
-            pictures = draw(f"a photo of a {concept.prompt}", num_images=16)
+            pictures = draw(f"a photo of a {concept.prompt}", num_images_per_prompt=16)
             found[method, strength] = image_alignment(scorer.images(pictures), references)
     print("image alignment by method and strength of the weights:", found)
     assert found["ed-lora", 0.0] > found["lora", 0.0]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
 
 from mixofshow.bases.families import family_of
 from mixofshow.errors import BaseModelError, shown
@@ -50,7 +51,7 @@ def load_base(name: str | Path, *, device: str | torch.device = "cpu", dtype: to
         pipeline = DiffusionPipeline.from_pretrained(
             str(folder), dtype=dtype, safety_checker=None, requires_safety_checker=False, local_files_only=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelError(f"{name}: could not be loaded as a base model ({reason})") from error
     family_of(pipeline)

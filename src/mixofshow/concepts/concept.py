@@ -70,6 +70,10 @@ class LowRank:
         """The change as a matrix, (out, in)."""
         return strength * (self.up.to(dtype) @ self.down.to(dtype))
 
+    def scaled(self, strength: float) -> LowRank:
+        """The change at another strength."""
+        return LowRank(self.down, strength * self.up)
+
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the layer."""
@@ -89,6 +93,10 @@ class Full:
     def matrix(self, strength: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """The change as a matrix, (out, in)."""
         return strength * self.change.to(dtype)
+
+    def scaled(self, strength: float) -> Full:
+        """The change at another strength."""
+        return Full(strength * self.change)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -165,14 +173,18 @@ def vocabulary(concepts: Iterable[Concept]) -> Vocabulary:
 
 def load_concept(path: str | Path, pipeline: Any = None) -> Concept:
     """Read a concept file; with a pipeline, also check that it fits. Raises ConceptFileError or TokenError."""
-    path = Path(path)
-    tensors, metadata = parse_tensors(read_bytes(path), str(path))
-    info = _read_info(metadata, str(path))
-    concept = Concept(info, *_read_tensors(tensors, info, str(path)))
+    name = str(path)
+    return read_concept(*parse_tensors(read_bytes(Path(path)), name), name, pipeline)
+
+
+def read_concept(tensors: dict[str, Tensor], metadata: Mapping[str, str], name: str, pipeline: Any = None) -> Concept:
+    """The concept of a file's tensors and metadata, checked in the same way; `name` is the file's, for errors."""
+    info = _read_info(metadata, name)
+    concept = Concept(info, *_read_tensors(tensors, info, name))
     if metadata != _metadata(metadata[METADATA_KEY], concept.hash):
-        raise ConceptFileError(f"{path}: damaged: its content does not match the digest written in it")
+        raise ConceptFileError(f"{name}: damaged: its content does not match the digest written in it")
     if pipeline is not None:
-        check_fits(concept, pipeline, str(path))
+        check_fits(concept, pipeline, name)
     return concept
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -91,10 +91,15 @@ class Compression:
     layer: str = ""
 
 
-def compressed(changes: Iterable[tuple[str, Tensor]], rank: int | None = None) -> tuple[dict[str, Change], Compression]:
+def compressed(
+    changes: Iterable[tuple[str, Tensor]],
+    rank: int | None = None,
+    *,
+    cut: Callable[[str, Tensor], Change] | None = None,
+) -> tuple[dict[str, Change], Compression]:
     """Changes (out, in) by layer as they are stored: in full, or cut to the nearest matrix of a rank where that is less.
 
-    Raises SettingsError for a rank below 1.
+    `cut` stores each layer's in another way. Raises SettingsError for a rank below 1.
     """
     if rank is not None and rank < 1:
         raise SettingsError(f"rank: expected at least 1, found {rank}")
@@ -102,7 +107,7 @@ def compressed(changes: Iterable[tuple[str, Tensor]], rank: int | None = None) -
     lost = wanted = 0.0
     errors = {"": 0.0}
     for name, change in changes:
-        kept[name] = _cut(change, rank)
+        kept[name] = cut(name, change) if cut else _cut(change, rank)
         left = float((kept[name].matrix(dtype=torch.float64) - change).square().sum())
         energy = float(change.double().square().sum())
         lost, wanted = lost + left, wanted + energy

@@ -18,7 +18,7 @@ from torch import Tensor
 from mixofshow.bases.layers import cross_attentions, layer, matrix, token_width
 from mixofshow.bases.loading import GUIDANCE, USUAL_GUIDANCE, base_name, fingerprint, load_base, load_named_base
 from mixofshow.concepts.adapters import replaced, tuned_weights
-from mixofshow.concepts.concept import Concept, raise_if, value_problems, vocabulary
+from mixofshow.concepts.concept import Concept, load_concept, raise_if, value_problems, vocabulary
 from mixofshow.concepts.delta import Compression, Delta, DeltaInfo, compressed, load_delta
 from mixofshow.concepts.words import Vocabulary, check_word
 from mixofshow.errors import ConceptFileError, shown
@@ -49,6 +49,19 @@ class ConceptModel:
     def usual_guidance(self) -> float:
         """The guidance scale that suits the base."""
         return GUIDANCE.get(str(self.manifest.get("base") or base_name(self.pipeline)), USUAL_GUIDANCE)
+
+    def class_words(self) -> list[tuple[str, tuple[str, ...], str]]:
+        """(name, words, class word) of each concept of which that is known; a model of an older version knows none."""
+        if self.concepts:
+            return [(one.info.name, one.info.words, one.info.class_word) for one in self.concepts]
+        return [(one.name, one.words, one.class_word) for one in _listed(self.manifest, "the model") if one.words]
+
+    @property
+    def concept_hashes(self) -> dict[str, str]:
+        """The content hash of each concept in the model, by name."""
+        if self.concepts:
+            return {one.info.name: one.hash for one in self.concepts}
+        return {one.name: one.hash for one in _listed(self.manifest, "the model")}
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -111,7 +124,7 @@ def with_concept(pipeline: Any, concept: Concept, *, unet: float = 1.0, text_enc
     """The base model with one concept, at the given strengths (0: its words only, 1: as tuned)."""
     strengths = {"unet": unet, "text_encoder": text_encoder}
     weights = tuned_weights(pipeline, concept, concept.deltas, strengths)
-    return ConceptModel(pipeline, vocabulary([concept]), weights)
+    return ConceptModel(pipeline, vocabulary([concept]), weights, concepts=(concept,))
 
 
 def load_model(
@@ -138,10 +151,56 @@ def load_model(
 def _on_base(delta: Delta, name: str, base: str | Path | None, **options: Any) -> ConceptModel:
     """What the delta file `name` holds, on its base."""
     info = delta.info
+    _listed(info.manifest, name)
     pipeline = load_named_base(info.base, base, name, **options)
     delta.check_fits(pipeline, name)
     known = _checked_vocabulary(_Words(words=info.words, aliases=info.aliases), delta.vectors, pipeline, name)
     return ConceptModel(pipeline, known, delta.weights(pipeline), info.manifest)
+
+
+def load_unfused(
+    name: str | Path,
+    *,
+    base: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> ConceptModel:
+    """A fused folder as its base model under the fused weights, together with the concepts that it was fused from.
+
+    It draws what `load_model` draws, and can also draw each concept as it was tuned. Raises as `load_model` does.
+    """
+    fused = load_model(name, device=device, dtype=dtype)
+    pipeline = load_named_base(str(fused.manifest.get("base", "")), base, str(name), device=device, dtype=dtype)
+    files = sorted((Path(name) / CONCEPTS).glob(f"*{DELTA_SUFFIX}"))
+    concepts = tuple(load_concept(path, pipeline) for path in files)
+    if not concepts or {one.info.name: one.hash for one in concepts} != fused.concept_hashes:
+        raise ConceptFileError(f"{Path(name) / CONCEPTS}: its {len(files)} files are not the concepts of {MANIFEST}")
+    changed = dict.fromkeys(layer_name for one in concepts for layer_name in one.deltas)
+    weights = {layer_name: matrix(layer(fused.pipeline, layer_name)) for layer_name in changed}
+    return ConceptModel(pipeline, fused.vocabulary, weights, fused.manifest, concepts)
+
+
+def _listed(manifest: Mapping[str, Any], name: str) -> tuple[_Entry, ...]:
+    """The concepts that the manifest of the model `name` lists. Raises ConceptFileError."""
+    try:
+        return _Concepts.model_validate({"concepts": manifest.get("concepts", ())}).concepts
+    except ValueError as error:
+        raise ConceptFileError(f"{name}: {MANIFEST} does not list concepts as expected ({shown(error)})") from error
+
+
+class _Entry(BaseModel):
+    """A concept in a manifest."""
+
+    name: str
+    hash: str = ""
+    words: tuple[str, ...] = ()
+    class_word: str = ""
+
+
+class _Concepts(BaseModel):
+    """What a manifest says about the concepts in a model."""
+
+    concepts: tuple[_Entry, ...] = ()
 
 
 class _Words(BaseModel):
@@ -158,7 +217,8 @@ def _read_vocabulary(folder: Path, pipeline: Any) -> tuple[Vocabulary, dict[str,
     try:
         manifest = json.loads(read_bytes(listing))
         found = _Words.model_validate(manifest)
-    except (ValueError, RecursionError) as error:
+        _listed(manifest, str(listing))
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ConceptFileError(f"{listing}: not the expected table ({shown(error)})") from error
     return _checked_vocabulary(found, vectors, pipeline, f"{folder} ({MANIFEST}, {VECTORS})"), manifest
 

@@ -22,7 +22,7 @@ def preview_grids(pipeline: Any, folder: Path, *, images: int = 4) -> Preview:
             image
             for strength in STRENGTHS.values()
             for image in MixOfShowPipeline.single(pipeline, concept, strength=strength)(
-                f"a photo of a {concept.prompt}", num_images=images
+                f"a photo of a {concept.prompt}", num_images_per_prompt=images
             )
         ]
         seeds = [f"seed {seed}" for seed in range(images)]

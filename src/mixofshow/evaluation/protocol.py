@@ -17,10 +17,12 @@ from torch import Tensor
 from mixofshow.concepts.concept import Concept, load_concept
 from mixofshow.concepts.model import ConceptModel, with_concept
 from mixofshow.errors import SettingsError, shown
-from mixofshow.evaluation.metrics import Scorer, clip_scorer, image_alignment, judge_scorer, text_alignment
+from mixofshow.evaluation.drawing import draw
+from mixofshow.evaluation.metrics import image_alignment, text_alignment
 from mixofshow.evaluation.prompts import prompts_for
+from mixofshow.evaluation.scorers import Scorer
 from mixofshow.progress import Progress, silent
-from mixofshow.sampling.pipeline import STEPS, MixOfShowPipeline
+from mixofshow.sampling.settings import STEPS, Composition
 from mixofshow.tuning.dataset import read_folder
 
 LOWER_BOUND: Final = "lower_bound"
@@ -69,15 +71,6 @@ def case_of(pair: str, pipeline: Any, base: str, kind: str) -> Case:
     return Case(load_concept(file, pipeline), references_of(Path(folder)), prompts_for(base, kind))
 
 
-def scorer_for(base: str, clip: Path | None) -> Scorer:
-    """The CLIP in a folder, or Emojiland's own judge. Raises SettingsError for another base without a CLIP."""
-    if clip:
-        return clip_scorer(clip)
-    if base != "emojiland":
-        raise SettingsError(f"base '{shown(base)}' has no judge of its own; name a local CLIP with --clip")
-    return judge_scorer()
-
-
 def references_of(folder: Path) -> list[Image.Image]:
     """Held-out pictures of a folder. Raises DatasetError."""
     return [example.image for example in read_folder(folder, instance_prompt="", with_masks=False)]
@@ -115,16 +108,16 @@ def score(
     model: ConceptModel, noun: str, case: Case, *, references: Tensor, scorer: Scorer, settings: EvaluationSettings
 ) -> Score:
     """Draw the case's prompts with `noun` in them and compare with references and class-word texts."""
-    draw = MixOfShowPipeline(model)
     images: list[Image.Image] = []
     for prompt in case.prompts:
-        images += draw(
-            prompt.format(noun),
-            num_images=settings.images_per_prompt,
+        wanted = Composition(
+            prompt=prompt.format(noun),
+            num=settings.images_per_prompt,
             seed=settings.seed,
-            num_inference_steps=settings.num_inference_steps,
+            steps=settings.num_inference_steps,
             guidance_scale=settings.guidance_scale,
         )
+        images += draw(model, wanted)
     asked = [
         prompt.format(case.concept.info.class_word)
         for prompt in case.prompts

@@ -21,7 +21,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .3rem .9rem; border-bottom: 1px solid #ddd; }
 td + td, th + th { text-align: right; font-variant-numeric: tabular-nums; }
 figure { display: inline-block; margin: .4rem .8rem .8rem 0; vertical-align: top; } figcaption { font-size: .85rem; color: #555; }
-img { image-rendering: auto; border-radius: 4px; max-width: 100%; } h2 { margin-top: 2.5rem; }
+img { image-rendering: auto; border-radius: 4px; max-width: 100%; } svg { max-width: 100%; height: auto; } h2 { margin-top: 2.5rem; }
 """
 
 
@@ -50,6 +50,10 @@ class Page:
         self.parts.append(
             f'<figure><img alt="{note}" src="data:image/png;base64,{source}"><figcaption>{note}</figcaption></figure>'
         )
+
+    def chart(self, svg: str, caption: str) -> None:
+        """A drawing from `charts`, with what it shows below it."""
+        self.parts.append(f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>")
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table whose first column names its rows."""

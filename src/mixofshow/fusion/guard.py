@@ -13,7 +13,6 @@ from typing import Final
 
 from torch import Tensor
 
-from mixofshow.concepts.concept import Full
 from mixofshow.fusion.problem import LayerProblem
 
 LOUD: Final = 3.0
@@ -69,7 +68,5 @@ def _loudness(problem: LayerProblem) -> list[float]:
 
 
 def _scaled(problem: LayerProblem, number: int, factor: float) -> LayerProblem:
-    changes = [
-        Full(one.matrix(factor)) if one is not None and k == number else one for k, one in enumerate(problem.changes)
-    ]
+    changes = [one.scaled(factor) if one and k == number else one for k, one in enumerate(problem.changes)]
     return replace(problem, changes=changes)

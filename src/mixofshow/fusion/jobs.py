@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from mixofshow.bases.loading import load_base, load_named_base
 from mixofshow.concepts.concept import Concept, load_concept
-from mixofshow.errors import SettingsError, shown
-from mixofshow.files import read_table
+from mixofshow.concepts.interchange.importing import open_concept
+from mixofshow.concepts.interchange.settings import ImportSettings
+from mixofshow.errors import SettingsError, field_problem, shown
+from mixofshow.files import MAX_YAML_BYTES, read_bytes, read_table
 from mixofshow.fusion.editing import edited, edited_settings, fused_from, read_manifest
 from mixofshow.fusion.settings import FusionSettings, make_fusion_settings, on_top
 from mixofshow.fusion.solving import check_method
@@ -18,6 +23,8 @@ from mixofshow.fusion.solving import check_method
 BASE: Final = "emojiland"
 """The base of those who name none."""
 TABLES: Final = (".yaml", ".yml")
+LIST: Final = ".json"
+"""How the reference implementation lists concepts."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ def make_job(
     base: str | None = None,
     device: str = "cpu",
 ) -> Job:
-    """The job of concept files, of one YAML file that lists them, or of a fused `model`, edited.
+    """The job of concept files, of one YAML or JSON file that lists them, or of a fused `model`, edited.
 
     Given settings and base come before those in the YAML or the model. Raises BadInputError.
     """
@@ -51,7 +58,47 @@ def make_job(
         raise SettingsError("add and remove change a model that was fused; name its folder with --model")
     if len(files) == 1 and files[0].suffix in TABLES:
         return _job_of_table(read_table(files[0]), files[0], given, base, device)
-    return _job(files, on_top(FusionSettings(), given), base, device)
+    settings = on_top(FusionSettings(), given)
+    if len(files) == 1 and files[0].suffix == LIST:
+        return _job_of_list(files[0], settings, base, device)
+    return _job(files, settings, base, device)
+
+
+class _Listed(BaseModel):
+    """One concept of the reference implementation's list; ours and other tools' files may stand there too."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    lora_path: str
+    unet_alpha: float = Field(1.0, ge=0, le=100)
+    text_encoder_alpha: float = Field(1.0, ge=0, le=100)
+    concept_name: str | None = Field(None, max_length=256)
+
+
+_LISTING: Final = TypeAdapter(Annotated[list[_Listed], Field(min_length=1)])
+
+
+def _job_of_list(source: Path, settings: FusionSettings, base: str | None, device: str) -> Job:
+    """A JSON list of concepts and how strong each is; paths are relative to the list's own file."""
+    listed = _read_list(source)
+    check_method(settings)
+    pipeline = load_base(base or BASE, device=device)
+    concepts = []
+    for one in listed:
+        how = ImportSettings(
+            words=one.concept_name, unet_alpha=one.unet_alpha, text_encoder_alpha=one.text_encoder_alpha
+        )
+        concepts.append(open_concept(source.parent / one.lora_path, pipeline, how))
+    return Job(pipeline, concepts, settings)
+
+
+def _read_list(source: Path) -> list[_Listed]:
+    try:
+        return _LISTING.validate_python(json.loads(read_bytes(source, MAX_YAML_BYTES)))
+    except ValidationError as error:
+        raise SettingsError(f"{source}: {field_problem(error.errors()[0], _Listed.model_fields)}") from error
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(f"{source}: not valid JSON ({shown(error)})") from error
 
 
 def _job_of_table(

@@ -112,8 +112,8 @@ def _regression(problem: LayerProblem) -> tuple[Tensor, Tensor]:
         wanted.append((problem.prior, problem.zero(), problem.prior_weight))
     inputs, targets = [], []
     for seen, change, weight in wanted:
-        if seen.inputs is None or seen.drifted is not None:
-            raise SettingsError("method 'lbfgs': needs the inputs row by row, without drift; set refine to 0")
+        if seen.inputs is None:
+            raise SettingsError("method 'lbfgs': needs the inputs row by row, which were not kept")
         inputs.append(weight**0.5 * seen.inputs.to(problem.base.device, kind))
         targets.append(functional.linear(inputs[-1], (problem.base.double() + change).to(kind)))
     return torch.cat(inputs), torch.cat(targets)

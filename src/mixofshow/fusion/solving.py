@@ -10,13 +10,13 @@ from typing import Any, Final
 from torch import Tensor
 
 from mixofshow.concepts.concept import Concept
+from mixofshow.errors import SettingsError
 from mixofshow.fusion.guard import guarded, undone_of_others
-from mixofshow.fusion.methods import METHODS, STAGE_DEFAULTS, mean, method_settings
+from mixofshow.fusion.methods import KEEPS_INPUTS, METHODS, STAGE_DEFAULTS, mean, method_settings
 from mixofshow.fusion.problem import LayerProblem
 from mixofshow.fusion.recording import Stage
 from mixofshow.fusion.settings import FusionSettings
-from mixofshow.fusion.statistics import Seen, input_of
-from mixofshow.fusion.store import Recording
+from mixofshow.fusion.statistics import Seen
 
 Solver = Callable[[LayerProblem], Tensor]
 STAGES: Final[tuple[Stage, ...]] = ("text", "keys-and-values", "picture")
@@ -107,29 +107,19 @@ def solver_for(settings: FusionSettings, stage: Stage) -> Solver:
 
 def check_method(settings: FusionSettings) -> None:
     """Raise SettingsError for an unknown method or a setting that it does not have, before anything is recorded."""
+    if settings.method in KEEPS_INPUTS and settings.passes:
+        raise SettingsError(f"refine: method '{settings.method}' has no use for drifted inputs; set refine to 0")
     for stage in STAGES:
         solver_for(settings, stage)
 
 
 def problem_of(
-    name: str,
-    base: Tensor,
-    concepts: Sequence[Concept],
-    recordings: Sequence[Recording],
-    settings: FusionSettings,
+    name: str, base: Tensor, concepts: Sequence[Concept], look: Callable[[int], Seen], settings: FusionSettings
 ) -> LayerProblem:
-    """The problem of one layer, (out, in), with what was recorded of each concept and, behind them, of the base."""
-    source = input_of(name)
-    problem = LayerProblem(
-        base,
-        [concept.deltas.get(name) for concept in concepts],
-        lambda number: recordings[number].look(source, base.device),
-        [1.0] * len(concepts),
-    )
+    """The problem of one layer, (out, in); `look(i)` is what was recorded of concept i and, behind them, of the base."""
+    problem = LayerProblem(base, [concept.deltas.get(name) for concept in concepts], look, [1.0] * len(concepts))
     problem = problem.weighed(_weights(problem, concepts, settings))
-    for prior in recordings[len(concepts) :]:
-        problem = _with_prior(problem, prior.look(source, base.device), settings.prior)
-    return problem
+    return _with_prior(problem, look(len(concepts)), settings.prior) if settings.prior else problem
 
 
 def _weights(problem: LayerProblem, concepts: Sequence[Concept], settings: FusionSettings) -> list[float]:

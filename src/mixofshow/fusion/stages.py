@@ -6,6 +6,7 @@ Concepts are taken in the order of their hashes, so that the order of the files 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -28,7 +29,7 @@ from mixofshow.fusion.recording import Source, Stage, record, stage_of
 from mixofshow.fusion.settings import FusionSettings, RecordingSettings
 from mixofshow.fusion.solving import STAGES, LayerReport, check_method, problem_of, solve, solver_for, turned_down
 from mixofshow.fusion.statistics import input_of
-from mixofshow.fusion.store import Recording, Store
+from mixofshow.fusion.store import Looks, Recording, Store
 from mixofshow.progress import Progress, silent
 
 LOUD_SHARE: Final = 0.25
@@ -76,7 +77,15 @@ def fuse(
     manifest = {
         "base": base_name(pipeline),
         "settings": settings.model_dump(mode="json"),
-        "concepts": [{"name": concept.info.name, "hash": concept.hash} for concept in ordered],
+        "concepts": [
+            {
+                "name": concept.info.name,
+                "hash": concept.hash,
+                "words": list(concept.info.words),
+                "class_word": concept.info.class_word,
+            }
+            for concept in ordered
+        ],
     }
     return Fused(ConceptModel(pipeline, words, fusion.weights, manifest, ordered), fusion.reports)
 
@@ -143,6 +152,7 @@ class _Recorder:
         key = {
             "source": source.concept.hash if source.concept else "base",
             "base": self.fingerprint,
+            "precision": str(self.pipeline.unet.dtype),
             "scheduler": self.scheduler,
             "texts": source.texts,
             "pictures": source.pictures,
@@ -251,10 +261,11 @@ class _Fusion:
         return recordings
 
     def _solve(self, names: Sequence[str], recordings: Sequence[Recording]) -> None:
-        """One layer after another; of what was recorded only one matrix is in memory at a time."""
+        """One layer after another, those with one input together."""
         called = [concept.info.name for concept in self.concepts]
-        for name in names:
-            base = matrix(layer(self.pipeline, name))
-            problem = problem_of(name, base, self.concepts, recordings, self.settings)
-            solver = solver_for(self.settings, stage_of(name))
-            self.weights[name], self.reports[name] = solve(problem, called, solver, self.settings)
+        for source, readers in itertools.groupby(names, input_of):
+            look = Looks(recordings, source, self.pipeline.device)
+            for name in readers:
+                problem = problem_of(name, matrix(layer(self.pipeline, name)), self.concepts, look, self.settings)
+                solver = solver_for(self.settings, stage_of(name))
+                self.weights[name], self.reports[name] = solve(problem, called, solver, self.settings)

@@ -24,6 +24,7 @@ Storage = Literal["fp64", "fp32", "fp16", "low-rank"]
 METADATA_KEY: Final = "mixofshow_recording"
 DIGEST_KEY: Final = "sha256"
 FORMAT_VERSION: Final = 1
+KEPT: Final = 2**28
 RANK_SHARE: Final = 8
 """Low-rank storage keeps the largest eighth of the eigenvalues, and of the rest the diagonal."""
 
@@ -55,6 +56,29 @@ class Recording:
                 raise ConceptFileError(f"{self.file.path}: {kind} of {shown(name)}: values that are not finite")
             found[kind] = tensor.to(device) if kind == "inputs" else tensor.to(device, torch.float64)
         return Seen(**found, rows=self.rows[name])
+
+
+class Looks:
+    """What was recorded of several concepts under one input name, read once for all layers with this input.
+
+    Kept in memory as far as it fits into `KEPT` bytes, so that the number of concepts does not matter.
+    """
+
+    def __init__(self, recordings: Sequence[Recording], name: str, device: Any) -> None:
+        self._recordings, self._name, self._device = recordings, name, device
+        self._kept: dict[int, Seen] = {}
+        self._room = KEPT
+
+    def __call__(self, number: int) -> Seen:
+        """Of recording `number`. Raises ConceptFileError."""
+        if number in self._kept:
+            return self._kept[number]
+        seen = self._recordings[number].look(self._name, self._device)
+        size = sum(tensor.nbytes for tensor in seen.tensors().values())
+        if size <= self._room:
+            self._room -= size
+            self._kept[number] = seen
+        return seen
 
 
 @dataclass(frozen=True)

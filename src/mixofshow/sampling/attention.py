@@ -1,39 +1,141 @@
 """Regionally controllable sampling (Mix-of-Show §3.4): inside a region, cross-attention reads that region's prompt.
 
-Cross-attention is independent for each image token, so the model's own processor can simply be called again on
-the tokens of a region with the region's text; no attention is written anew.
+For cells covered by regions i to the shares c_i, with weights w_i,
+
+    h = (1 − a) · Attention(Q, K, V) + a · Σ w_i c_i Attention(Q_i, K_i, V_i) / Σ w_i c_i,    a = max c_i
+
+with the global prompt's K and V first, and Q_i the queries of region i's cells only. All shares of a cell sum to 1 and
+the output projection is affine, so it is called once, on h. Keys and values of all texts are computed once per picture.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
-from einops import rearrange
-from torch import Tensor
+from einops import repeat
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mixofshow.bases.layers import cross_attentions
-from mixofshow.sampling.regions import Box, cells, feature_grid, is_empty
+from mixofshow.errors import BaseModelError
+from mixofshow.sampling.regions import Cells, Grid, Shape, bounding_cells, coverages, levels
+
+_WITHOUT: Final = (
+    *("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross"),
+    *("add_k_proj", "add_v_proj", "add_q_proj"),
+    *("residual_connection", "fused_projections", "is_causal"),
+)
+"""Parts of diffusers' attention that the models we know leave empty, and that are not done here."""
+INSIDE: Final = 0.5
+"""A cell that is covered to this share belongs to a region, where it must be yes or no."""
 
 
 @dataclass(frozen=True)
 class RegionText:
-    """A region's box in shares of the picture, and its text for every row of the batch, (batch, layers, tokens, dim)."""
+    """A region's place and its text, (sides, layers, tokens, dim): with guidance, the negative one comes first.
 
-    box: Box
+    It counts by its weight, from `first_step` to `last_step` (from 1, both included). `words` are the places of its
+    concepts' words among its tokens, and `concepts` their names.
+    """
+
+    shape: Shape
     text: Tensor
+    weight: float = 1.0
+    first_step: int = 1
+    last_step: int | None = None
+    words: tuple[int, ...] = ()
+    concepts: tuple[str, ...] = ()
+
+    def holds(self, step: int) -> bool:
+        """Whether the region is there in a step."""
+        return self.first_step <= step <= (self.last_step or step)
 
 
-class _RegionalProcessor:
-    """Calls the wrapped processor for the whole picture and once more for each region, and averages overlaps."""
+@dataclass(frozen=True)
+class Piece:
+    """What a text has of a feature map: a rectangle of cells, and its share in each of them, (rows, columns, 1)."""
 
-    def __init__(self, inner: Any, regions: Sequence[RegionText], index: int, columns: int, rows: int) -> None:
-        self.inner = inner
-        self.regions = [(region.box, region.text[:, index]) for region in regions]
-        self.columns, self.rows = columns, rows
+    text: int
+    area: Cells
+    share: Tensor
+
+
+Plan = Mapping[int, tuple[Grid, list[Piece]]]
+"""For each feature map by its number of cells: its (columns, rows), and what each text has of it."""
+
+
+class RegionalAttention:
+    """What the UNet's attention reads at present, of a picture whose latents are `columns` × `rows`."""
+
+    def __init__(
+        self, regions: Sequence[RegionText], grids: Sequence[Grid], *, like: Tensor, isolate: int, tiny: str
+    ) -> None:
+        self.regions, self.grids, self.like, self.isolate = regions, grids, like, isolate
+        self.covers = [coverages(region.shape, grids, tiny=tiny) for region in regions]
+        self.layers: list[CrossAttention] = []
+        self.plan: Plan = {}
+        self.apart: Mapping[int, Tensor] = {}
+        self._plans: dict[tuple[int, ...], Plan] = {}
+        self._masks: dict[tuple[int, ...], Mapping[int, Tensor]] = {}
+        self.at(1)
+
+    def at(self, step: int) -> None:
+        """Take the regions that are there in this step, counted from 1."""
+        there = tuple(number for number, region in enumerate(self.regions) if region.holds(step))
+        if there not in self._plans:
+            self._plans[there] = {columns * rows: self._planned(there, (columns, rows)) for columns, rows in self.grids}
+        self.plan = self._plans[there]
+        isolated = step <= self.isolate and len(there) > 1
+        if isolated and there not in self._masks:
+            self._masks[there] = self._apart(there)
+        self.apart = self._masks[there] if isolated else {}
+
+    def _stacked(self, there: Sequence[int], grid: Grid) -> Tensor:
+        """The coverages of the global prompt (none) and the regions: (texts, rows, columns)."""
+        level = self.grids.index(grid)
+        return torch.stack([torch.zeros(grid[1], grid[0]), *(self.covers[number][level] for number in there)])
+
+    def _planned(self, there: Sequence[int], grid: Grid) -> tuple[Grid, list[Piece]]:
+        weights = torch.tensor([1.0, *(self.regions[number].weight for number in there)])
+        texts = (0, *(number + 1 for number in there))
+        pieces = []
+        for text, share in zip(texts, shares(self._stacked(there, grid), weights), strict=True):
+            left, top, right, bottom = area = bounding_cells(share)
+            if share.any():
+                pieces.append(Piece(text, area, share[top:bottom, left:right, None].to(self.like)))
+        return grid, pieces
+
+    def _apart(self, there: Sequence[int]) -> Mapping[int, Tensor]:
+        """For each feature map: may a cell (first) read another (second)? Not when it lies in other regions only."""
+        found = {}
+        for columns, rows in self.grids:
+            inside = (self._stacked(there, (columns, rows)).flatten(1) >= INSIDE).float()
+            alone = inside.sum(0) == 0
+            found[columns * rows] = ((inside.T @ inside > 0) | alone | alone[:, None]).to(self.like.device)
+        return found
+
+
+def shares(covers: Tensor, weights: Tensor) -> Tensor:
+    """Each text's share in each cell, from (texts, rows, columns) and (texts,); the first gets what the others leave."""
+    weighted = weights[:, None, None] * covers
+    total, taken = weighted.sum(0), covers.amax(0)
+    found = torch.where(total > 0, taken * weighted / torch.where(total > 0, total, 1), 0)
+    found[0] = 1 - taken
+    return found
+
+
+class CrossAttention:
+    """Processor of a cross-attention layer: one query for the picture, then each text where it has a share."""
+
+    def __init__(self, attn: Any, texts: Sequence[Tensor], regional: RegionalAttention, batch: int) -> None:
+        self.regional = regional
+        self.texts = [_keys_values(attn, text, batch, regional.like) for text in texts]
+        self.queries: list[Tensor] | None = None
+        """Put a list here to be given the queries, (batch, rows, columns, heads · dim)."""
 
     def __call__(
         self,
@@ -41,43 +143,120 @@ class _RegionalProcessor:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        **kwargs: Any,
+        temb: Tensor | None = None,
     ) -> Tensor:
-        outside = self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
-        columns, rows = feature_grid(hidden_states.shape[1], columns=self.columns, rows=self.rows)
-        picture = rearrange(hidden_states, "batch (rows columns) dim -> batch rows columns dim", rows=rows)
-        total = outside.new_zeros(outside.shape[0], rows, columns, outside.shape[2])
-        count = outside.new_zeros(1, rows, columns, 1)
-        for box, text in self.regions:
-            area = cells(box, columns=columns, rows=rows)
-            if is_empty(area):
-                continue
-            left, top, right, bottom = area
-            inside = picture[:, top:bottom, left:right]
-            made = self.inner(
-                attn, rearrange(inside, "batch rows columns dim -> batch (rows columns) dim"), text, **kwargs
-            )
-            total[:, top:bottom, left:right] += rearrange(
-                made, "batch (rows columns) dim -> batch rows columns dim", rows=bottom - top
-            )
-            count[:, top:bottom, left:right] += 1
-        whole = rearrange(outside, "batch (rows columns) dim -> batch rows columns dim", rows=rows)
-        blended = torch.where(count > 0, total / count.clamp(min=1), whole)
-        return rearrange(blended, "batch rows columns dim -> batch (rows columns) dim")
+        """(batch, cells, dim) to the same. The text is known already, whatever is handed over."""
+        (columns, rows), pieces = self.regional.plan[hidden_states.shape[1]]
+        query = attn.to_q(hidden_states)
+        if self.queries is not None:
+            self.queries.append(query.unflatten(1, (rows, columns)))
+        if len(pieces) == 1:  # it has all of every cell
+            mixed = _attend(query, *self.texts[pieces[0].text], attn.scale)
+        else:
+            mixed = self._mixed(query.unflatten(1, (rows, columns)), pieces, attn.scale)
+        return attn.to_out[1](attn.to_out[0](mixed))
+
+    def _mixed(self, query: Tensor, pieces: Sequence[Piece], scale: float) -> Tensor:
+        """(batch, rows, columns, heads · dim) -> (batch, cells, heads · dim)."""
+        mixed = torch.zeros_like(query)
+        for piece in pieces:
+            left, top, right, bottom = piece.area
+            inside = query[:, top:bottom, left:right].flatten(1, 2)
+            attended = _attend(inside, *self.texts[piece.text], scale)
+            mixed[:, top:bottom, left:right].addcmul_(piece.share, attended.unflatten(1, (bottom - top, right - left)))
+        return mixed.flatten(1, 2)
+
+
+class IsolatedSelfAttention:
+    """Processor of a self-attention layer in which regions do not read each other."""
+
+    def __init__(self, regional: RegionalAttention) -> None:
+        self.regional = regional
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """(batch, cells, dim) to the same."""
+        key, value = (_in_heads(project(hidden_states), attn.heads) for project in (attn.to_k, attn.to_v))
+        apart = self.regional.apart.get(hidden_states.shape[1])
+        attended = _attend(attn.to_q(hidden_states), key, value, attn.scale, apart)
+        return attn.to_out[1](attn.to_out[0](attended))
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """softmax(Q Kᵀ · scale) V: (batch, cells, heads · dim), keys and values in heads -> (batch, cells, heads · dim)."""
+    query = _in_heads(query, key.shape[1])
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2).flatten(2)
+
+
+def _in_heads(states: Tensor, heads: int) -> Tensor:
+    return states.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def _keys_values(attn: Any, text: Tensor, batch: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, tokens, dim) -> keys and values, (batch, heads, tokens, dim): equal parts of the batch share a row."""
+    device = attn.to_k.weight.device
+    text = text.to(device if device.type != "meta" else like.device, like.dtype)
+
+    def projected(project: nn.Module) -> Tensor:
+        states = _in_heads(project(text), attn.heads)
+        return repeat(states, "rows ... -> (rows same) ...", same=batch // len(states)).to(like.device)
+
+    return projected(attn.to_k), projected(attn.to_v)
 
 
 @contextlib.contextmanager
-def regional(unet: Any, regions: Sequence[RegionText], *, columns: int, rows: int) -> Iterator[None]:
-    """Inside, the UNet's cross-attention follows the regions; `columns` × `rows` is the size of the latents."""
-    if not regions:
-        yield
-        return
-    layers = cross_attentions(unet)
-    own = {name: module.processor for name, module in layers.items()}
+def regional(
+    unet: Any,
+    text: Tensor,
+    regions: Sequence[RegionText],
+    *,
+    batch: int,
+    columns: int,
+    rows: int,
+    isolate: int = 0,
+    tiny: str = "nearest",
+) -> Iterator[RegionalAttention]:
+    """Inside, the UNet reads `text`, (texts, layers, tokens, dim), and in the regions theirs, for a batch of latents.
+
+    The latents are `columns` × `rows`. Regions do not read each other's cells in the first `isolate` steps. `tiny` is
+    that of `coverages`. Raises BaseModelError for attention of a kind that is not known here.
+    """
+    cross = cross_attentions(unet)
+    replaced: dict[str, Any] = dict(cross)
+    if isolate and regions:
+        replaced |= {name: unet.get_submodule(name) for name in (f"{one.removesuffix('2')}1" for one in cross)}
+    for name, module in replaced.items():
+        _require_known(name, module)
+    like = torch.empty(0, device=text.device, dtype=unet.dtype)
+    handle = RegionalAttention(
+        regions, levels(columns, rows, len(unet.config.block_out_channels)), like=like, isolate=isolate, tiny=tiny
+    )
+    before = {name: module.processor for name, module in replaced.items()}
     try:
-        for index, (name, module) in enumerate(layers.items()):
-            module.processor = _RegionalProcessor(own[name], regions, index, columns, rows)  # type: ignore[assignment]
-        yield
+        for index, (name, module) in enumerate(replaced.items()):
+            if name in cross:
+                texts = [one[:, index] for one in (text, *(region.text for region in regions))]
+                module.processor = CrossAttention(module, texts, handle, batch)
+                handle.layers.append(module.processor)
+            else:
+                module.processor = IsolatedSelfAttention(handle)
+        yield handle
     finally:
-        for name, module in layers.items():
-            module.processor = own[name]
+        for name, module in replaced.items():
+            module.processor = before[name]
+
+
+def _require_known(name: str, attn: Any) -> None:
+    found = [part for part in _WITHOUT if getattr(attn, part, None)]
+    if attn.rescale_output_factor != 1:
+        found.append("rescale_output_factor")
+    if isinstance(attn.processor, nn.Module):
+        found.append(type(attn.processor).__name__)
+    if found:
+        raise BaseModelError(f"{name}: attention with {', '.join(found)} cannot be used with regions")

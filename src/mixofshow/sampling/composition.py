@@ -2,57 +2,57 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
-from mixofshow.errors import RegionError, SettingsError, field_problem, shown
-from mixofshow.files import read_table, refuse_unwritable, writing
+from mixofshow.errors import RegionError, SettingsError, field_problem, nearest, shown
+from mixofshow.files import read_table, refuse_unwritable
 from mixofshow.progress import Progress, silent
-from mixofshow.sampling.pipeline import STEPS, MixOfShowPipeline
-from mixofshow.sampling.regions import Box, Region
-
-PNG_KEY: Final = "mixofshow"
-
-
-class RegionEntry(BaseModel):
-    """A region as written in YAML."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    box: Box
-    prompt: str
-    negative_prompt: str | None = None
+from mixofshow.sampling.pictures import embedded, is_embedded, read_picture
+from mixofshow.sampling.pipeline import MixOfShowPipeline
+from mixofshow.sampling.regions import Region
+from mixofshow.sampling.settings import Composition, RegionEntry
 
 
-class Composition(BaseModel):
-    """Prompts, places, size and seed. Two equal compositions give equal pictures on one machine."""
+def make_composition(table: Mapping[str, Any], source: str = "composition", folder: Path | None = None) -> Composition:
+    """A checked composition; pictures that it names, relative to the folder, become part of it.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    prompt: str
-    negative_prompt: str = ""
-    regions: tuple[RegionEntry, ...] = ()
-    width: int | None = Field(None, ge=1)
-    height: int | None = Field(None, ge=1)
-    seed: int = 0
-    num: int = Field(1, ge=1, le=10_000)
-    steps: int = Field(STEPS, ge=1, le=1000)
-    guidance_scale: float | None = Field(None, ge=0, le=100)
-
-
-def make_composition(table: Mapping[str, Any], source: str = "composition") -> Composition:
-    """A checked composition. Raises SettingsError naming the field and the nearest known one."""
+    Without a folder no file is read: then the pictures must be part of it already. Raises SettingsError naming the
+    field and the nearest known one, RegionError, BadInputError for a picture.
+    """
     try:
-        return Composition.model_validate(table)
+        made = Composition.model_validate(table)
     except ValidationError as error:
-        problem = field_problem(error.errors()[0], Composition.model_fields)
-        raise SettingsError(f"{source}: {problem}") from error
+        problem = error.errors()[0]
+        known = RegionEntry if problem["loc"][0] == "regions" and len(problem["loc"]) > 1 else Composition
+        raise SettingsError(f"{source}: {field_problem(problem, known.model_fields)}") from error
+    made = _with_pictures(made, source, folder)
+    for entry in made.regions:
+        entry_region(entry)
+    return made
+
+
+def entry_region(entry: RegionEntry) -> Region:
+    """The region that an entry describes. Raises RegionError."""
+    return Region(**dict(entry))
+
+
+def _with_pictures(composition: Composition, source: str, folder: Path | None) -> Composition:
+    """The composition with the pictures that it names in the place of their names."""
+
+    def read(name: str | None, mode: str) -> str | None:
+        if name is None or is_embedded(name):
+            return name
+        if folder is None:
+            raise SettingsError(f"{source}: expected the picture itself, found a file's name, '{shown(name)}'")
+        return embedded(read_picture(folder / name, mode))
+
+    regions = tuple(entry.model_copy(update={"mask": read(entry.mask, "L")}) for entry in composition.regions)
+    return composition.model_copy(update={"regions": regions, "image": read(composition.image, "RGB")})
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -74,14 +74,16 @@ def region_entry(text: str) -> dict[str, Any]:
 def from_options(path: Path | None, options: Mapping[str, Any]) -> Composition:
     """A composition from a YAML file (or none) and options as typed, which come first.
 
-    `size` is "WIDTHxHEIGHT" and `regions` are texts there. Raises SettingsError, RegionError.
+    `size` is "WIDTHxHEIGHT", `regions` are texts, `image` is a file from here. Raises SettingsError, RegionError.
     """
     table = (read_table(path) if path else {}) | dict(options)
     if "size" in options:
         table["width"], table["height"] = parse_size(table.pop("size"))
     if "regions" in options:
         table["regions"] = [region_entry(text) for text in options["regions"]]
-    return make_composition(table, str(path or "options"))
+    if "image" in options:
+        table["image"] = str(Path(options["image"]).absolute())
+    return make_composition(table, str(path or "options"), path.parent if path else Path())
 
 
 def picture_paths(path: Path, count: int) -> list[Path]:
@@ -94,42 +96,39 @@ def picture_paths(path: Path, count: int) -> list[Path]:
 
 def compose(pipeline: MixOfShowPipeline, composition: Composition, *, progress: Progress = silent) -> list[Image.Image]:
     """Draw a composition's pictures; picture k is made from seed + k."""
-    regions = [Region(entry.prompt, entry.box, entry.negative_prompt) for entry in composition.regions]
     images: list[Image.Image] = []
+    start = read_picture(composition.image, "RGB") if composition.image else None
     for number in range(composition.num):
         # One at a time: in a batch, rounding depends on how many pictures are drawn together.
         images += pipeline(
             composition.prompt,
-            regions=regions,
+            regions=[entry_region(entry) for entry in composition.regions],
             negative_prompt=composition.negative_prompt,
-            width=composition.width,
-            height=composition.height,
-            num_inference_steps=composition.steps,
-            guidance_scale=composition.guidance_scale,
+            image=start,
             seed=composition.seed + number,
-            progress=_as_part(progress, number, composition.num),
+            own_weights=composition.own_weights,
+            progress=as_part(progress, number, composition.num),
+            **composition.drawing,
         )
     return images
 
 
-def _as_part(progress: Progress, number: int, count: int) -> Progress:
+def as_part(progress: Progress, number: int, count: int) -> Progress:
     """Progress of picture `number` out of `count` as progress of them all."""
     return lambda step, total, info: progress(number * total + step, count * total, info)
 
 
-def save_picture(image: Image.Image, path: Path, composition: Composition, number: int = 0) -> None:
-    """Write a PNG that carries the composition of just this picture."""
-    alone = composition.model_copy(update={"seed": composition.seed + number, "num": 1})
-    note = PngInfo()
-    note.add_text(PNG_KEY, json.dumps(alone.model_dump(mode="json")))
-    with writing(path) as temporary:
-        image.save(temporary, "PNG", pnginfo=note)
+def variations(composition: Composition, text: str | None) -> Iterator[tuple[str, Composition]]:
+    """The composition with each value of a setting, labelled, from "key=value,value"; without a text, as it is.
 
-
-def composition_of(path: Path) -> Composition:
-    """The composition that a PNG carries. Raises SettingsError when it carries none."""
-    with Image.open(path, formats=("PNG",)) as image:
-        text = image.info.get(PNG_KEY)
+    Raises SettingsError.
+    """
     if text is None:
-        raise SettingsError(f"{path}: carries no composition")
-    return make_composition(json.loads(text), str(path))
+        yield "", composition
+        return
+    key, _, values = text.partition("=")
+    if key not in Composition.model_fields or not values:
+        hint = nearest(key, Composition.model_fields)
+        raise SettingsError(f"'{shown(text)}': expected KEY=VALUE,VALUE of a setting{hint}")
+    for value in values.split(","):
+        yield f"{key} {value}", make_composition(composition.model_dump() | {key: value}, f"'{shown(text)}'")

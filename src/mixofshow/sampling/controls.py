@@ -1,7 +1,7 @@
 """Controls: a picture that says what lies where, by ControlNet (Zhang et al., 2023) or T2I-Adapter (Mou et al., 2023).
 
 The networks are diffusers' own. A control is one of them with its picture, and says for every step of sampling what
-is added inside the UNet, as keyword arguments for it; `combine` adds up those of several controls. A further kind of
+is added inside the UNet, as keyword arguments for it; `denoise` adds up those of several controls. A further kind of
 control is one class in CONTROLS.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -186,21 +186,6 @@ def require_fit(network: Any, unet: Any, source: str = "control") -> None:
     found = list(network.config.get("channels") or network.config.block_out_channels)
     expected = list(unet.config.block_out_channels)
     _require(found == expected, f"{shown(source)}: channels of its levels", found, f"the base model's {expected}")
-
-
-def combine(residuals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The keyword arguments of several controls as one: tensors of one name and level are added."""
-    total: dict[str, Any] = {}
-    for part in residuals:
-        for name, value in part.items():
-            total[name] = _sum(total[name], value) if name in total else value
-    return total
-
-
-def _sum(first: Any, second: Any) -> Any:
-    if isinstance(first, Tensor):
-        return first + second
-    return type(first)(one + other for one, other in zip(first, second, strict=True))
 
 
 def map_of_regions(regions: Sequence[tuple[Tensor, float]], *, outside: float = 1.0) -> Tensor:

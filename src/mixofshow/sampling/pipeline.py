@@ -2,205 +2,249 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import torch
-from einops import repeat
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from PIL import Image
 from torch import Tensor
 
 from mixofshow.concepts.concept import Concept
 from mixofshow.concepts.model import ConceptModel, load_model, with_concept
-from mixofshow.concepts.prompts import encode_prompts, layerwise
-from mixofshow.errors import MixOfShowError, SettingsError
+from mixofshow.errors import SettingsError
 from mixofshow.progress import Progress, silent
-from mixofshow.sampling.attention import RegionText, regional
-from mixofshow.sampling.regions import Region, as_shares, require_a_cell
+from mixofshow.sampling.attend import attend_and_excite
+from mixofshow.sampling.denoising import Control, Predicting, denoise, shared_weights
+from mixofshow.sampling.encoding import EncodedPrompt, encode
+from mixofshow.sampling.latents import decode, initial_latents, picture_latents
+from mixofshow.sampling.own_weights import own_models
+from mixofshow.sampling.own_weights import own_weights as predicting_own
+from mixofshow.sampling.regions import Region
+from mixofshow.sampling.settings import Drawing, make_drawing
 
-STEPS: Final = 25
-MAX_STEPS: Final = 1000
-MAX_PIXELS: Final = 2**24
 MAX_SEED: Final = 2**63
+OUTPUTS: Final = ("pil", "np", "pt", "latent")
+
+Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
+"""diffusers' `callback_on_step_end`: (pipeline, step, timestep, {"latents": …}) to what is to be changed of these."""
+
+
+class Pictures(list[Any]):
+    """Pictures as a list; as `images` too, which is where diffusers' pipelines put theirs."""
+
+    @property
+    def images(self) -> Pictures:
+        """The list itself."""
+        return self
 
 
 @dataclass(frozen=True)
-class EncodedPrompt:
-    """Text for every row of a batch: (rows, layers, tokens, dim); with guidance the first half is the negative."""
+class _Asked:
+    """What is asked for beside prompts and regions."""
 
-    text: Tensor
-    regions: tuple[RegionText, ...]
-    guided: bool
+    drawing: Drawing
+    guidance_scale: float
+    generators: Sequence[torch.Generator]
+    images: Sequence[Image.Image]
+    size: tuple[int, int]
+
+    @property
+    def guided(self) -> bool:
+        """Whether there is a negative prompt's side."""
+        return self.guidance_scale != 1.0
 
 
-class MixOfShowPipeline:
-    """Draws pictures with a model that knows concepts.
+class MixOfShowPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # type: ignore[misc]
+    """Draws pictures with a model that knows concepts; in all else a pipeline of diffusers.
 
-    `MixOfShowPipeline(model)` takes a ConceptModel; `MixOfShowPipeline.load(name)` an embedded base, a base
-    folder or a fused folder; `MixOfShowPipeline.single(pipeline, concept)` a base with one concept file.
+    `MixOfShowPipeline.of(model)` takes a ConceptModel; `.from_pretrained(name)` an embedded base, a base folder, a
+    fused folder or a delta file; `.single(pipeline, concept)` a base with one concept file. Modules are shared with the
+    model, not copied.
     """
 
-    def __init__(self, model: ConceptModel) -> None:
-        self.model = model
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+    _callback_tensor_inputs: Final = ["latents"]
+
+    def __init__(self, vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.model = ConceptModel(self)
+        """The words and weights that it draws with, on its own modules."""
+        self._given = self.model
 
     @classmethod
-    def load(cls, name: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> MixOfShowPipeline:
-        """From an embedded base's name, a diffusers folder, or a fused folder."""
-        return cls(load_model(name, device=device, dtype=dtype))
+    def of(cls, model: ConceptModel) -> Self:
+        """From a model that is loaded already."""
+        base = model.pipeline
+        made = cls(base.vae, base.text_encoder, base.tokenizer, base.unet, base.scheduler)
+        made.register_to_config(_name_or_path=base.config.get("_name_or_path"))
+        made.set_progress_bar_config(disable=True)
+        made.model, made._given = replace(model, pipeline=made), model
+        return made
 
     @classmethod
-    def single(cls, pipeline: Any, concept: Concept, *, strength: float = 1.0) -> MixOfShowPipeline:
+    def from_pretrained(cls, name: str | Path, **options: Any) -> Self:
+        """From an embedded base's name, a diffusers folder, a fused folder or a delta file; options of `load_model`."""
+        if "torch_dtype" in options:
+            options["dtype"] = options.pop("torch_dtype")
+        return cls.of(load_model(name, **options))
+
+    @classmethod
+    def load(cls, name: str | Path, **options: Any) -> Self:
+        """The same as `from_pretrained`."""
+        return cls.from_pretrained(name, **options)
+
+    @classmethod
+    def single(cls, pipeline: Any, concept: Concept, *, strength: float = 1.0) -> Self:
         """From a base model and one concept; strength 0 keeps only its words, 1 is as tuned."""
-        return cls(with_concept(pipeline, concept, unet=strength, text_encoder=strength))
+        return cls.of(with_concept(pipeline, concept, unet=strength, text_encoder=strength))
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+        """Write a fused folder, which plain diffusers loads too."""
+        self._given.save(Path(save_directory))
 
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str,
+        prompt: str | Sequence[str],
         *,
         regions: Sequence[Region] = (),
         negative_prompt: str = "",
-        width: int | None = None,
-        height: int | None = None,
-        num_images: int = 1,
-        num_inference_steps: int = STEPS,
-        guidance_scale: float | None = None,
+        image: Image.Image | Sequence[Image.Image] | None = None,
+        num_images_per_prompt: int = 1,
         seed: int = 0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        own_weights: bool | Sequence[Concept] = False,
+        controls: Sequence[Control] = (),
+        output_type: str = "pil",
+        callback_on_step_end: Callback | None = None,
         progress: Progress = silent,
-    ) -> list[Image.Image]:
-        """Pictures, RGB. Picture k of a batch is the one that `seed + k` gives alone (up to rounding).
+        **settings: Any,
+    ) -> Pictures:
+        """Pictures of each prompt in turn, RGB; picture k is the one that `seed + k` gives alone (up to rounding).
 
-        Without a guidance scale the base's usual one is taken. Raises RegionError, TokenError, SettingsError.
+        The `settings` are those of Drawing: `width`, `height`, `num_inference_steps`, `guidance_scale` and so on. With an
+        `image` (or one for each picture), drawing starts from it and goes as far as `strength` says. `own_weights` draws
+        every region with its concept's own weights, un-fused (the concepts may be given). `output_type` is pil, np, pt
+        or latent. Raises RegionError, TokenError, SettingsError.
         """
-        base = self.model.pipeline
-        scale = self.model.usual_guidance if guidance_scale is None else guidance_scale
-        width, height = self._size(width, height)
-        _require(1 <= num_inference_steps <= MAX_STEPS, "num_inference_steps", num_inference_steps, f"1 to {MAX_STEPS}")
-        _require(num_images >= 1, "num_images", num_images, "at least 1")
-        _require(0 <= seed < MAX_SEED, "seed", seed, f"0 to {MAX_SEED - 1}")
-        generators = [torch.Generator().manual_seed(seed + k) for k in range(num_images)]
-        latents = initial_latents(base, generators, width=width, height=height)
+        drawing, prompts = make_drawing(settings), [prompt] if isinstance(prompt, str) else list(prompt)
+        _require(num_images_per_prompt >= 1, "num_images_per_prompt", num_images_per_prompt, "at least 1")
+        _require(bool(prompts), "prompt", prompts, "at least one")
+        _require(output_type in OUTPUTS, "output_type", output_type, "one of " + ", ".join(OUTPUTS))
+        _require(not (own_weights and drawing.attend), "attend", drawing.attend, "0 with own_weights")
+        generators = _generators(seed, generator, num_images_per_prompt * len(prompts))
+        asked = self._asked(drawing, generators, image)
+        encoding = partial(self._encode, prompts, negative_prompt, regions, asked)
+        predicting = self._predicting(own_weights, encoding, drawing.isolated_steps)
         with self.model.active():
-            encoded = encode(
-                self.model,
-                prompt,
-                negative_prompt,
-                regions,
-                width=width,
-                height=height,
-                rows=num_images,
-                guided=scale != 1.0,
+            run = partial(
+                self._denoise,
+                encoding(),
+                asked,
+                controls=controls,
+                predicting=predicting,
+                step_end=partial(self._step_end, callback_on_step_end),
             )
-            latents = denoise(
-                base,
-                latents,
-                encoded,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=scale,
-                generators=generators,
-                progress=progress,
-            )
-            return decode(base, latents)
+            latents = self._passes(run, asked, progress)
+            pictures = latents if output_type == "latent" else decode(self, latents, output_type)
+        self.maybe_free_model_hooks()
+        return Pictures(pictures)
 
-    def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
-        base = self.model.pipeline
-        usual = base.unet.config.sample_size * base.vae_scale_factor
-        width, height = usual if width is None else width, usual if height is None else height
-        for name, value in (("width", width), ("height", height)):
-            step = base.vae_scale_factor
-            allowed = value >= step and value % step == 0 and width * height <= MAX_PIXELS
-            legal = max(step, round(value / step) * step)
-            _require(allowed, name, value, f"a multiple of {step} such as {legal}, at most {MAX_PIXELS} pixels in all")
-        return width, height
+    def _asked(self, drawing: Drawing, generators: Sequence[torch.Generator], image: Any) -> _Asked:
+        scale = self.model.usual_guidance if drawing.guidance_scale is None else drawing.guidance_scale
+        images = [] if image is None else [image] if isinstance(image, Image.Image) else list(image)
+        _require(len(images) in (0, 1, len(generators)), "image", f"{len(images)}", f"1 or {len(generators)} pictures")
+        size = drawing.size(self, images[0] if images else None)
+        return _Asked(drawing, scale, generators, images, size)
+
+    def _encode(
+        self, prompts: Sequence[str], negative_prompt: str, regions: Sequence[Region], asked: _Asked
+    ) -> EncodedPrompt:
+        width, height = asked.size
+        return encode(self.model, prompts, negative_prompt, regions, width=width, height=height, guided=asked.guided)
+
+    def _predicting(
+        self, own_weights: bool | Sequence[Concept], encoding: Callable[[], EncodedPrompt], isolate: int
+    ) -> Predicting:
+        if own_weights is False:
+            return partial(shared_weights, isolate=isolate)
+        concepts = self.model.concepts if own_weights is True else own_weights
+        return predicting_own(own_models(self.model, concepts, encoding), isolate=isolate)
+
+    def _passes(self, run: Callable[..., Tensor], asked: _Asked, progress: Progress) -> Tensor:
+        """The picture, and if asked for, the same enlarged and drawn over."""
+        (width, height), drawing = asked.size, asked.drawing
+        start = self._latents_of(asked.images, asked, (width, height)) if asked.images else None
+        latents = run((width, height), start=start, strength=drawing.image_strength, progress=progress)
+        if drawing.upscale > 1:
+            larger = drawing.enlarged(self, width, height)
+            start = self._latents_of(decode(self, latents), asked, larger)
+            latents = run(larger, start=start, strength=drawing.upscale_strength, progress=progress)
+        return latents
+
+    def _latents_of(self, images: Sequence[Image.Image], asked: _Asked, size: tuple[int, int]) -> Tensor:
+        return picture_latents(self, images, asked.generators, width=size[0], height=size[1])
+
+    def _denoise(
+        self,
+        encoded: EncodedPrompt,
+        asked: _Asked,
+        size: tuple[int, int],
+        *,
+        start: Tensor | None,
+        progress: Progress,
+        **how: Any,
+    ) -> Tensor:
+        drawing = asked.drawing
+        noise = initial_latents(self, asked.generators, width=size[0], height=size[1])
+        with self.progress_bar(total=drawing.steps) as bar:
+
+            def told(step: int, total: int, info: Any) -> None:
+                bar.total = total
+                bar.update()
+                progress(step, total, info)
+
+            return denoise(
+                self,
+                noise,
+                encoded,
+                num_inference_steps=drawing.steps,
+                guidance_scale=asked.guidance_scale,
+                guidance_rescale=drawing.guidance_rescale,
+                start=start,
+                generators=asked.generators,
+                correct=attend_and_excite(drawing.attend) if drawing.attend else None,
+                progress=told,
+                **how,
+            )
+
+    def _step_end(self, callback: Callback | None, step: int, timestep: Tensor, latents: Tensor) -> Tensor:
+        changed = callback(self, step, timestep, {"latents": latents}) if callback else {}
+        return (changed or {}).get("latents", latents)
+
+
+def _generators(
+    seed: int, given: torch.Generator | Sequence[torch.Generator] | None, count: int
+) -> list[torch.Generator]:
+    """One for each picture."""
+    if isinstance(given, torch.Generator):
+        return [given] * count
+    if given is not None:
+        _require(len(given) == count, "generator", f"{len(given)}", f"{count}, one for each picture")
+        return list(given)
+    _require(0 <= seed < MAX_SEED, "seed", seed, f"0 to {MAX_SEED - 1}")
+    return [torch.Generator().manual_seed(seed + number) for number in range(count)]
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
         raise SettingsError(f"{name}: expected {expected}, found {value}")
-
-
-def initial_latents(pipeline: Any, generators: Sequence[torch.Generator], *, width: int, height: int) -> Tensor:
-    """Noise, one picture per generator: (pictures, channels, height, width) of the latents."""
-    factor = pipeline.vae_scale_factor
-    shape = (pipeline.unet.config.in_channels, height // factor, width // factor)
-    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    return noise.to(pipeline.unet.device, pipeline.unet.dtype)
-
-
-def encode(
-    model: ConceptModel,
-    prompt: str,
-    negative_prompt: str,
-    regions: Sequence[Region],
-    *,
-    width: int,
-    height: int,
-    rows: int,
-    guided: bool,
-) -> EncodedPrompt:
-    """All prompts of a composition, layer by layer, repeated for the rows of the batch."""
-    factor = model.pipeline.vae_scale_factor
-    boxes = [as_shares(region, width=width, height=height) for region in regions]
-    for region, box in zip(regions, boxes, strict=True):
-        require_a_cell(region, box, columns=width // factor, rows=height // factor)
-
-    def both(positive: str, negative: str) -> Tensor:
-        prompts = [negative, positive] if guided else [positive]
-        text = encode_prompts(model.pipeline, prompts, model.vocabulary)
-        return repeat(text, "sides layers tokens dim -> (sides rows) layers tokens dim", rows=rows)
-
-    texts = tuple(
-        RegionText(
-            box, both(region.prompt, negative_prompt if region.negative_prompt is None else region.negative_prompt)
-        )
-        for region, box in zip(regions, boxes, strict=True)
-    )
-    return EncodedPrompt(both(prompt, negative_prompt), texts, guided)
-
-
-def denoise(
-    pipeline: Any,
-    latents: Tensor,
-    encoded: EncodedPrompt,
-    *,
-    num_inference_steps: int,
-    guidance_scale: float,
-    generators: Sequence[torch.Generator] = (),
-    progress: Progress = silent,
-) -> Tensor:
-    """Noise to clean latents with the pipeline's own scheduler and classifier-free guidance.
-
-    Some schedulers draw noise in every step: picture k's comes from generator k.
-    """
-    unet, scheduler = pipeline.unet, copy.deepcopy(pipeline.scheduler)
-    scheduler.set_timesteps(num_inference_steps, device=latents.device)
-    draws = generators and "generator" in inspect.signature(scheduler.step).parameters
-    noise_source = {"generator": list(generators)} if draws else {}
-    latents = latents * scheduler.init_noise_sigma
-    rows, columns = latents.shape[-2:]
-    with layerwise(unet), regional(unet, encoded.regions, columns=columns, rows=rows):
-        for step, timestep in enumerate(scheduler.timesteps):
-            batch = torch.cat([latents, latents]) if encoded.guided else latents
-            noise = unet(scheduler.scale_model_input(batch, timestep), timestep, encoded.text).sample
-            if encoded.guided:
-                without, with_prompt = noise.chunk(2)
-                noise = without + guidance_scale * (with_prompt - without)
-            latents = scheduler.step(noise, timestep, latents, **noise_source).prev_sample
-            if not torch.isfinite(latents).all():
-                raise MixOfShowError(
-                    f"sampling: numbers that are not finite appeared at step {step + 1} of {num_inference_steps}"
-                )
-            progress(step + 1, num_inference_steps, {})
-    return latents
-
-
-def decode(pipeline: Any, latents: Tensor) -> list[Image.Image]:
-    """Clean latents to RGB pictures."""
-    vae = pipeline.vae
-    pictures = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
-    images: list[Image.Image] = pipeline.image_processor.postprocess(pictures, output_type="pil")
-    return images

@@ -2,31 +2,83 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Final
 
-from mixofshow.errors import RegionError, shown
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixofshow.errors import BadInputError, RegionError, shown
+from mixofshow.sampling.pictures import Source, read_picture
+from mixofshow.sampling.settings import Box, Points
+
+logger = logging.getLogger(__name__)
 
 _REGION: Final = re.compile(r"\s*([^:]*?)\s*:\s*(.*)", re.DOTALL)
+MAX_POINTS: Final = 1000
+MAX_WEIGHT: Final = 1e6
+WHOLE: Final[Box] = (0.0, 0.0, 1.0, 1.0)
+_SMALLEST_AREA: Final = 1e-9
+"""Below this share of the picture a polygon is a line."""
 
-Box = tuple[float, float, float, float]
-"""(left, top, right, bottom)."""
 Cells = tuple[int, int, int, int]
 """(left, top, right, bottom) in whole cells of a feature map; right and bottom are not included."""
+Grid = tuple[int, int]
+"""(columns, rows) of a feature map."""
 
 
 @dataclass(frozen=True)
 class Region:
-    """A part of the picture with a prompt of its own. `box` is in pixels, or in shares if no number is over 1.
+    """A part of the picture with a prompt of its own: a box, a polygon, or a mask picture (white is inside).
 
-    `negative_prompt` None means the one of the whole picture.
+    Lengths are in pixels, or in shares of the picture if no number of the box or polygon is over 1. A mask is
+    stretched over the whole picture; grey is partly inside. `negative_prompt` None means the one of the whole picture.
+    Where regions overlap, each counts by its `weight`. `first_step` and `last_step` count from 1 and are included; None
+    is the first or last there is. `strength` 0 to 1 is how much of the prompt's concepts is there (0: only their class
+    words), and before `concept_from`, a step, none of it is. `feather` is the width over which the region fades in, half
+    of it on either side of its edge, in pixels, or up to 1 as a share of the picture's shorter side.
     """
 
     prompt: str
-    box: Box
+    box: Box | None = None
     negative_prompt: str | None = None
+    _: KW_ONLY
+    polygon: Points | None = None
+    mask: Source | None = None
+    weight: float = 1.0
+    first_step: int | None = None
+    last_step: int | None = None
+    strength: float = 1.0
+    concept_from: int | None = None
+    feather: float = 0.0
+
+    def __post_init__(self) -> None:
+        if [self.box, self.polygon, self.mask].count(None) != 2:
+            raise RegionError(f"{self.title}: expected a box, a polygon or a mask, and only one of them")
+        self._require(0 < self.weight <= MAX_WEIGHT, "weight", f"above 0 and at most {MAX_WEIGHT:g}")
+        self._require(0 <= self.strength <= 1, "strength", "0 to 1")
+        self._require(0 <= self.feather < math.inf, "feather", "a finite number, at least 0")
+        for name in ("first_step", "last_step", "concept_from"):
+            step = getattr(self, name)
+            self._require(step is None or step >= 1, name, "a step, counted from 1")
+        ends = self.last_step is None or (self.first_step or 1) <= self.last_step
+        self._require(ends, "last_step", f"at least first_step, {self.first_step}")
+
+    def _require(self, holds: bool, name: str, expected: str) -> None:
+        if not holds:
+            raise RegionError(f"{self.title}: {name}: expected {expected}, found {getattr(self, name)}")
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        place = tuple(self.box) if self.box is not None else "polygon" if self.polygon is not None else "mask"
+        return f"region {place} of '{shown(self.prompt, 40)}'"
 
     @classmethod
     def parse(cls, text: str) -> Region:
@@ -40,19 +92,148 @@ class Region:
         return cls(match.group(2) if match else "", (left, top, right, bottom))
 
 
+@dataclass(frozen=True)
+class Shape:
+    """Where a region lies, checked: a polygon's corners (corners, 2), or a mask (rows, columns) of 0 to 1, or a box.
+
+    Box, corners and `feather` (across, down) are in shares of the picture; `title` is for messages.
+    """
+
+    box: Box | None = None
+    polygon: Tensor | None = None
+    mask: Tensor | None = None
+    feather: tuple[float, float] = (0.0, 0.0)
+    title: str = "region"
+
+
+def shape_of(region: Region, *, width: int, height: int) -> Shape:
+    """The region's place on a picture of this size, in shares of it. Raises RegionError naming it and the numbers."""
+    fading = region.feather * min(width, height) if region.feather <= 1 else region.feather
+    feather = (fading / width, fading / height)
+    if region.box is not None:
+        return Shape(box=as_shares(region, width=width, height=height), feather=feather, title=region.title)
+    if region.polygon is not None:
+        return Shape(polygon=_corners(region, width, height), feather=feather, title=region.title)
+    return Shape(mask=_mask(region), feather=feather, title=region.title)
+
+
 def as_shares(region: Region, *, width: int, height: int) -> Box:
     """The region's box in shares of the picture, checked. Raises RegionError naming box and picture."""
-    left, top, right, bottom = region.box
-    where = f"region {tuple(region.box)} of '{shown(region.prompt, 40)}'"
-    if not all(math.isfinite(edge) for edge in region.box):
-        raise RegionError(f"{where}: its edges must be finite numbers")
-    if max(region.box) > 1:
+    box = region.box or (math.nan,) * 4
+    left, top, right, bottom = box
+    if not all(math.isfinite(edge) for edge in box):
+        raise RegionError(f"{region.title}: its edges must be finite numbers")
+    if max(box) > 1:
         left, right, top, bottom = left / width, right / width, top / height, bottom / height
     if left >= right or top >= bottom:
-        raise RegionError(f"{where}: expected left < right and top < bottom")
+        raise RegionError(f"{region.title}: expected left < right and top < bottom")
     if left < 0 or top < 0 or right > 1 or bottom > 1:
-        raise RegionError(f"{where}: lies outside the picture of {width} x {height} pixels")
+        raise RegionError(f"{region.title}: lies outside the picture of {width} x {height} pixels")
     return left, top, right, bottom
+
+
+def _corners(region: Region, width: int, height: int) -> Tensor:
+    """The polygon's corners in shares, (corners, 2), checked."""
+    points = region.polygon or ()
+    if not 3 <= len(points) <= MAX_POINTS or any(len(point) != 2 for point in points):
+        raise RegionError(f"{region.title}: expected 3 to {MAX_POINTS} points (x, y), found {len(points)}")
+    corners = torch.tensor(points, dtype=torch.float64)
+    if not corners.isfinite().all():
+        raise RegionError(f"{region.title}: its points must be finite numbers")
+    if corners.max() > 1:
+        corners = corners / torch.tensor([width, height], dtype=torch.float64)
+    outside = ((corners < 0) | (corners > 1)).any(1)
+    if outside.any():
+        point = points[int(outside.nonzero()[0])]
+        raise RegionError(f"{region.title}: {tuple(point)} lies outside the picture of {width} x {height} pixels")
+    crossing = _crossing(corners)
+    if crossing is not None:
+        first, second = crossing
+        raise RegionError(f"{region.title}: crosses itself, the sides from points {first + 1} and {second + 1} meet")
+    if _area_before(corners, 1.0, 1.0).abs() < _SMALLEST_AREA:
+        raise RegionError(f"{region.title}: its {len(points)} points enclose no area")
+    return corners
+
+
+def _crossing(corners: Tensor) -> tuple[int, int] | None:
+    """The first two sides of a polygon that cross, by the numbers of the corners they start from."""
+    starts, ends = corners, corners.roll(-1, 0)
+
+    def side_of(points: Tensor) -> Tensor:
+        """On which side of each side's line a point lies: (sides, points)."""
+        along, to = (ends - starts)[:, None], points[None] - starts[:, None]
+        turn = along[..., 0] * to[..., 1] - along[..., 1] * to[..., 0]
+        return turn.sign()
+
+    apart = side_of(starts) * side_of(ends) < 0
+    both = (apart & apart.T).nonzero()
+    return (int(both[0, 0]), int(both[0, 1])) if len(both) else None
+
+
+def _mask(region: Region) -> Tensor:
+    """The mask picture as numbers from 0 to 1, (rows, columns)."""
+    try:
+        picture = read_picture(region.mask or "", "L")
+    except BadInputError as error:
+        raise RegionError(f"{region.title}: {error}") from error
+    mask = torch.from_numpy(np.array(picture, dtype=np.float64) / 255)
+    if not mask.any():
+        raise RegionError(f"{region.title}: its mask of {picture.width} x {picture.height} pixels is all black")
+    return mask
+
+
+def coverage(shape: Shape, *, columns: int, rows: int) -> Tensor:
+    """How much of each cell the shape covers, 0 to 1: (rows, columns).
+
+    A box covers the cells that lie wholly inside it, as in the reference; a polygon or mask its share of each cell.
+    """
+    if shape.polygon is not None:
+        cover = _polygon_coverage(shape.polygon, columns=columns, rows=rows)
+    elif shape.mask is not None:
+        high, wide = shape.mask.shape
+        cover = _overlaps(_edges(rows), _edges(high)) @ shape.mask @ _overlaps(_edges(columns), _edges(wide)).T
+    else:
+        left, top, right, bottom = cells(shape.box or WHOLE, columns=columns, rows=rows)
+        cover = torch.zeros(rows, columns, dtype=torch.float64)
+        cover[top : max(top, bottom), left : max(left, right)] = 1
+    return _feathered(cover, shape.feather).clamp(0, 1).round(decimals=6).float()
+
+
+def coverages(shape: Shape, grids: Sequence[Grid], *, tiny: str = "nearest") -> list[Tensor]:
+    """The shape's coverage of each grid, finest first.
+
+    A box that covers no cell of a coarse grid takes the nearest there, and that is reported; with `tiny` "drop" it
+    covers nothing there, as in the reference.
+    """
+    found = [coverage(shape, columns=columns, rows=rows) for columns, rows in grids]
+    lost = [number for number, cover in enumerate(found) if not cover.any()] if tiny == "nearest" else []
+    for number in lost:
+        columns, rows = grids[number]
+        found[number] = coverage(_grown(shape, columns, rows), columns=columns, rows=rows)
+    if lost:
+        _report(shape.title, ", ".join(f"{columns} x {rows}" for columns, rows in (grids[number] for number in lost)))
+    return found
+
+
+@functools.cache
+def _report(title: str, maps: str) -> None:
+    """Say it once, however many pictures and steps there are."""
+    logger.warning("%s covers no whole cell of the feature maps of %s; there it takes the nearest", title, maps)
+
+
+def _grown(shape: Shape, columns: int, rows: int) -> Shape:
+    """The shape's box, made to cover at least one column and one row of cells."""
+    left, top, right, bottom = shape.box or WHOLE
+    (left, right), (top, bottom) = _nearest_cells(left, right, columns), _nearest_cells(top, bottom, rows)
+    return Shape(box=(left, top, right, bottom))
+
+
+def _nearest_cells(start: float, end: float, count: int) -> tuple[float, float]:
+    """The range itself, or, when it holds no whole cell out of `count`, the cell in which its middle lies."""
+    if math.ceil(start * count) < math.floor(end * count):
+        return start, end
+    cell = min(int((start + end) / 2 * count), count - 1)
+    return cell / count, (cell + 1) / count
 
 
 def cells(box: Box, *, columns: int, rows: int) -> Cells:
@@ -67,18 +248,84 @@ def is_empty(area: Cells) -> bool:
     return left >= right or top >= bottom
 
 
-def require_a_cell(region: Region, box: Box, *, columns: int, rows: int) -> None:
-    """Raise RegionError unless the box covers at least one cell of the finest feature map."""
-    if is_empty(cells(box, columns=columns, rows=rows)):
-        raise RegionError(
-            f"region {tuple(region.box)} of '{shown(region.prompt, 40)}': too small, it covers no cell of the {columns} x {rows} latents"
-        )
+def require_a_cell(shape: Shape, *, columns: int, rows: int) -> None:
+    """Raise RegionError unless the shape covers something of the finest feature map."""
+    if not coverage(shape, columns=columns, rows=rows).any():
+        raise RegionError(f"{shape.title}: too small, it covers no cell of the {columns} x {rows} latents")
 
 
-def feature_grid(tokens: int, *, columns: int, rows: int) -> tuple[int, int]:
-    """(columns, rows) of the UNet level that has this many tokens; each level halves the one above, rounding up."""
-    while columns * rows > tokens:
+def levels(columns: int, rows: int, depth: int) -> list[Grid]:
+    """(columns, rows) of each of the UNet's levels, finest first; each halves the one above, rounding up."""
+    grids = [(columns, rows)]
+    for _ in range(depth - 1):
         columns, rows = math.ceil(columns / 2), math.ceil(rows / 2)
-    if columns * rows != tokens:
-        raise ValueError(f"no level of the UNet has {tokens} tokens")
-    return columns, rows
+        grids.append((columns, rows))
+    return grids
+
+
+def bounding_cells(cover: Tensor) -> Cells:
+    """The smallest rectangle of cells outside which the coverage (rows, columns) is 0. An empty one is at 0."""
+    down, across = cover.any(1).nonzero().flatten().tolist(), cover.any(0).nonzero().flatten().tolist()
+    return (across[0], down[0], across[-1] + 1, down[-1] + 1) if down else (0, 0, 0, 0)
+
+
+def _edges(count: int) -> Tensor:
+    """Where `count` equal parts of 0 to 1 begin and end: (count + 1,)."""
+    return torch.arange(count + 1, dtype=torch.float64) / count
+
+
+def _overlaps(windows: Tensor, parts: Tensor) -> Tensor:
+    """The share of each window's length that lies in each part, both given by their edges: (windows, parts)."""
+    starts, ends = windows[:-1, None], windows[1:, None]
+    return _overlap(starts, ends, parts)
+
+
+def _overlap(starts: Tensor, ends: Tensor, parts: Tensor) -> Tensor:
+    shared = (torch.minimum(ends, parts[1:]) - torch.maximum(starts, parts[:-1])).clamp(min=0)
+    return shared / shared.sum(1, keepdim=True)
+
+
+def _feathered(cover: Tensor, feather: tuple[float, float]) -> Tensor:
+    """Each cell's mean over a window as wide as the feather, which turns a straight edge into a linear ramp.
+
+    What lies beyond the picture does not count, so a region does not fade at the picture's own edge.
+    """
+    if feather == (0.0, 0.0):
+        return cover
+    across, down = (_windows(count, width) for count, width in zip(cover.shape[::-1], feather, strict=True))
+    return down @ cover @ across.T
+
+
+def _windows(count: int, width: float) -> Tensor:
+    """For each cell, the shares that a window of this width (at least a cell) around its middle has in all cells."""
+    edges, half = _edges(count), max(width, 1 / count) / 2
+    middles = ((edges[1:] + edges[:-1]) / 2)[:, None]
+    return _overlap((middles - half).clamp(min=0), (middles + half).clamp(max=1), edges)
+
+
+def _polygon_coverage(corners: Tensor, *, columns: int, rows: int) -> Tensor:
+    """The exact share of each cell inside a polygon: (rows, columns)."""
+    before = _area_before(corners, _edges(columns), _edges(rows)[:, None])
+    return (before[1:, 1:] - before[:-1, 1:] - before[1:, :-1] + before[:-1, :-1]).abs() * columns * rows
+
+
+def _area_before(corners: Tensor, x: Tensor | float, y: Tensor | float) -> Tensor:
+    """Signed area of the part of a polygon that lies left of x and above y, for all x and y at once.
+
+    By Green's theorem it is the integral of min(y', y) dx' along the sides, as far as they lie left of x.
+    """
+    x, y = (torch.as_tensor(value, dtype=torch.float64)[..., None] for value in (x, y))
+    (x0, y0), (x1, y1) = corners.T, corners.roll(-1, 0).T
+    slope = (y1 - y0) / torch.where(x1 == x0, 1, x1 - x0)
+    start, end = torch.minimum(x0, x), torch.minimum(x1, x)
+    height0, height1 = y0 + slope * (start - x0), y0 + slope * (end - x0)
+
+    def integral(height: Tensor) -> Tensor:
+        """Of min(t, y) over t from 0 to the height."""
+        return torch.where(height < y, height**2 / 2, y * height - y**2 / 2)
+
+    rise = height1 - height0
+    flat = rise.abs() < 1e-8  # the quotient below would lose its digits
+    steep = (integral(height1) - integral(height0)) / torch.where(flat, 1, rise)
+    mean = torch.where(flat, torch.minimum((height0 + height1) / 2, y), steep)
+    return ((end - start) * mean).sum(-1)

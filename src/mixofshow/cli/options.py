@@ -14,6 +14,9 @@ from mixofshow.errors import SettingsError, shown
 from mixofshow.tuning.settings import dotted_keys
 
 Command = Callable[..., None]
+Base = Annotated[str, typer.Option(help="Base model: emojiland, a diffusers folder, or a hub id in the local cache.")]
+Storage = Annotated[str, typer.Option(help="How recordings are kept: fp64, fp32, fp16 or low-rank (plus diagonal).")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps …")]
 
 
 def assignments(pairs: list[str] | None) -> dict[str, Any]:

@@ -1,0 +1,146 @@
+"""What regions cost: sampling with regions beside plain diffusers, of the same model, size and steps.
+
+    python benchmarks/sampling.py [--json FILE] [--repeats 5] [--steps 2] [--bases sd15,emojiland]
+
+Three regions cover 75 % of the picture: SD 1.5 at 1024×512, Emojiland at 160×64. Both ways draw latents, with
+classifier-free guidance, encoding of the prompts included, and take turns; medians count. Then the same against the
+number of regions. `max_error` is the largest difference between one layer's regional attention and the formula
+h[M_i] = softmax(Q(z_i) K_iᵀ/√d) V_i, written out naively on random tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from shapes import BASES
+from torch import Tensor, nn
+
+from mixofshow.concepts.model import ConceptModel
+from mixofshow.sampling.attention import RegionText, regional
+from mixofshow.sampling.pipeline import MixOfShowPipeline
+from mixofshow.sampling.regions import Region, Shape, cells
+
+SIZES = {"sd15": (1024, 512), "emojiland": (160, 64)}
+COUNTS = (1, 2, 4, 8, 16)
+THIRDS = [(k / 3, 0.125, (k + 1) / 3, 0.875) for k in range(3)]
+"""Boxes of three regions that cover 75 % of the picture."""
+
+
+def main() -> None:
+    """Measure, print, and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--bases", default="sd15,emojiland")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    torch.set_flush_denormal(True)
+    figures: dict[str, float] = {"max_error": max_error()}
+    print(f"max_error {figures['max_error']:.1e}")
+    for base in options.bases.split(","):
+        pipeline = BASES[base]().to(options.device)
+        steps = options.steps if base == "sd15" else 10 * options.steps
+        ways = {"plain": plain(pipeline, base, steps), "three regions": ours(pipeline, base, steps, THIRDS)}
+        seconds = taking_turns(ways, options.repeats)
+        figures[f"{base}_three_regions"] = seconds["three regions"] / seconds["plain"]
+        print(f"{base}: plain {seconds['plain']:.2f} s, three regions × {figures[f'{base}_three_regions']:.3f}")
+        counted = {str(count): ours(pipeline, base, steps, columns_of(count)) for count in COUNTS}
+        for count, taken in taking_turns(counted, max(1, options.repeats // 2)).items():
+            print(f"  {count:>2} regions × {taken / seconds['plain']:.3f}")
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def taking_turns(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each way, after one turn that does not count."""
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repeats + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn:
+                taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def plain(pipeline: Any, base: str, steps: int) -> Callable[[], Any]:
+    """One picture by plain diffusers."""
+    width, height = SIZES[base]
+    pipeline.set_progress_bar_config(disable=True)
+    return lambda: pipeline(
+        "a dog", width=width, height=height, num_inference_steps=steps, guidance_scale=5.0, output_type="latent"
+    )
+
+
+def ours(pipeline: Any, base: str, steps: int, boxes: Sequence[tuple[float, ...]]) -> Callable[[], Any]:
+    """The same with regions."""
+    width, height = SIZES[base]
+    draw = MixOfShowPipeline.of(ConceptModel(pipeline))
+    regions = [Region("a cat", box) for box in boxes]  # type: ignore[arg-type]
+    return lambda: draw(
+        "a dog",
+        regions=regions,
+        width=width,
+        height=height,
+        num_inference_steps=steps,
+        guidance_scale=5.0,
+        output_type="latent",
+    )
+
+
+def columns_of(count: int) -> list[tuple[float, ...]]:
+    """Boxes side by side that cover 75 % of the picture, whatever their number."""
+    return [(k / count, 0.125, (k + 1) / count, 0.875) for k in range(count)]
+
+
+class OneLayer(nn.Module):
+    """As much of a UNet as a cross-attention layer needs."""
+
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__()
+        self.mid_block = nn.Module()
+        self.mid_block.attn2 = Attention(width, dim, heads=8, dim_head=width // 8)
+        self.config = argparse.Namespace(block_out_channels=(width,))
+        self.dtype = torch.float32
+
+
+@torch.no_grad()
+def max_error(columns: int = 64, rows: int = 32, width: int = 320, dim: int = 768) -> float:
+    """Largest difference of our regional attention from the formula, over what it gives at the most, which is about 1."""
+    torch.manual_seed(0)
+    unet = OneLayer(width, dim)
+    layer = unet.mid_block.attn2
+    picture, text = torch.randn(2, rows * columns, width), torch.randn(2, 1, 77, dim)
+    regions = [RegionText(Shape(box=box), torch.randn(2, 1, 77, dim)) for box in THIRDS]  # type: ignore[arg-type]
+    with regional(unet, text, regions, batch=2, columns=columns, rows=rows):
+        found = layer(picture, encoder_hidden_states=text)
+    expected = naive(layer, picture, text[:, 0])
+    for region in regions:
+        left, top, right, bottom = cells(region.shape.box, columns=columns, rows=rows)  # type: ignore[arg-type]
+        inside = torch.zeros(rows, columns, dtype=torch.bool)
+        inside[top:bottom, left:right] = True
+        expected[:, inside.flatten()] = naive(layer, picture[:, inside.flatten()], region.text[:, 0])
+    return float((found - layer.to_out[0](expected)).abs().max())
+
+
+def naive(layer: Any, picture: Tensor, text: Tensor) -> Tensor:
+    """softmax(Q Kᵀ/√d) V, a head at a time, in double precision."""
+    query, key, value = layer.to_q(picture), layer.to_k(text), layer.to_v(text)
+    heads = [one.double().chunk(layer.heads, dim=-1) for one in (query, key, value)]
+    made = [(q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1) @ v for q, k, v in zip(*heads, strict=True)]
+    return torch.cat(made, -1).float()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Looking into concept files, and files from and to other tools."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mixofshow.cli.options import Base, with_settings
+from mixofshow.concepts.interchange.settings import ConvertSettings, make_convert_settings
+
+app = typer.Typer()
+
+
+@app.command()
+def inspect(file: Annotated[Path, typer.Argument(help="A concept file.")]) -> None:
+    """Check a concept file and print what it says about itself."""
+    from mixofshow.concepts.concept import load_concept
+
+    concept = load_concept(file)
+    table = concept.info.model_dump(mode="json")
+    table |= {"hash": concept.hash, "placeholder": f"<{concept.info.name}>", "changed_layers": len(concept.deltas)}
+    typer.echo(json.dumps(table, indent=1))
+
+
+@app.command()
+@with_settings(ConvertSettings)
+def convert(
+    *,
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A concept, LoRA or embedding file, of any tool.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="File or, with --to, folder to write.")],
+    base: Base = "emojiland",
+    given: dict[str, Any],
+) -> None:
+    """Make a concept of other tools' LoRA and embeddings, or --to diffusers or kohya those of a concept."""
+    from mixofshow.bases.loading import load_base
+    from mixofshow.concepts.interchange.convert import convert as run
+
+    settings = make_convert_settings(given)
+    typer.echo("\n".join(run(source, target, load_base(base), settings)))

@@ -1,0 +1,142 @@
+"""Recording and fusing concepts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mixofshow.cli.options import Base, Device, Storage, assignments, with_settings
+from mixofshow.errors import SettingsError
+from mixofshow.fusion.settings import FusionSettings, RecordingSettings
+from mixofshow.progress import terminal_bar
+
+if TYPE_CHECKING:
+    from mixofshow.concepts.model import ConceptModel
+    from mixofshow.fusion.stages import Fused
+    from mixofshow.fusion.store import Recording
+
+
+app = typer.Typer()
+
+
+@app.command()
+@with_settings(RecordingSettings)
+def record(
+    *,
+    files: Annotated[list[Path], typer.Argument(help="Concept files.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder to keep the recordings in; fuse --statistics takes them from there.")
+    ],
+    base: Base = "emojiland",
+    storage: Storage = "fp64",
+    max_memory: Annotated[float | None, typer.Option(help="Gigabytes for what is being recorded.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Concepts recorded at a time, each in a process (by Ray).")] = 1,
+    device: Device = "cpu",
+    given: dict[str, Any],
+) -> None:
+    """Record concepts, so that fuse --mode independent need not do it."""
+    from mixofshow.fusion.settings import make_recording_settings
+    from mixofshow.fusion.store import open_store
+    from mixofshow.fusion.workers import RecordingJob, record_all
+
+    settings, store = make_recording_settings(given, "options"), open_store(out.absolute(), storage)
+    job = RecordingJob(base, settings, store, max_memory and max_memory * 2**30, device)
+    with terminal_bar("recording") as progress:
+        for number, made in enumerate(record_all(files, job, workers=workers)):
+            progress(number + 1, len(files), {})
+            typer.echo(f"{made.file.path}: {files[number]}, {_megabytes(made.file.path)}, {storage}{_lost(made)}")
+
+
+def _lost(recording: Recording) -> str:
+    mean, largest = recording.error
+    return f", relative error {mean:.2g} on average, {largest:.2g} at most" if largest else ""
+
+
+def _megabytes(path: Path) -> str:
+    return f"{path.stat().st_size / 2**20:.2f} MB"
+
+
+@app.command()
+@with_settings(FusionSettings, leave_out=["options"])
+def fuse(
+    *,
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="Concept files; or one YAML with a list of `concepts`, and settings.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write: a diffusers model, concepts.json, and the concepts.")
+    ] = None,
+    as_delta: Annotated[
+        Path | None, typer.Option(help="One .safetensors of what changes of the base, also or instead.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Cut the layers in it to this rank; default: in full.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="HTML page to write: how well each concept is kept.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Fused folder to change; it is written anew if --out is not given.")
+    ] = None,
+    add: Annotated[list[Path] | None, typer.Option(help="With --model: a concept file to add; any number.")] = None,
+    remove: Annotated[list[str] | None, typer.Option(help="With --model: a concept to take out; any number.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base model; default: the YAML's or the fused model's own, or emojiland.")
+    ] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="A setting of the method, as ridge=1e-6.")] = None,
+    statistics: Annotated[Path | None, typer.Option(help="Folder that keeps what is recorded, for next time.")] = None,
+    storage: Storage = "fp64",
+    device: Device = "cpu",
+    given: dict[str, Any],
+) -> None:
+    """Fuse concept files into one model, or change a model that was fused. Every setting is an option."""
+    from mixofshow.files import refuse_unwritable
+    from mixofshow.fusion.jobs import make_job
+    from mixofshow.fusion.stages import fuse as run
+    from mixofshow.fusion.store import open_store
+
+    out = out or model
+    if not (out or as_delta):
+        raise SettingsError("nowhere to write to: give --out FOLDER, --as-delta FILE, or both")
+    for target in filter(None, (out, as_delta, report)):
+        refuse_unwritable(target, folder=target is out)
+    store = open_store(statistics, storage) if statistics else None
+    given |= {"options": assignments(setting)}
+    job = make_job(files or [], given, model=model, add=add or [], remove=remove or [], base=base, device=device)
+    with terminal_bar("fusing") as progress:
+        fused = run(job.concepts, job.pipeline, job.settings, store=store, progress=progress)
+    _write_fused(fused, out, as_delta, rank, report)
+
+
+def _write_fused(fused: Fused, out: Path | None, as_delta: Path | None, rank: int | None, report: Path | None) -> None:
+    if out:
+        fused.model.save(out)
+    _print_fused(out, fused)
+    if as_delta:
+        _write_delta(as_delta, fused.model, rank)
+    if report:
+        from mixofshow.evaluation.fusion_report import fusion_page
+
+        fusion_page(fused).save(report)
+        typer.echo(str(report))
+
+
+def _print_fused(out: Path | None, fused: Fused) -> None:
+    from mixofshow.fusion.solving import turned_down
+
+    layers = len(fused.layers)
+    line = f"{out or 'fused'}: {len(fused.model.concepts)} concepts in {layers} layers"
+    if layers:
+        name, worst = max(fused.layers.items(), key=lambda item: item[1].residual)
+        line += f"; largest residual {worst.residual:.2g} in {name}"
+    typer.echo(line)
+    for loud, one in turned_down(fused.layers.values()).items():
+        typer.echo(
+            f"guard: <{loud}> turned down in {one.layers} of {layers} layers, to a weight of {one.weight:.2g} at least"
+        )
+
+
+def _write_delta(path: Path, model: ConceptModel, rank: int | None) -> None:
+    lost = model.save_delta(path, rank)
+    error = f"relative error {lost.overall:.2g}, at most {lost.worst:.2g} in {lost.layer}" if lost.worst else "exact"
+    typer.echo(f"{path}: {_megabytes(path)}, {f'rank {rank}' if rank else 'in full'}: {error}")

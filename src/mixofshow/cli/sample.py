@@ -1,0 +1,89 @@
+"""Drawing pictures, and drawing them again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mixofshow.cli.options import Device, with_settings
+from mixofshow.progress import terminal_bar
+from mixofshow.sampling.settings import Composition
+
+app = typer.Typer()
+Model = Annotated[str, typer.Option(help="Fused folder, delta file, or base model.")]
+DeltaBase = Annotated[
+    str | None,
+    typer.Option("--base", help="Base of a delta file, where it is not here by the name that the file says."),
+]
+OneConcept = Annotated[Path | None, typer.Option("--concept", help="A single concept file to put on the base model.")]
+Strength = Annotated[float, typer.Option(help="Of the single concept: 0 its words only, 1 as tuned.")]
+
+
+@app.command()
+@with_settings(Composition, leave_out=["regions", "width", "height", "image"])
+def sample(
+    *,
+    composition: Annotated[Path | None, typer.Argument(help="YAML composition; the options below override it.")] = None,
+    model: Model = "emojiland",
+    base: DeltaBase = None,
+    concept: OneConcept = None,
+    strength: Strength = 1.0,
+    region: Annotated[
+        list[str] | None, typer.Option(help='"left,top,right,bottom: prompt", in pixels; any number.')
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture or rough layout to start from.")] = None,
+    out: Annotated[Path, typer.Option(help="PNG to write; several are numbered.")] = Path("sample.png"),
+    show_layout: Annotated[Path | None, typer.Option(help="PNG to write: the first picture under its regions.")] = None,
+    grid: Annotated[
+        Path | None, typer.Option(help="PNG to write instead: a column per seed, a row per --vary.")
+    ] = None,
+    vary: Annotated[str | None, typer.Option(help="With --grid: KEY=VALUE,VALUE of a setting.")] = None,
+    device: Device = "cpu",
+    given: dict[str, Any],
+) -> None:
+    """Draw pictures, with regions if you like. Every setting of a composition is an option, on top of the YAML."""
+    from mixofshow.files import refuse_unwritable
+    from mixofshow.sampling.composition import from_options, picture_paths
+    from mixofshow.sampling.drawing import draw_grid, draw_pictures, open_pipeline
+
+    typed = {"regions": region, "size": size, "image": image}
+    wanted = from_options(composition, given | {key: value for key, value in typed.items() if value})
+    for target in filter(None, (show_layout, grid)):
+        refuse_unwritable(target)
+    targets = picture_paths(out, wanted.num) if grid is None else [grid]
+    own = wanted.own_weights
+    pipeline = open_pipeline(model, base=base, concept=concept, strength=strength, device=device, own_weights=own)
+    with terminal_bar("sampling") as progress:
+        if grid is not None:
+            draw_grid(pipeline, wanted, vary, grid, progress=progress)
+        else:
+            draw_pictures(pipeline, wanted, targets, layout=show_layout, progress=progress)
+    typer.echo("\n".join(map(str, [*targets, *filter(None, [show_layout])])))
+
+
+@app.command()
+def replay(
+    picture: Annotated[Path, typer.Argument(help="A PNG that sample wrote.")],
+    out: Annotated[Path | None, typer.Option(help="PNG to write, default NAME-replay.png.")] = None,
+    model: Model = "emojiland",
+    base: DeltaBase = None,
+    concept: OneConcept = None,
+    strength: Strength = 1.0,
+    device: Device = "cpu",
+) -> None:
+    """Draw the picture again, to the same bytes, from what the PNG says; refused if the model is another."""
+    from mixofshow.files import refuse_unwritable
+    from mixofshow.sampling.drawing import open_pipeline
+    from mixofshow.sampling.replay import composition_of
+    from mixofshow.sampling.replay import replay as run
+
+    out = out or picture.with_stem(f"{picture.stem}-replay")
+    refuse_unwritable(out)
+    own = composition_of(picture).own_weights
+    pipeline = open_pipeline(model, base=base, concept=concept, strength=strength, device=device, own_weights=own)
+    with terminal_bar("replaying") as progress:
+        run(pipeline, picture, out, progress=progress)
+    typer.echo(str(out))

@@ -1,0 +1,79 @@
+"""Tuning a concept, and checking pictures before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mixofshow.cli.options import with_settings
+from mixofshow.progress import terminal_bar
+from mixofshow.tuning.settings import TuningSettings
+
+app = typer.Typer()
+
+
+@app.command()
+@with_settings(TuningSettings)
+def tune(
+    *,
+    config: Annotated[Path | None, typer.Argument(help="YAML of one concept, or of several under `concepts`.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write, default NAME.safetensors; of several concepts, a folder.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings and stop.")] = False,
+    print_schema: Annotated[bool, typer.Option("--print-schema", help="Print their JSON Schema and stop.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps …; auto: the fastest there is.")] = "auto",
+    given: dict[str, Any],
+) -> None:
+    """Tune a concept on a folder of pictures. Every key of the YAML is an option too, on top of it."""
+    from mixofshow.files import read_table
+    from mixofshow.tuning import settings as tuning
+
+    if print_schema:
+        typer.echo(tuning.schema(), nl=False)
+        return
+    table = read_table(config) if config else {}
+    several = tuning.several(table, given, source=str(config or "options"))
+    if print_config:
+        typer.echo("---\n".join(map(tuning.printed, several)), nl=False)
+        return
+    for settings in several:
+        name = f"{settings.name}.safetensors"
+        target = (out / name if out and "concepts" in table else out) or Path(name)
+        _tune_one(settings, target, resume=resume, device=device)
+
+
+def _tune_one(settings: Any, target: Path, *, resume: bool, device: str) -> None:
+    from accelerate import PartialState
+
+    from mixofshow.bases.loading import load_base
+    from mixofshow.evaluation.previews import preview_grids
+    from mixofshow.files import refuse_unwritable
+    from mixofshow.tuning.trainer import tune as run
+
+    refuse_unwritable(target)
+    state = PartialState(cpu=device == "cpu")
+    pipeline = load_base(settings.base, device=state.device if device == "auto" else device)
+    folder = target.with_suffix("")
+    preview = preview_grids(pipeline, folder) if settings.preview_every else None
+    with terminal_bar(f"tuning {settings.placeholder}", hidden=not state.is_main_process) as progress:
+        concept = run(settings, pipeline, folder=folder, resume=resume, progress=progress, preview=preview)
+    if state.is_main_process:
+        concept.save(target)
+        steps, size = concept.info.settings["steps"], target.stat().st_size / 2**20
+        typer.echo(f"{target}: {settings.placeholder}, {settings.method}, {steps} steps, {size:.2f} MB")
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="Folder of pictures, as for tune.")],
+    masks: Annotated[Path | None, typer.Option(help="Folder of masks; default: FOLDER/../masks.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the findings here.")] = None,
+) -> None:
+    """Read every picture, caption and mask of a folder, change none, and list what is wrong."""
+    from mixofshow.tuning.check import check_folder, report
+
+    report(check_folder(folder, masks=masks), json_file)

@@ -1,0 +1,44 @@
+"""Files from and to other tools, as `mixofshow convert` does it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixofshow.concepts.concept import Change, Concept, Full, LowRank
+from mixofshow.concepts.interchange.cards import fidelity, rounding
+from mixofshow.concepts.interchange.exporting import export_concept
+from mixofshow.concepts.interchange.importing import open_concept
+from mixofshow.concepts.interchange.settings import ConvertSettings
+from mixofshow.files import refuse_unwritable
+
+
+def convert(source: Path, target: Path, pipeline: Any, settings: ConvertSettings) -> list[str]:
+    """Read a concept of ours or another tool's, write it as `settings.to` says, and say in lines what came of it."""
+    refuse_unwritable(target, folder=settings.to != "concept")
+    concept = open_concept(source, pipeline, settings)
+    if settings.to == "concept":
+        concept.save(target)
+        rounded = f"rounded to half precision, relative error {half_precision_error(concept):.2g}"
+        return [f"{target}: {concept.prompt}, {len(concept.deltas)} layers, {rounded}"]
+    done = export_concept(concept, pipeline, target, settings.to, settings.rank)
+    lora = [f"{target / done.lora}: {len(concept.deltas)} layers, {rounding(done.changes)}"] if concept.deltas else []
+    return [*lora, f"{target / done.embeddings}: {concept.prompt}. {fidelity(done.words)}"]
+
+
+def half_precision_error(concept: Concept) -> float:
+    """Relative error of the changes as a concept file keeps them, in half precision; 0 without any."""
+    lost = wanted = 0.0
+    for one in concept.deltas.values():
+        change = one.matrix(dtype=torch.float64)
+        kept = _halved(one).matrix(dtype=torch.float64)
+        lost, wanted = lost + float((kept - change).square().sum()), wanted + float(change.square().sum())
+    return (lost / wanted) ** 0.5 if wanted else 0.0
+
+
+def _halved(change: Change) -> Change:
+    if isinstance(change, LowRank):
+        return LowRank(change.down.half(), change.up.half())
+    return Full(change.change.half())

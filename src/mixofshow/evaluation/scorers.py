@@ -1,0 +1,93 @@
+"""What looks at pictures: a CLIP, a DINO, or Emojiland's judge, as functions from pictures to unit vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from mixofshow.errors import BadInputError, SettingsError, shown
+
+BATCH: Final = 64
+
+ImageTower = Callable[[Sequence[Image.Image]], Tensor]
+"""Pictures to unit vectors, (pictures, dim)."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Two towers of a CLIP: pictures and texts to unit vectors, (items, dim)."""
+
+    images: ImageTower
+    texts: Callable[[Sequence[str]], Tensor]
+
+
+def judge_scorer() -> Scorer:
+    """Emojiland's own judge."""
+    from mixofshow.bases.emojiland import judge
+
+    return Scorer(judge.image_features, judge.text_features)
+
+
+def clip_scorer(name: str | Path) -> Scorer:
+    """Any CLIP: a folder, or a hub name in the local cache, as openai/clip-vit-base-patch32 (the paper's).
+
+    Raises BadInputError.
+    """
+    from transformers import CLIPModel, CLIPProcessor
+
+    clip, processor = _loaded(CLIPModel, name).eval(), _loaded(CLIPProcessor, name)
+
+    @torch.no_grad()
+    def texts(captions: Sequence[str]) -> Tensor:
+        inputs = processor(text=list(captions), return_tensors="pt", padding=True, truncation=True)
+        return normalize(clip.get_text_features(**inputs).pooler_output, dim=-1)
+
+    return Scorer(_tower(processor, lambda inputs: clip.get_image_features(**inputs).pooler_output), texts)
+
+
+def dino_scorer(name: str | Path) -> ImageTower:
+    """A DINO or DINOv2: a folder, or a hub name in the local cache, as facebook/dino-vits16; its class token.
+
+    Raises BadInputError.
+    """
+    from transformers import AutoImageProcessor, AutoModel
+
+    model, processor = _loaded(AutoModel, name).eval(), _loaded(AutoImageProcessor, name)
+    return _tower(processor, lambda inputs: model(**inputs).last_hidden_state[:, 0])
+
+
+def _loaded(kind: Any, name: str | Path) -> Any:
+    try:
+        return kind.from_pretrained(str(name), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadInputError(
+            f"{shown(name)}: could not be loaded as {kind.__name__} ({shown(reason)}); "
+            "give a folder, or a hub name that is in the local cache"
+        ) from error
+
+
+def _tower(processor: Any, features: Callable[[Any], Tensor]) -> ImageTower:
+    @torch.no_grad()
+    def images(pictures: Sequence[Image.Image]) -> Tensor:
+        parts = [list(pictures[start : start + BATCH]) for start in range(0, len(pictures), BATCH)]
+        found = [features(processor(images=part, return_tensors="pt")) for part in parts]
+        return normalize(torch.cat(found), dim=-1)
+
+    return images
+
+
+def scorer_for(base: str, clip: str | Path | None) -> Scorer:
+    """The CLIP that is named, or Emojiland's own judge. Raises SettingsError for another base without a CLIP."""
+    if clip:
+        return clip_scorer(clip)
+    if base != "emojiland":
+        raise SettingsError(f"base '{shown(base)}' has no judge of its own; name a CLIP (--clip, or clip: in a suite)")
+    return judge_scorer()

@@ -1,0 +1,243 @@
+"""What a suite compares: one frozen table, checked once when made. Paths in a YAML are relative to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, model_validator
+
+from mixofshow.errors import SettingsError, field_problem, nearest, shown
+from mixofshow.evaluation.prompts import ByCategory, prompts_by_category, prompts_without_concepts
+from mixofshow.files import read_table
+from mixofshow.fusion.settings import FusionSettings, make_fusion_settings
+from mixofshow.fusion.solving import check_method
+from mixofshow.sampling.settings import STEPS
+from mixofshow.tuning.methods import METHODS
+from mixofshow.tuning.settings import Group, TuningSettings, make_settings, merged, nested
+
+GROUPS: Final = {"character": "characters", "object": "objects", "scene": "scenes"}
+"""What results call the concepts of a kind together."""
+MEAN: Final = "mean"
+OWN_FUSION: Final[Mapping[str, Mapping[str, Any]]] = {
+    "p-plus": {"method": "average", "steps": 1},  # words only: there is nothing to fuse but the vocabulary
+    "textual-inversion": {"method": "average", "steps": 1},
+    "custom-diffusion": {"method": "custom-diffusion"},
+}
+"""How concepts of a tuning method are put together where nothing is said."""
+
+
+def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
+    return Path((info.context or {}).get("folder", "")) / path
+
+
+File = Annotated[Path, AfterValidator(_beside_the_file)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,30}$")]
+
+
+class ConceptEntry(Group):
+    """A concept: one of Emojiland's own by its name alone, or a folder with `train` and `reference` pictures."""
+
+    name: Name
+    kind: Literal["character", "object", "scene"]
+    class_word: str = Field(min_length=1, max_length=64)
+    folder: File | None = Field(None, description="Pictures in train/ and reference/; default: Emojiland's own.")
+    files: Mapping[str, File] = Field(
+        {}, description="Concept files that are there already, by what results call the method or by how it tunes."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _emojilands_own(cls, value: Any) -> Any:
+        from mixofshow.bases.emojiland import concepts
+
+        table = {"name": value} if isinstance(value, str) else value
+        if not isinstance(table, Mapping) or "folder" in table:
+            return table
+        name = table.get("name")
+        if name not in concepts.ALL:
+            hint = nearest(str(name), concepts.ALL)
+            raise ValueError(f"emojiland has no such concept{hint}; give a folder of pictures for one of your own")
+        kind = "scene" if name in concepts.SCENES else "character" if name in concepts.CHARACTERS else "object"
+        return {"kind": kind, "class_word": concepts.class_word(name), **table}
+
+    @property
+    def noun(self) -> str:
+        """What stands for it in prompts."""
+        return f"<{self.name}>"
+
+    @property
+    def prompt_kind(self) -> str:
+        """Whose prompts it is asked with: "subject" or "scene"."""
+        return "scene" if self.kind == "scene" else "subject"
+
+
+class MethodEntry(Group):
+    """A way to tune concepts and a way to fuse them; in YAML also as "ed-lora+gradient"."""
+
+    tuning: str
+    fusion: str | None = Field(None, description="Needed for methods that have no fusion of their own.")
+    name: str | None = Field(None, max_length=64, description="What results call it; default: tuning+fusion.")
+    tune: Mapping[str, Any] = Field({}, description="Settings of tuning, on top of the suite's.")
+    fuse: Mapping[str, Any] = Field({}, description="Settings of fusion, on top of the suite's.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        tuning, _, fusion = value.partition("+")
+        return {"tuning": tuning, "fusion": fusion or None}
+
+    @model_validator(mode="after")
+    def _known(self) -> MethodEntry:
+        if self.tuning not in METHODS:
+            raise ValueError(f"no tuning method '{shown(self.tuning)}'{nearest(self.tuning, METHODS)}")
+        if self.fusion is None and self.tuning not in OWN_FUSION:
+            raise ValueError(f"{self.tuning} has no fusion of its own; say which, as {self.tuning}+average")
+        return self
+
+    @property
+    def key(self) -> str:
+        """What results call it."""
+        return self.name or (f"{self.tuning}+{self.fusion}" if self.fusion else self.tuning)
+
+
+class Compositions(Group):
+    """Wide pictures of several concepts, each in a region of its own."""
+
+    together: tuple[tuple[str, ...], ...] = Field((), description="Names of concepts from left to right, per picture.")
+    places: tuple[str, ...] = Field(("",), min_length=1, description="Said at the end of prompts, in turn.")
+    images: int = Field(2, ge=1, le=1000, description="Pictures of each.")
+
+
+class Suite(Group):
+    """Everything that a suite's pictures and numbers depend on."""
+
+    base: str = "emojiland"
+    concepts: tuple[ConceptEntry, ...] = Field(min_length=1)
+    methods: tuple[MethodEntry, ...] = Field(min_length=1)
+    tune: Mapping[str, Any] = Field({}, description="Settings of tuning for all methods.")
+    fuse: Mapping[str, Any] = Field({}, description="Settings of fusion for all methods.")
+    words_only: tuple[str, ...] = Field(
+        (), description="Methods whose single concepts are also drawn with alpha 0 (the paper's Figure 3)."
+    )
+    prompts: Mapping[Literal["subject", "scene"], Mapping[str, tuple[str, ...]]] = Field(
+        {}, description="By kind of concept and category; default: twenty that suit the base."
+    )
+    prompts_per_category: int | None = Field(None, ge=1, description="Only the first so many of each.")
+    prior_prompts: tuple[str, ...] | None = Field(None, description="Prompts without concepts, for prior drift.")
+    images_per_prompt: int = Field(4, ge=1, le=1000)
+    seed: int = Field(100, ge=0, lt=2**62, description="Picture k of every prompt is made from seed + k.")
+    steps: int = Field(STEPS, ge=1, le=1000)
+    guidance_scale: float | None = Field(None, ge=0, le=100)
+    compositions: Compositions = Compositions()
+    clip: str | None = Field(None, description="CLIP by folder or hub name; default: Emojiland's judge.")
+    dino: str | None = Field(None, description="DINO by folder or hub name, for one more image alignment.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Suite:
+        names = [concept.name for concept in self.concepts]
+        keys = [method.key for method in self.methods]
+        for what, listed in (("concepts", names), ("methods", keys)):
+            if twice := sorted({one for one in listed if listed.count(one) > 1}):
+                raise ValueError(f"two {what} are called {', '.join(twice)}; give one of them a name of its own")
+        for one in (name for names_together in self.compositions.together for name in names_together):
+            if one not in names:
+                raise ValueError(f"compositions.together: no concept '{shown(one)}'{nearest(one, names)}")
+        for key in self.words_only:
+            if key not in keys:
+                raise ValueError(f"words_only: no method '{shown(key)}'{nearest(key, keys)}")
+        self._check_prompts()
+        return self
+
+    def _check_prompts(self) -> None:
+        for kind in {concept.prompt_kind for concept in self.concepts}:
+            for category, prompts in self.prompts_of(kind).items():
+                if category in (MEAN, *GROUPS.values()):
+                    raise ValueError(f"prompts.{kind}: '{category}' is no name for a category, results use it already")
+                for prompt in prompts:
+                    if (
+                        prompt.count("{}") != 1
+                        or prompt.replace("{}", "").count("{")
+                        or "}" in prompt.replace("{}", "")
+                    ):
+                        raise ValueError(
+                            f"prompts.{kind}.{category}: expected one {{}} for the concept, found '{shown(prompt)}'"
+                        )
+
+    def prompts_of(self, kind: str) -> ByCategory:
+        """The prompts of a kind of concept, "subject" or "scene", by category."""
+        found: Mapping[str, tuple[str, ...]] = dict(self.prompts).get(kind) or prompts_by_category(self.base, kind)  # type: ignore[call-overload]
+        return {category: prompts[: self.prompts_per_category] for category, prompts in found.items()}
+
+    def without_concepts(self) -> tuple[str, ...]:
+        """The prompts for prior drift."""
+        return prompts_without_concepts(self.base) if self.prior_prompts is None else self.prior_prompts
+
+    def tuning(self, method: MethodEntry, concept: ConceptEntry, data: Path) -> TuningSettings:
+        """How a method tunes a concept on the pictures in `data`. Raises SettingsError."""
+        own = {
+            "name": concept.name,
+            "class_word": concept.class_word,
+            "data": data,
+            "base": self.base,
+            "method": method.tuning,
+        }
+        table = merged(nested(self.tune), nested(method.tune))
+        return make_settings(merged(table, own), f"method {method.key}: tune")
+
+    def fusion(self, method: MethodEntry) -> FusionSettings:
+        """How a method fuses. Raises SettingsError."""
+        own = {"method": method.fusion} if method.fusion else OWN_FUSION[method.tuning]
+        options = {**self.fuse.get("options", {}), **method.fuse.get("options", {})}
+        table = {**self.fuse, **own, **method.fuse, "options": options}
+        settings = make_fusion_settings(table, f"method {method.key}: fuse")
+        check_method(settings)
+        return settings
+
+
+def read_suite(path: Path, over: Mapping[str, Any] | None = None) -> Suite:
+    """A suite from a YAML file, with some keys `over` its own. Raises SettingsError naming the file and the field."""
+    table = read_table(path) | dict(over or {})
+    for key in ("base", "clip", "dino"):  # each a folder or a name
+        if isinstance(named := table.get(key), str) and (path.parent / named).is_dir():
+            table[key] = str(path.parent / named)
+    return make_suite(table, source=str(path), folder=path.parent)
+
+
+def make_suite(table: Mapping[str, Any], source: str = "suite", *, folder: Path = Path()) -> Suite:
+    """A checked suite; paths in it are relative to `folder`. Raises SettingsError naming the field."""
+    try:
+        suite = Suite.model_validate(table, context={"folder": folder})
+    except ValidationError as error:
+        raise SettingsError(f"{source}: {_problem(error.errors()[0])}") from error
+    for method in suite.methods:  # before anything is drawn
+        try:
+            suite.fusion(method)
+            suite.tuning(method, suite.concepts[0], folder)
+        except SettingsError as error:
+            raise SettingsError(f"{source}: {error}") from error
+    return suite
+
+
+def _problem(error: Mapping[str, Any]) -> str:
+    """In one line; for an unknown key deep in the table, the nearest that may stand there."""
+    *place, key = error["loc"] or ("suite",)
+    if error["type"] == "value_error":
+        where = ".".join(map(str, error["loc"]))
+        return f"{where + ': ' if where else ''}{error['ctx']['error']}{_found(error)}"
+    if error["type"] == "extra_forbidden" and place:
+        return f"{'.'.join(map(str, place))}: {field_problem({**error, 'loc': (key,)}, _names())}"
+    return field_problem(error, Suite.model_fields)
+
+
+def _found(error: Mapping[str, Any]) -> str:
+    return f", found {shown(error['input'])}" if isinstance(error.get("input"), str) else ""
+
+
+def _names() -> Iterator[str]:
+    models: tuple[type[BaseModel], ...] = (ConceptEntry, MethodEntry, Compositions)
+    for model in models:
+        yield from model.model_fields

@@ -1,0 +1,82 @@
+"""Recording many concepts: one after another here, or side by side in processes and on machines, by Ray.
+
+A concept is recorded by its own model alone, so that each is a task of its own and the results are the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixofshow.bases.loading import load_base
+from mixofshow.concepts.concept import load_concept
+from mixofshow.errors import SettingsError
+from mixofshow.fusion.settings import RecordingSettings
+from mixofshow.fusion.stages import record_concept
+from mixofshow.fusion.store import Recording, Store, open_recording
+
+
+@dataclass(frozen=True)
+class RecordingJob:
+    """How concept files are recorded; it is sent to every process, which loads the base for itself."""
+
+    base: str
+    settings: RecordingSettings
+    store: Store
+    budget: float | None = None
+    device: str = "cpu"
+
+    def load(self) -> Any:
+        """The base model."""
+        return load_base(self.base, device=self.device)
+
+    def record(self, path: Path, pipeline: Any) -> Path:
+        """Record one file's concept, and say where the recording is. Raises BadInputError."""
+        concept = load_concept(path, pipeline)
+        return record_concept(concept, pipeline, self.settings, self.store, budget=self.budget).file.path
+
+
+def record_all(files: Sequence[Path], job: RecordingJob, *, workers: int = 1) -> Iterator[Recording]:
+    """Record concept files in their order; with several workers as many at once, by Ray (extra `ray`).
+
+    If `RAY_ADDRESS` names a cluster its machines do it, and the store must be a folder that all of them see. All files
+    are read before the first is recorded. Raises BadInputError, and SettingsError where Ray is missing.
+    """
+    pipeline = job.load()
+    for path in files:
+        load_concept(path, pipeline)
+    made = (job.record(path, pipeline) for path in files) if workers == 1 else _by_ray(files, job, workers)
+    return map(open_recording, made)
+
+
+def _by_ray(files: Sequence[Path], job: RecordingJob, workers: int) -> Iterator[Path]:
+    """The same by actors that each have the base."""
+    try:
+        import ray
+        from ray.util import ActorPool
+    except ImportError as error:
+        raise SettingsError(
+            f"workers: {workers} need Ray, which is not installed; pip install 'mixofshow[ray]'"
+        ) from error
+    cluster = "RAY_ADDRESS" in os.environ
+    # A worker that takes a whole processor gets one thread.
+    start = ray.remote(num_cpus=1)(_Worker).remote
+    with ray.init(num_cpus=None if cluster else workers, include_dashboard=False, log_to_driver=False):
+        pool = ActorPool([start(job) for _ in range(workers)])
+        try:
+            yield from pool.map(lambda worker, path: worker.record.remote(path), [path.absolute() for path in files])
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+
+
+class _Worker:
+    """What runs in a process of its own."""
+
+    def __init__(self, job: RecordingJob) -> None:
+        self.job, self.pipeline = job, job.load()
+
+    def record(self, path: Path) -> Path:
+        return self.job.record(path, self.pipeline)

@@ -1,0 +1,176 @@
+"""Denoising: from noise, or from a picture with noise on it, to clean latents."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from torch import Tensor
+
+from mixofshow.errors import MixOfShowError, SettingsError
+from mixofshow.progress import Progress, silent
+from mixofshow.sampling.attention import RegionalAttention, regional
+from mixofshow.sampling.encoding import EncodedPrompt
+
+
+class Control(Protocol):
+    """Something that steers the UNet beside the prompts, such as a ControlNet."""
+
+    def residuals(self, latents: Tensor, timestep: Tensor, text: Tensor, step: int, steps: int) -> Mapping[str, Any]:
+        """Keyword arguments for the UNet in this step (from 1), of which those of several controls are added.
+
+        `latents` are what the UNet is given, (sides · pictures, channels, height, width), and `text` is
+        (sides · prompts, layers, tokens, dim).
+        """
+
+
+class Predict(Protocol):
+    """The UNet's prediction in a step, counted from 1, with more keyword arguments for it."""
+
+    def __call__(self, latents: Tensor, timestep: Tensor, step: int, more: Mapping[str, Any]) -> Tensor:
+        """(sides · pictures, channels, height, width) to the same."""
+
+
+Predicting = Callable[[Any, EncodedPrompt, Tensor], AbstractContextManager[Predict]]
+"""What makes predictions, from a pipeline, the prompts, and a batch of latents of the size to come."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A step, counted from 1, out of `steps`; `batched` makes of latents, and the timestep, what `predict` takes."""
+
+    predict: Any
+    timestep: Tensor
+    step: int
+    steps: int
+    batched: Callable[[Tensor, Tensor], Tensor]
+
+
+Correct = Callable[[Moment, Tensor], Tensor]
+"""Moves the latents before a step: (pictures, channels, height, width) to the same."""
+StepEnd = Callable[[int, Tensor, Tensor], Tensor]
+"""Told of a step, from 0, its timestep and the latents after it; gives the latents to go on with."""
+
+
+class SharedWeights:
+    """Predictions by one UNet for the whole picture."""
+
+    def __init__(self, unet: Any, text: Tensor, attention: RegionalAttention) -> None:
+        self.unet, self.text, self.attention = unet, text, attention
+
+    def __call__(self, latents: Tensor, timestep: Tensor, step: int, more: Mapping[str, Any]) -> Tensor:
+        """See Predict."""
+        self.attention.at(step)
+        # The UNet empties the lists that it is given, and a step may have several predictions.
+        more = {name: [*value] if isinstance(value, list) else value for name, value in more.items()}
+        prediction: Tensor = self.unet(latents, timestep, self.text, return_dict=False, **more)[0]
+        return prediction
+
+
+@contextlib.contextmanager
+def shared_weights(
+    pipeline: Any, encoded: EncodedPrompt, latents: Tensor, *, isolate: int = 0, tiny: str = "nearest"
+) -> Iterator[SharedWeights]:
+    """Predictions by the pipeline's UNet; `isolate` and `tiny` are those of `regional`."""
+    batch, (rows, columns) = len(latents), latents.shape[-2:]
+    text = encoded.text.to(latents)
+    with regional(
+        pipeline.unet, text, encoded.regions, batch=batch, columns=columns, rows=rows, isolate=isolate, tiny=tiny
+    ) as attention:
+        yield SharedWeights(pipeline.unet, text, attention)
+
+
+def denoise(
+    pipeline: Any,
+    noise: Tensor,
+    encoded: EncodedPrompt,
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+    guidance_rescale: float = 0.0,
+    start: Tensor | None = None,
+    strength: float = 1.0,
+    generators: Sequence[torch.Generator] = (),
+    controls: Sequence[Control] = (),
+    predicting: Predicting = shared_weights,
+    correct: Correct | None = None,
+    step_end: StepEnd | None = None,
+    progress: Progress = silent,
+) -> Tensor:
+    """Noise to clean latents with the pipeline's own scheduler and classifier-free guidance.
+
+    With clean latents to `start` from, only the last steps are done, a share `strength` of all; these are counted on,
+    so that a region's steps mean the same. Some schedulers draw noise in every step: picture k's from generator k.
+    """
+    scheduler, timesteps, latents = _begin(pipeline, noise, num_inference_steps, start, strength)
+    skipped = len(scheduler.timesteps) - len(timesteps)
+    draws = generators and "generator" in inspect.signature(scheduler.step).parameters
+    noise_source = {"generator": list(generators)} if draws else {}
+    sides = 2 if encoded.guided else 1
+
+    def batched(latents: Tensor, timestep: Tensor) -> Tensor:
+        return scheduler.scale_model_input(torch.cat([latents] * sides), timestep)
+
+    with predicting(pipeline, encoded, torch.cat([latents] * sides)) as predict:
+        for done, timestep in enumerate(timesteps):
+            step = min((skipped + done) // scheduler.order + 1, num_inference_steps)
+            if correct:
+                latents = correct(Moment(predict, timestep, step, num_inference_steps, batched), latents)
+            batch = batched(latents, timestep)
+            more = [one.residuals(batch, timestep, encoded.text, step, num_inference_steps) for one in controls]
+            prediction = predict(batch, timestep, step, added(more))
+            if encoded.guided:
+                prediction = guided(prediction, guidance_scale, guidance_rescale)
+            latents = scheduler.step(prediction, timestep, latents, **noise_source, return_dict=False)[0]
+            if not torch.isfinite(latents).all():
+                raise MixOfShowError(
+                    f"sampling: numbers that are not finite appeared at step {step} of {num_inference_steps}"
+                )
+            latents = step_end(done, timestep, latents) if step_end else latents
+            progress(done + 1, len(timesteps), {})
+    return latents
+
+
+def _begin(
+    pipeline: Any, noise: Tensor, steps: int, start: Tensor | None, strength: float
+) -> tuple[Any, Tensor, Tensor]:
+    """The pipeline's scheduler, ready for use, the timesteps to do, and the latents before them."""
+    scheduler = copy.deepcopy(pipeline.scheduler)
+    scheduler.set_timesteps(steps, device=noise.device)
+    if start is None:
+        return scheduler, scheduler.timesteps, noise * scheduler.init_noise_sigma
+    begin = (steps - min(int(steps * strength), steps)) * scheduler.order
+    timesteps = scheduler.timesteps[begin:]
+    if not len(timesteps):
+        raise SettingsError(f"strength: expected at least 1 of {steps} steps, {1 / steps:.2g}, found {strength}")
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
+    return scheduler, timesteps, scheduler.add_noise(start, noise, timesteps[:1].expand(len(noise)))
+
+
+def guided(prediction: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
+    """Classifier-free guidance of a batch of which the first half is without the prompt; `rescale` is Lin et al.'s φ."""
+    without, with_prompt = prediction.chunk(2)
+    found = without + scale * (with_prompt - without)
+    return rescale_noise_cfg(found, with_prompt, guidance_rescale=rescale) if rescale else found
+
+
+def added(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Keyword arguments of several controls as one table: tensors, and tensors in sequences, are added."""
+
+    def plus(one: Any, other: Any) -> Any:
+        if isinstance(one, Tensor):
+            return one + other
+        return type(one)(plus(*levels) for levels in zip(one, other, strict=True))
+
+    total: dict[str, Any] = {}
+    for table in tables:
+        total |= {key: plus(total[key], value) if key in total else value for key, value in table.items()}
+    return total

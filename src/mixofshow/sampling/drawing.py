@@ -1,0 +1,75 @@
+"""Compositions to files: pictures, their layout, and grids of seeds and settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from mixofshow.concepts.concept import load_concept
+from mixofshow.concepts.model import load_model, load_unfused, with_concept
+from mixofshow.files import writing
+from mixofshow.grids import grid
+from mixofshow.progress import Progress, silent
+from mixofshow.sampling.composition import as_part, compose, entry_region, variations
+from mixofshow.sampling.layout import draw_layout
+from mixofshow.sampling.pipeline import MixOfShowPipeline
+from mixofshow.sampling.replay import maker_of, save_picture
+from mixofshow.sampling.settings import Composition
+
+
+def open_pipeline(
+    model: str,
+    *,
+    base: str | None = None,
+    concept: Path | None = None,
+    strength: float = 1.0,
+    device: str = "cpu",
+    own_weights: bool = False,
+) -> MixOfShowPipeline:
+    """A fused folder, delta file or base model by its name, with a single concept at a strength, or without.
+
+    With `own_weights` a fused folder comes with its concepts and base. Raises as `load_model` and `load_concept` do.
+    """
+    load = load_unfused if own_weights and not concept and Path(model).is_dir() else load_model
+    known = load(model, base=base, device=device)
+    if concept:
+        file = load_concept(concept, known.pipeline)
+        known = with_concept(known.pipeline, file, unet=strength, text_encoder=strength)
+    return MixOfShowPipeline.of(known)
+
+
+def draw_pictures(
+    pipeline: MixOfShowPipeline,
+    composition: Composition,
+    targets: Sequence[Path],
+    *,
+    layout: Path | None = None,
+    progress: Progress = silent,
+) -> None:
+    """Write a composition's pictures and, if asked for, the regions over the first of them."""
+    maker = maker_of(pipeline)
+    images = compose(pipeline, composition, progress=progress)
+    for number, (image, target) in enumerate(zip(images, targets, strict=True)):
+        save_picture(image, target, composition, maker, number)
+    if layout is not None:
+        _write(draw_layout(images[0], [entry_region(entry) for entry in composition.regions]), layout)
+
+
+def draw_grid(
+    pipeline: MixOfShowPipeline, composition: Composition, vary: str | None, out: Path, *, progress: Progress = silent
+) -> None:
+    """Write one sheet: a column for each seed, a row for each value of the setting in `vary`; see `variations`."""
+    rows = list(variations(composition, vary))
+    images: list[Image.Image] = []
+    for number, (_, one) in enumerate(rows):
+        images += compose(pipeline, one, progress=as_part(progress, number, len(rows)))
+    seeds = [f"seed {composition.seed + number}" for number in range(composition.num)]
+    labels = [label for label, _ in rows] if vary else []
+    _write(grid(images, composition.num, column_labels=seeds, row_labels=labels), out)
+
+
+def _write(image: Image.Image, path: Path) -> None:
+    with writing(path) as temporary:
+        image.save(temporary, "PNG")

@@ -1,0 +1,122 @@
+"""From prompts and regions to what the UNet's attention reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixofshow.concepts.model import ConceptModel
+from mixofshow.concepts.prompts import encode_prompts
+from mixofshow.concepts.words import token_ids
+from mixofshow.errors import SettingsError, shown
+from mixofshow.sampling.attention import RegionText
+from mixofshow.sampling.regions import Region, require_a_cell, shape_of
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """Text of some prompts, (sides · prompts, layers, tokens, dim); with guidance the negative ones come first.
+
+    A region has one text for all prompts.
+    """
+
+    text: Tensor
+    regions: tuple[RegionText, ...]
+    guided: bool
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts there are."""
+        return len(self.text) // (2 if self.guided else 1)
+
+
+def encode(
+    model: ConceptModel,
+    prompt: str | Sequence[str],
+    negative_prompt: str,
+    regions: Sequence[Region],
+    *,
+    width: int,
+    height: int,
+    guided: bool,
+) -> EncodedPrompt:
+    """All prompts of a composition, layer by layer. Raises RegionError, TokenError, SettingsError."""
+    factor = model.pipeline.vae_scale_factor
+    shapes = [shape_of(region, width=width, height=height) for region in regions]
+    for shape in shapes:
+        require_a_cell(shape, columns=width // factor, rows=height // factor)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+
+    def sides(positive: Sequence[str], negative: str) -> Tensor:
+        asked = [*[negative] * len(positive), *positive] if guided else positive
+        return encode_prompts(model.pipeline, asked, model.vocabulary)
+
+    texts = []
+    for region, shape in zip(regions, shapes, strict=True):
+        negative = negative_prompt if region.negative_prompt is None else region.negative_prompt
+        for one in _stages(region, model):
+            words = concept_places(model, one.prompt)
+            concepts = concepts_in(model, one.prompt)
+            text = sides([one.prompt], negative)
+            texts.append(RegionText(shape, text, one.weight, one.first_step, one.last_step, words, concepts))
+    return EncodedPrompt(sides(prompts, negative_prompt), tuple(texts), guided)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A prompt that a region has, with a weight and for some steps."""
+
+    prompt: str
+    weight: float
+    first_step: int
+    last_step: int | None
+
+
+def _stages(region: Region, model: ConceptModel) -> Iterator[_Stage]:
+    """What a region reads: its prompt, and the same with class words, for as much and as long as it asks for these."""
+    first, last, start = region.first_step or 1, region.last_step, region.concept_from or 1
+    if start > first:
+        until = start - 1 if last is None else min(start - 1, last)
+        yield _Stage(without_concepts(model, region.prompt), region.weight, first, until)
+        first = start
+    if last is not None and first > last:
+        return
+    if region.strength < 1:
+        plain = without_concepts(model, region.prompt)
+        yield _Stage(plain, region.weight * (1 - region.strength), first, last)
+    if region.strength > 0:
+        yield _Stage(region.prompt, region.weight * region.strength, first, last)
+
+
+def concepts_in(model: ConceptModel, prompt: str) -> tuple[str, ...]:
+    """The names of the concepts that a prompt speaks of, each once."""
+    owners = {word: name for name, words, _ in model.class_words() for word in words}
+    return tuple(dict.fromkeys(owners[piece] for piece in model.vocabulary.split(prompt) if piece in owners))
+
+
+def without_concepts(model: ConceptModel, prompt: str) -> str:
+    """The prompt with each concept replaced by its class word. Raises SettingsError if that is not known."""
+    known = {word: (name, class_word) for name, words, class_word in model.class_words() for word in words}
+    text, before = "", None
+    for piece in model.vocabulary.split(prompt):
+        name, class_word = known.get(piece, (None, ""))
+        if name is None and piece in model.vocabulary.embeddings:
+            raise SettingsError(f"the class word of {shown(piece)} is not known to this model; fuse its concept anew")
+        if name is None:
+            text += piece
+        elif name != before:
+            text += f" {class_word} "
+        before = name
+    return " ".join(text.split())
+
+
+def concept_places(model: ConceptModel, prompt: str) -> tuple[int, ...]:
+    """Where the words of concepts stand among a prompt's tokens."""
+    text_encoder = model.pipeline.text_encoder
+    first = text_encoder.get_input_embeddings().num_embeddings
+    length = text_encoder.config.max_position_embeddings
+    ids = torch.tensor(token_ids(prompt, model.pipeline.tokenizer, model.vocabulary, first, length))
+    return tuple((ids >= first).nonzero().flatten().tolist())

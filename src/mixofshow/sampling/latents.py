@@ -1,0 +1,46 @@
+"""Between pictures and latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def initial_latents(pipeline: Any, generators: Sequence[torch.Generator], *, width: int, height: int) -> Tensor:
+    """Noise, one picture per generator: (pictures, channels, height, width) of the latents."""
+    factor = pipeline.vae_scale_factor
+    shape = (pipeline.unet.config.in_channels, height // factor, width // factor)
+    return noise(generators, shape).to(pipeline._execution_device, pipeline.unet.dtype)
+
+
+def noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
+    """Normal numbers, each picture's from its own generator: (pictures, *shape), on the generators' device."""
+    return torch.stack([torch.randn(*shape, generator=one, device=one.device) for one in generators])
+
+
+def picture_latents(
+    pipeline: Any, images: Sequence[Image.Image], generators: Sequence[torch.Generator], *, width: int, height: int
+) -> Tensor:
+    """Latents of pictures, enlarged or reduced to a size; with one picture, the same for every generator.
+
+    What the autoencoder leaves to chance in picture k comes from generator k.
+    """
+    vae, device = pipeline.vae, pipeline._execution_device
+    pictures = [one.convert("RGB").resize((width, height), Image.Resampling.LANCZOS) for one in images]
+    pixels = pipeline.image_processor.preprocess(pictures).to(device, vae.dtype)
+    pixels = pixels.expand(len(generators), -1, -1, -1) if len(pixels) == 1 else pixels
+    drawn = [
+        vae.encode(one[None]).latent_dist.sample(generator) for one, generator in zip(pixels, generators, strict=True)
+    ]
+    return (torch.cat(drawn) * vae.config.scaling_factor).to(pipeline.unet.dtype)
+
+
+def decode(pipeline: Any, latents: Tensor, output_type: str = "pil") -> Any:
+    """Clean latents to RGB pictures: a list of them, or one array ("np") or tensor ("pt") of all."""
+    vae = pipeline.vae
+    pictures = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    return pipeline.image_processor.postprocess(pictures, output_type=output_type)

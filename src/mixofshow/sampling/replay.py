@@ -1,0 +1,150 @@
+"""PNGs that say what they were made from, and making the same bytes again from that."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from mixofshow.bases.loading import base_name
+from mixofshow.errors import BadInputError, SettingsError, field_problem, shown
+from mixofshow.files import writing
+from mixofshow.progress import Progress, silent
+from mixofshow.sampling.composition import compose, make_composition
+from mixofshow.sampling.pipeline import MixOfShowPipeline
+from mixofshow.sampling.settings import Composition
+
+logger = logging.getLogger(__name__)
+
+PNG_KEY: Final = "mixofshow"
+PACKAGES: Final = ("mixofshow", "torch", "diffusers", "transformers")
+
+
+class Maker(BaseModel):
+    """What drew a picture. There is no place in it for a path, a host or a user."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: str
+    hash: str
+    concepts: dict[str, str]
+    versions: dict[str, str]
+    device: str
+    threads: int
+
+
+def maker_of(pipeline: MixOfShowPipeline) -> Maker:
+    """What draws with this pipeline."""
+    model = pipeline.model
+    return Maker(
+        base=str(model.manifest.get("base") or base_name(pipeline)),
+        hash=model_hash(pipeline),
+        concepts=model.concept_hashes,
+        versions={package: version(package) for package in PACKAGES},
+        device=pipeline.device.type,
+        threads=torch.get_num_threads(),
+    )
+
+
+def model_hash(pipeline: MixOfShowPipeline) -> str:
+    """Hex digits of everything in the model that a picture depends on: all weights, words, and the scheduler."""
+    digest = hashlib.sha256()
+
+    def take(name: str, tensor: Tensor) -> None:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+
+    with pipeline.model.active():
+        for part in ("text_encoder", "unet", "vae"):
+            for name, tensor in sorted(getattr(pipeline, part).state_dict().items()):
+                take(f"{part}.{name}", tensor)
+    for word, vectors in pipeline.model.vocabulary.embeddings.items():
+        take(word, vectors)
+    scheduler = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
+    digest.update(f"{type(pipeline.scheduler).__name__} {json.dumps(scheduler, sort_keys=True, default=str)}".encode())
+    return digest.hexdigest()
+
+
+def save_picture(image: Image.Image, path: Path, composition: Composition, maker: Maker, number: int = 0) -> None:
+    """Write a PNG that carries the composition of just this picture, number k of those composed, and its maker."""
+    alone = composition.model_copy(update={"seed": composition.seed + number, "num": 1})
+    about = {"composition": alone.model_dump(mode="json", exclude_defaults=True), "maker": maker.model_dump()}
+    note = PngInfo()
+    note.add_text(PNG_KEY, json.dumps(about))
+    with writing(path) as temporary:
+        image.save(temporary, "PNG", pnginfo=note)
+
+
+def read_note(path: Path) -> tuple[Composition, Maker]:
+    """What a PNG carries. Raises SettingsError when it carries nothing of ours, BadInputError when it is no PNG."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            text = image.info.get(PNG_KEY)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadInputError(f"{path}: not a PNG that can be read ({shown(error)})") from error
+    if text is None:
+        raise SettingsError(f"{path}: carries no composition")
+    try:
+        about = json.loads(text)
+        return make_composition(about["composition"], str(path)), Maker.model_validate(about["maker"])
+    except ValidationError as error:
+        raise SettingsError(f"{path}: {field_problem(error.errors()[0], Maker.model_fields)}") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise SettingsError(f"{path}: what it carries is not the expected table ({shown(error)})") from error
+
+
+def composition_of(path: Path) -> Composition:
+    """The composition that a PNG carries. Raises as `read_note` does."""
+    return read_note(path)[0]
+
+
+def replay(pipeline: MixOfShowPipeline, path: Path, out: Path, *, progress: Progress = silent) -> None:
+    """Draw a PNG's picture again, with as many threads, and write the same bytes.
+
+    Raises SettingsError when it was another model; other versions or another device are only warned of.
+    """
+    composition, before = read_note(path)
+    found = model_hash(pipeline)
+    if found != before.hash:
+        raise SettingsError(
+            f"{path}: was drawn by another model, on base '{shown(before.base)}' with {_named(before.concepts)}; "
+            f"expected hash {shown(before.hash, 12)}, found {found[:11]}…"
+        )
+    with _threads(before.threads):
+        maker = maker_of(pipeline)
+        if (changed := _differences(before, maker)) != "":
+            logger.warning("%s was drawn with %s; the bytes may differ", path, changed)
+        (image,) = compose(pipeline, composition, progress=progress)
+        save_picture(image, out, composition, maker)
+
+
+def _named(concepts: Mapping[str, str]) -> str:
+    return ", ".join(f"<{shown(name, 32)}>" for name in concepts) or "no concept"
+
+
+def _differences(before: Maker, now: Maker) -> str:
+    changed = {name: was for name, was in before.versions.items() if now.versions.get(name) != was}
+    changed |= {"device": before.device} if before.device != now.device else {}
+    return ", ".join(f"{shown(name, 20)} {shown(was, 20)}" for name, was in changed.items())
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Inside, torch computes with so many threads: their number decides how sums are rounded."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(max(1, min(count, 1024)))
+        yield
+    finally:
+        torch.set_num_threads(before)
