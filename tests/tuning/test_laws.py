@@ -112,6 +112,12 @@ def test_targets_say_which_layers_are_changed(golden_pipeline, make):
     assert fuse([wide], golden_pipeline).model.weights.keys() == names
 
 
+def test_keys_and_values_alone_leave_all_else_of_the_unet(golden_pipeline, make):
+    concept = tune(make(**{"unet.targets": "keys-and-values"}), golden_pipeline)
+    changed = {name for name in concept.deltas if name.startswith("unet.")}
+    assert changed == {name for name in lora_layers(golden_pipeline) if name.endswith(("attn2.to_k", "attn2.to_v"))}
+
+
 def test_a_full_change_is_stored_in_two_factors_when_that_says_the_same(golden_pipeline, make):
     one_step = make(method="custom-diffusion", steps=1, **{"prior.weight": 0, "batch_size": 1})
     kinds = {type(delta) for delta in tune(one_step, golden_pipeline).deltas.values()}

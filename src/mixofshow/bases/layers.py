@@ -18,6 +18,7 @@ _ATTENTION: Final = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$"
 _FEED_FORWARD: Final = r"\.ff\.net\.(0\.proj|2)$"
 _SELF_ATTENTION: Final = r"\.self_attn\.(q_proj|k_proj|v_proj|out_proj)$"
 UNET_TARGETS: Final = {
+    "keys-and-values": re.compile(r"\.attn2\.to_[kv]$"),
     "attention": re.compile(_ATTENTION),
     "feed-forward": re.compile(f"{_ATTENTION}|{_FEED_FORWARD}"),
     "projections": re.compile(rf"{_ATTENTION}|{_FEED_FORWARD}|attentions\.\d+\.proj_(in|out)$"),

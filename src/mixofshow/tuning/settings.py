@@ -56,8 +56,10 @@ class UNetSettings(Group):
     rate: float = Field(1e-4, ge=0, le=1, description="Learning rate.")
     rank: int = Field(4, ge=1, le=256, description="Rank of the LoRA.")
     alpha: float = Field(1.0, gt=0, le=100, description="Scale of the LoRA: W0 + alpha · up · down (not alpha / rank).")
-    targets: Literal["attention", "feed-forward", "projections"] = Field(
-        "attention", description="Attention only; or with the feed-forward; or with that and proj_in and proj_out."
+    targets: Literal["keys-and-values", "attention", "feed-forward", "projections"] = Field(
+        "attention",
+        description="Attention; or with the feed-forward; or with that and proj_in and proj_out. keys-and-values: only "
+        "what cross-attention makes of the words, where many concepts fit into one small model.",
     )
     drop_kv: float = Field(
         0.0, ge=0, le=1, description="Share of steps without the change of cross-attention's keys and values."
