@@ -45,11 +45,22 @@ def fusion_page(fused: Fused) -> Page:
             f"<{name}> is far louder than the others and was turned down in {one.layers} of {len(fused.layers)} "
             f"layers, to a weight of {one.weight:.2g} at least."
         )
+    if fused.refitted:
+        _words(page, fused.refitted)
     if fused.layers:
         _layers(page, fused)
     page.heading("Settings")
     page.table(("setting", "value"), list(_settings(fused.model.manifest)))
     return page
+
+
+def _words(page: Page, refitted: Mapping[str, tuple[float, float]]) -> None:
+    page.heading("Refitted words")
+    page.paragraph(
+        "The mean squared difference of the fused model's predictions from those of the concept's own model."
+    )
+    rows = [(f"<{name}>", f"{before:.3g}", f"{after:.3g}") for name, (before, after) in refitted.items()]
+    page.table(("concept", "with its own words", "refitted"), rows)
 
 
 def _layers(page: Page, fused: Fused) -> None:

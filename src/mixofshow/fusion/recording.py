@@ -155,18 +155,13 @@ class _Recorder:
     def _picture(self, prompt: str, seed: int) -> None:
         own = self._texts(prompt)
         fused = self._in_fused(partial(self._texts, prompt))
-        scheduler = copy.deepcopy(self.pipeline.scheduler)
-        scheduler.set_timesteps(self.settings.steps, device=own.device)
-        generator = torch.Generator().manual_seed(seed)
-        latents = _noise(self.pipeline, generator) * scheduler.init_noise_sigma
-        # Some schedulers draw noise in every step.
-        source = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+
+        def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
+            call = partial(self.pipeline.unet, noisy.expand(len(own), -1, -1, -1), timestep)
+            return self._guided(self._observe("picture", partial(call, own), partial(call, fused)).sample)
+
         with layerwise(self.pipeline.unet):
-            for timestep in scheduler.timesteps:
-                noisy = scheduler.scale_model_input(latents, timestep).expand(len(own), -1, -1, -1)
-                predict = partial(self.pipeline.unet, noisy, timestep)
-                made = self._observe("picture", partial(predict, own), partial(predict, fused)).sample
-                latents = scheduler.step(self._guided(made), timestep, latents, **source).prev_sample
+            draw(self.pipeline, predict, steps=self.settings.steps, seed=seed)
 
     def _guided(self, made: Tensor) -> Tensor:
         if len(made) == 1:
@@ -220,7 +215,21 @@ class _Recorder:
         return encode_ids(text_encoder, ids, self.source.vocabulary.vectors(layers), encode=encode)[0]
 
 
-def _noise(pipeline: Any, generator: torch.Generator) -> Tensor:
+def draw(
+    pipeline: Any, predict: Callable[[Tensor, Tensor], Tensor], *, steps: int, seed: int, pictures: int = 1
+) -> None:
+    """Draw pictures from noise; in each step `predict` is given their latents, (pictures, …), and the time step."""
+    scheduler, generator = copy.deepcopy(pipeline.scheduler), torch.Generator().manual_seed(seed)
+    scheduler.set_timesteps(steps, device=pipeline.unet.device)
+    latents = _noise(pipeline, pictures, generator) * scheduler.init_noise_sigma
+    # Some schedulers draw noise in every step.
+    source = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    for timestep in scheduler.timesteps:
+        made = predict(scheduler.scale_model_input(latents, timestep), timestep)
+        latents = scheduler.step(made, timestep, latents, **source).prev_sample
+
+
+def _noise(pipeline: Any, pictures: int, generator: torch.Generator) -> Tensor:
     side, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
-    noise = torch.randn(1, channels, side, side, generator=generator)
+    noise = torch.randn(pictures, channels, side, side, generator=generator)
     return noise.to(pipeline.unet.device, pipeline.unet.dtype)

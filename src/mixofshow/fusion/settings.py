@@ -86,6 +86,13 @@ class FusionSettings(RecordingSettings):
         "0 for the others.",
     )
     refine_order: Literal["stages", "all"] = Field("stages", description="Stage after stage, or all layers at once.")
+    refit_words: int = Field(
+        0,
+        ge=0,
+        le=100_000,
+        description="Steps in which each concept's words then learn to make up for what the fused weights have lost; "
+        "other concepts' words are not touched.",
+    )
     guard: bool = Field(False, description="Turn down concepts that are far louder than the others, and name them.")
     refuse_loud: bool = Field(False, description="End with an error that names them instead.")
     leave_one_out: bool = Field(False, description="Also report how much each concept costs the others.")

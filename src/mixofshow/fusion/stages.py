@@ -30,6 +30,7 @@ from mixofshow.fusion.settings import FusionSettings, RecordingSettings
 from mixofshow.fusion.solving import STAGES, LayerReport, check_method, problem_of, solve, solver_for, turned_down
 from mixofshow.fusion.statistics import input_of
 from mixofshow.fusion.store import Looks, Recording, Store
+from mixofshow.fusion.words import refit_words
 from mixofshow.progress import Progress, silent
 
 LOUD_SHARE: Final = 0.25
@@ -38,10 +39,11 @@ LOUD_SHARE: Final = 0.25
 
 @dataclass(frozen=True)
 class Fused:
-    """The fused model and how well each layer was fused."""
+    """The fused model and how well each layer was fused; `refitted` is the loss of each concept's words, before and after."""
 
     model: ConceptModel
     layers: dict[str, LayerReport]
+    refitted: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -56,13 +58,13 @@ def fuse(
     """Fuse concepts into one model; the pipeline is left as it was. Raises TokenError when two claim one word.
 
     Recordings go to and are taken from the `store`; without one they are forgotten afterwards. A fusion that was
-    broken off goes on from those that are there.
+    broken off goes on from those that are there. Progress is counted in recordings, then anew in steps of refitting.
     """
     if not concepts:
         raise BadInputError("nothing to fuse: no concept was given")
     settings = settings or FusionSettings()
     ordered = sorted(concepts, key=lambda concept: concept.hash)
-    words = vocabulary(ordered)
+    vocabulary(ordered)  # so that two that claim one word are named before anything is recorded
     check_method(settings)
     _check_names(ordered, settings)
     with contextlib.ExitStack() as stack:
@@ -74,7 +76,14 @@ def fuse(
         fusion.run()
     if settings.refuse_loud:
         _refuse_loud(fusion.reports)
-    manifest = {
+    spoken, refitted = refit_words(pipeline, ordered, fusion.weights, settings, progress=progress)
+    model = ConceptModel(pipeline, vocabulary(spoken), fusion.weights, _manifest(pipeline, ordered, settings), ordered)
+    return Fused(model, fusion.reports, refitted)
+
+
+def _manifest(pipeline: Any, concepts: Sequence[Concept], settings: FusionSettings) -> dict[str, Any]:
+    """What the model is made from, and how."""
+    return {
         "base": base_name(pipeline),
         "settings": settings.model_dump(mode="json"),
         "concepts": [
@@ -84,10 +93,9 @@ def fuse(
                 "words": list(concept.info.words),
                 "class_word": concept.info.class_word,
             }
-            for concept in ordered
+            for concept in concepts
         ],
     }
-    return Fused(ConceptModel(pipeline, words, fusion.weights, manifest, ordered), fusion.reports)
 
 
 def record_concept(
@@ -230,8 +238,9 @@ class _Fusion:
 
     @cached_property
     def identity(self) -> list[Any]:
-        """What this fusion is made from: with the same, every recording is the same."""
-        return [[concept.hash for concept in self.concepts], self.settings.model_dump(mode="json")]
+        """What this fusion is made from: with the same, every recording is the same. Words are refitted after all."""
+        settings = self.settings.model_dump(mode="json", exclude={"refit_words"})
+        return [[concept.hash for concept in self.concepts], settings]
 
     @cached_property
     def _changed(self) -> set[str]:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixofshow.concepts.adapters import replaced, tuned_weights
-from mixofshow.concepts.concept import Concept
+from mixofshow.concepts.concept import Concept, vocabulary
 from mixofshow.concepts.model import ConceptModel
+from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import SettingsError
 from mixofshow.sampling.attention import RegionText, shares
 from mixofshow.sampling.denoising import Predicting, shared_weights
@@ -34,14 +35,15 @@ class OwnModel:
 
 
 def own_models(
-    model: ConceptModel, concepts: Sequence[Concept], encoding: Callable[[], EncodedPrompt]
+    model: ConceptModel, concepts: Sequence[Concept], encoding: Callable[[Vocabulary], EncodedPrompt]
 ) -> list[OwnModel]:
     """One for each concept that some region names; to be made while the pipeline has its base's weights.
 
-    `encoding` encodes the composition. Raises SettingsError when a region names several concepts.
+    `encoding` encodes the composition with a vocabulary: the model's, but for the concept's words as they were tuned.
+    Raises SettingsError when a region names several concepts.
     """
     named = set()
-    for region in encoding().regions:
+    for region in encoding(model.vocabulary).regions:
         if len(region.concepts) > 1:
             raise SettingsError(f"own_weights: expected one concept, found {region.concepts} in {region.shape.title}")
         named |= set(region.concepts)
@@ -54,8 +56,11 @@ def own_models(
     for concept in concepts:
         if concept.info.name in named:
             weights = tuned_weights(model.pipeline, concept, layers)
+            words = replace(
+                model.vocabulary, embeddings={**model.vocabulary.embeddings, **vocabulary([concept]).embeddings}
+            )
             with replaced(model.pipeline, weights):
-                made.append(OwnModel(concept.info.name, weights, encoding()))
+                made.append(OwnModel(concept.info.name, weights, encoding(words)))
     return made
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mixofshow.concepts.concept import Concept
 from mixofshow.concepts.model import ConceptModel, load_model, with_concept
+from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import SettingsError
 from mixofshow.progress import Progress, silent
 from mixofshow.sampling.attend import attend_and_excite
@@ -148,7 +149,7 @@ class MixOfShowPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # t
         with self.model.active():
             run = partial(
                 self._denoise,
-                encoding(),
+                encoding(self.model.vocabulary),
                 asked,
                 controls=controls,
                 predicting=predicting,
@@ -167,13 +168,18 @@ class MixOfShowPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # t
         return _Asked(drawing, scale, generators, images, size)
 
     def _encode(
-        self, prompts: Sequence[str], negative_prompt: str, regions: Sequence[Region], asked: _Asked
+        self,
+        prompts: Sequence[str],
+        negative_prompt: str,
+        regions: Sequence[Region],
+        asked: _Asked,
+        vocabulary: Vocabulary,
     ) -> EncodedPrompt:
-        width, height = asked.size
-        return encode(self.model, prompts, negative_prompt, regions, width=width, height=height, guided=asked.guided)
+        model, (width, height) = replace(self.model, vocabulary=vocabulary), asked.size
+        return encode(model, prompts, negative_prompt, regions, width=width, height=height, guided=asked.guided)
 
     def _predicting(
-        self, own_weights: bool | Sequence[Concept], encoding: Callable[[], EncodedPrompt], isolate: int
+        self, own_weights: bool | Sequence[Concept], encoding: Callable[[Vocabulary], EncodedPrompt], isolate: int
     ) -> Predicting:
         if own_weights is False:
             return partial(shared_weights, isolate=isolate)

@@ -20,9 +20,8 @@ import torch
 from PIL import Image
 
 from mixofshow.bases.loading import load_base
-from mixofshow.concepts.concept import load_concept, vocabulary
-from mixofshow.concepts.delta import load_delta
-from mixofshow.concepts.model import ConceptModel, with_concept
+from mixofshow.concepts.concept import load_concept
+from mixofshow.concepts.model import ConceptModel, load_model, with_concept
 from mixofshow.errors import BadInputError
 from mixofshow.evaluation.drawing import draw
 from mixofshow.files import write_text
@@ -157,13 +156,10 @@ def _base(name: str, device: str) -> Any:
 
 @lru_cache(maxsize=1)
 def _model(model: Model, device: str) -> ConceptModel:
+    if model.delta:
+        return load_model(model.delta, base=model.base, device=device)
     pipeline = _base(model.base, device)
     concepts = [load_concept(path, pipeline) for path in model.files]
-    if model.delta:
-        delta = load_delta(model.delta)
-        delta.check_fits(pipeline, str(model.delta))
-        known = vocabulary(sorted(concepts, key=lambda concept: concept.hash))
-        return ConceptModel(pipeline, known, delta.weights(pipeline))
     if not concepts:
         return ConceptModel(pipeline)
     return with_concept(pipeline, concepts[0], unet=model.strength, text_encoder=model.strength)
