@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from safetensors import SafetensorError
 
-from mixofshow.bases.families import family_of
+from mixofshow.bases.families import family_of, text_encoders
 from mixofshow.errors import BaseModelError, shown
 
 EMBEDDED: Final = {"emojiland": Path(__file__).parent / "emojiland" / "weights"}
@@ -49,14 +49,21 @@ def load_base(name: str | Path, *, device: str | torch.device = "cpu", dtype: to
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelError(f"{name}: could not be loaded as a base model ({reason})") from error
-    family_of(pipeline)
+    _require_whole(pipeline, name)
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline, pipeline.unet, pipeline.vae):
         # diffusers notes the folder here, and would write it into every model saved from this one.
         part.register_to_config(_name_or_path=_public_name(name))
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+    for part in (pipeline.unet, pipeline.vae, *(one.model for one in text_encoders(pipeline))):
         part.requires_grad_(False).eval()
     return pipeline.to(device)
+
+
+def _require_whole(pipeline: Any, name: str | Path) -> None:
+    """Raise BaseModelError unless the pipeline is of a known family and has all that we use of it."""
+    needed = ("unet", "vae", "scheduler", *(part for pair in family_of(pipeline).text_encoders for part in pair))
+    if missing := [part for part in needed if getattr(pipeline, part, None) is None]:
+        raise BaseModelError(f"{name}: the base model has no {', '.join(missing)}")
 
 
 def load_named_base(name: str, given: str | Path | None, source: str, **options: Any) -> Any:
@@ -95,7 +102,7 @@ def fingerprint(pipeline: Any) -> str:
     Half precision makes the same model loaded as fp16 or fp32 give the same digits.
     """
     digest = hashlib.sha256()
-    for part in (pipeline.text_encoder, pipeline.unet):
+    for part in (*(one.model for one in text_encoders(pipeline)), pipeline.unet):
         for name, tensor in sorted(part.state_dict().items()):
             if any(mark in name for mark in FINGERPRINTED):
                 digest.update(f"{name.removeprefix('text_model.')} {tuple(tensor.shape)}".encode())

@@ -21,7 +21,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from mixofshow.bases.layers import cross_attentions
+from mixofshow.bases.layers import count_groups
 from mixofshow.concepts.interchange.settings import ImportSettings
 from mixofshow.concepts.words import check_word
 from mixofshow.errors import ConceptFileError, TokenError, shown
@@ -44,7 +44,7 @@ class Words:
     def check_fits(self, pipeline: Any, file: str) -> None:
         """Raise ConceptFileError unless there is one vector for all of this base's layers, or one for each."""
         count, layers, _ = self.vectors.shape
-        known = len(cross_attentions(pipeline.unet))
+        known = count_groups(pipeline.unet)
         if layers not in (1, known):
             raise ConceptFileError(f"{file}: embeddings of {layers} layers, this base has {known}")
         if count > MAX_WORDS:
