@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from mixofshow.bases.checkpoints import is_checkpoint
 from mixofshow.bases.families import TextEncoder, family_of, of_encoders, text_encoders, token_width
 from mixofshow.bases.layers import count_groups, layer, matrix
 from mixofshow.bases.loading import GUIDANCE, USUAL_GUIDANCE, base_name, fingerprint, load_base, load_named_base
@@ -143,24 +143,19 @@ def with_concept(pipeline: Any, concept: Concept, *, unet: float = 1.0, text_enc
     return ConceptModel(pipeline, vocabulary([concept]), weights, concepts=(concept,))
 
 
-def load_model(
-    name: str | Path,
-    *,
-    base: str | Path | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> ConceptModel:
-    """A fused model's folder or delta file, or any base model (which knows no concept).
+def load_model(name: str | Path, *, base: str | Path | None = None, **options: Any) -> ConceptModel:
+    """A fused model's folder or delta file, or any base model (which knows no concept); `options` are `load_base`'s.
 
     A delta file is put on the base that it names, or on `base` if that is given. Raises BaseModelError,
     ConceptFileError, TokenError.
     """
-    if os.path.isfile(name) or str(name).endswith(DELTA_SUFFIX):
-        return _on_base(load_delta(Path(name)), str(name), base, device=device, dtype=dtype)
-    pipeline = load_base(name, device=device, dtype=dtype)
-    if not (Path(name) / MANIFEST).is_file():
+    path = Path(name)
+    if (path.is_file() or path.suffix == DELTA_SUFFIX) and not is_checkpoint(path):
+        return _on_base(load_delta(path), str(name), base, **options)
+    pipeline = load_base(name, **options)
+    if not (path / MANIFEST).is_file():
         return ConceptModel(pipeline)
-    known, manifest = _read_vocabulary(Path(name), pipeline)
+    known, manifest = _read_vocabulary(path, pipeline)
     return ConceptModel(pipeline, known, {}, manifest)
 
 
@@ -174,19 +169,14 @@ def _on_base(delta: Delta, name: str, base: str | Path | None, **options: Any) -
     return ConceptModel(pipeline, known, delta.weights(pipeline), info.manifest)
 
 
-def load_unfused(
-    name: str | Path,
-    *,
-    base: str | Path | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> ConceptModel:
+def load_unfused(name: str | Path, *, base: str | Path | None = None, **options: Any) -> ConceptModel:
     """A fused folder as its base model under the fused weights, together with the concepts that it was fused from.
 
-    It draws what `load_model` draws, and can also draw each concept as it was tuned. Raises as `load_model` does.
+    It draws what `load_model` draws, and can also draw each concept as it was tuned. Options and errors are
+    those of `load_model`.
     """
-    fused = load_model(name, device=device, dtype=dtype)
-    pipeline = load_named_base(str(fused.manifest.get("base", "")), base, str(name), device=device, dtype=dtype)
+    fused = load_model(name, **options)
+    pipeline = load_named_base(str(fused.manifest.get("base", "")), base, str(name), **options)
     files = sorted((Path(name) / CONCEPTS).glob(f"*{DELTA_SUFFIX}"))
     concepts = tuple(load_concept(path, pipeline) for path in files)
     if not concepts or {one.info.name: one.hash for one in concepts} != fused.concept_hashes:

@@ -178,7 +178,8 @@ class _Recorder:
             for timestep in scheduler.timesteps:
                 noisy = scheduler.scale_model_input(latents, timestep).expand(len(own.hidden), -1, -1, -1)
                 predict = partial(self._predict, noisy, timestep)
-                made = self._observe("picture", partial(predict, own), fused and partial(predict, fused)).sample
+                behind = partial(predict, fused) if fused else None
+                made = self._observe("picture", partial(predict, own), behind).sample
                 latents = scheduler.step(self._guided(made), timestep, latents, **source).prev_sample
 
     def _predict(self, noisy: Tensor, timestep: Tensor, text: EncodedText) -> Any:
