@@ -9,12 +9,17 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file
 
 from mixofshow import MixOfShowPipeline, Region
 from mixofshow.bases.families import conditions, family_of, text_encoders, token_width
 from mixofshow.bases.layers import count_groups, cross_attentions, layer, lora_layers, matrix, text_groups
 from mixofshow.bases.loading import fingerprint, load_base
 from mixofshow.concepts.concept import Concept, ConceptInfo, LowRank, check_fits, load_concept, vocabulary
+from mixofshow.concepts.interchange.embeddings import file_words, trigger_words
+from mixofshow.concepts.interchange.exporting import export_concept
+from mixofshow.concepts.interchange.importing import open_concept
+from mixofshow.concepts.interchange.settings import ImportSettings
 from mixofshow.concepts.model import ConceptModel, load_model, load_unfused, with_concept
 from mixofshow.concepts.prompts import encode_prompts, layerwise, prompt_ids
 from mixofshow.concepts.words import Vocabulary
@@ -22,7 +27,7 @@ from mixofshow.errors import BaseModelError, ConceptFileError
 from mixofshow.evaluation.protocol import Case, EvaluationSettings, evaluate
 from mixofshow.fusion.settings import PAPER, FusionSettings
 from mixofshow.fusion.stages import fuse
-from mixofshow.sampling.latents import initial_latents
+from mixofshow.sampling.latents import decode, initial_latents
 from mixofshow.sampling.replay import model_hash
 from mixofshow.tuning.batches import Pictures
 from mixofshow.tuning.methods import METHODS, class_vector, initial_words
@@ -330,6 +335,53 @@ def test_a_pictures_hash_is_of_every_text_encoder(base):
             encoder.table[0, 0] += 1
         found.add(model_hash(draw))
     assert len(found) == 1 + len(text_encoders(base))
+
+
+@pytest.mark.parametrize("to", ["diffusers", "kohya"])
+def test_other_tools_have_the_same_change_of_every_layer(xl_pipeline, to, tmp_path):
+    concept = concept_on(xl_pipeline, "cat", 1)
+    export_concept(concept, xl_pipeline, tmp_path / "out", to)
+    (file,) = (one for one in (tmp_path / "out").glob("*.safetensors") if "words" not in one.name)
+    words = load_file(tmp_path / "out" / "cat-words.safetensors")
+    both = torch.cat([words["clip_l"], words["clip_g"]], 1).float()
+    torch.testing.assert_close(both, concept.embeddings.mean(1))
+
+    again = open_concept(file, xl_pipeline, ImportSettings(embeddings=tmp_path / "out" / "cat-words.safetensors"))
+    torch.testing.assert_close(again.embeddings[:, 0], both, atol=1e-4, rtol=1e-3)
+    assert again.deltas.keys() == concept.deltas.keys()
+    draw = MixOfShowPipeline.of(ConceptModel(xl_pipeline))
+    draw.load_lora_weights(file)
+    for name, change in concept.deltas.items():
+        torch.testing.assert_close(again.deltas[name].matrix(), change.matrix(), atol=1e-6, rtol=1e-3)
+        found = layer(xl_pipeline, name).get_delta_weight(draw.get_active_adapters()[0])
+        torch.testing.assert_close(found, change.matrix(), atol=1e-6, rtol=1e-5)
+
+
+def test_a_loras_trigger_words_are_those_of_every_encoder(xl_pipeline):
+    found = trigger_words({}, xl_pipeline, ImportSettings(words="man beach"), "lora")
+    ids = xl_pipeline.tokenizer("man beach", add_special_tokens=False).input_ids
+    rows = torch.cat([one.table[ids] for one in text_encoders(xl_pipeline)], 1)
+    assert torch.equal(found.vectors[:, 0], rows)
+
+
+@pytest.mark.parametrize("shapes", [((2, 16), (1, 24)), ((16,), (24,))])
+def test_tables_of_other_tools_that_do_not_fit_together(shapes):
+    tables = {name: torch.zeros(shape) for name, shape in zip(("clip_l", "clip_g"), shapes, strict=True)}
+    with pytest.raises(ConceptFileError, match="as many words in each"):
+        file_words(tables, "words.safetensors", plain=True)
+
+
+def test_in_half_precision_sdxls_autoencoder_works_in_single(xl_pipeline):
+    latents = torch.randn(1, 4, 6, 8, generator=torch.Generator().manual_seed(0)).half()
+    xl_pipeline.vae.half()
+    found = decode(xl_pipeline, latents, "pt")
+    assert (found.dtype, xl_pipeline.vae.dtype) == (torch.float32, torch.float16)
+    assert torch.equal(found, decode_in_single(xl_pipeline, latents))
+
+
+def decode_in_single(pipeline, latents):
+    vae = copy.deepcopy(pipeline.vae).float()
+    return (vae.decode(latents.float() / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
 
 
 def test_concepts_of_another_family_are_refused(xl_pipeline, v_pipeline):

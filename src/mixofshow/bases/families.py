@@ -5,6 +5,8 @@ What a family's members differ in among themselves (sizes, what the UNet predict
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,12 +22,14 @@ class Family:
 
     The UNet reads what the text encoders say, side by side, without each one's last `skipped_text_layers`. Where a
     text encoder has a projection, the UNet is also told the whole prompt in one vector (pooled), and the picture's size.
+    In half precision some autoencoders overflow (`careful_autoencoder`), those whose configuration says `force_upcast`.
     """
 
     name: str
     pipeline_class: str
     text_encoders: tuple[tuple[str, str], ...]
     skipped_text_layers: int = 0
+    careful_autoencoder: bool = False
 
 
 FAMILIES: Final = (
@@ -36,6 +40,7 @@ FAMILIES: Final = (
         "StableDiffusionXLPipeline",
         (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")),
         skipped_text_layers=1,
+        careful_autoencoder=True,
     ),
 )
 
@@ -98,6 +103,18 @@ def token_width(pipeline: Any) -> int:
 def of_encoders(pipeline: Any, vectors: Tensor) -> list[Tensor]:
     """Words' vectors, (..., dim), as the part that each text encoder reads."""
     return list(vectors.split([one.width for one in text_encoders(pipeline)], dim=-1))
+
+
+@contextlib.contextmanager
+def autoencoder(pipeline: Any) -> Iterator[Any]:
+    """The pipeline's autoencoder, inside in single precision where half would overflow."""
+    vae = pipeline.vae
+    careful = family_of(pipeline).careful_autoencoder and vae.config.force_upcast and vae.dtype == torch.float16
+    try:
+        yield vae.float() if careful else vae
+    finally:
+        if careful:
+            vae.half()
 
 
 def conditions(pipeline: Any, pooled: Tensor | None, latents: Tensor) -> dict[str, Any]:
