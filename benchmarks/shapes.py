@@ -8,8 +8,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from mixofshow.bases.families import family_of
-from mixofshow.bases.layers import cross_attentions, lora_layers, matrix, token_width
+from mixofshow.bases.families import family_of, token_width
+from mixofshow.bases.layers import count_groups, lora_layers, matrix
 from mixofshow.bases.loading import fingerprint, load_base
 from mixofshow.concepts.concept import Concept, ConceptInfo, LowRank
 
@@ -52,7 +52,7 @@ BASES = {"sd15": sd15, "emojiland": lambda: load_base("emojiland")}
 def random_concept(pipeline: Any, name: str, *, rank: int = 4) -> Concept:
     """An ED-LoRA that was never tuned: random words, and a random change of every attention layer."""
     generator = torch.Generator().manual_seed(sum(name.encode()))
-    layers = len(cross_attentions(pipeline.unet))
+    layers = count_groups(pipeline.unet)
     info = ConceptInfo(
         name=name,
         words=(f"<{name}-1>", f"<{name}-2>"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -108,3 +109,117 @@ def golden_fused(
         if name.endswith(".weight")
     }
     return ConceptModel(golden_pipeline, vocabulary(golden_concepts), weights)
+
+
+@pytest.fixture
+def xl_pipeline(golden_pipeline: Any) -> Any:
+    """A tiny random base with the topology of SDXL: 28 cross-attention layers in 11 blocks, two text encoders."""
+    return tiny_xl(golden_pipeline.tokenizer)
+
+
+@pytest.fixture
+def v_pipeline(golden_pipeline: Any) -> Any:
+    """A tiny random base with the topology of SD 2.x: v-prediction, another text encoder, linear projections."""
+    return tiny_v(golden_pipeline.tokenizer)
+
+
+def tiny_xl(tokenizer: Any) -> Any:
+    """Untrained, from one seed."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    second = copy.deepcopy(tokenizer)
+    second.pad_token = "!"
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 3),
+        attention_head_dim=(1, 2, 2),
+        norm_num_groups=4,
+        cross_attention_dim=16 + 24,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 12,
+    )
+    pipeline = StableDiffusionXLPipeline(
+        vae=_autoencoder(0.13025),
+        text_encoder=CLIPTextModel(_text_config(tokenizer, hidden_size=16, hidden_act="quick_gelu")),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer, hidden_size=24, projection_dim=12)),
+        tokenizer=tokenizer,
+        tokenizer_2=second,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        add_watermarker=False,
+    )
+    return _ready(pipeline)
+
+
+def tiny_v(tokenizer: Any) -> Any:
+    """Untrained, from one seed."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 8, 16, 16),
+        attention_head_dim=(1, 1, 2, 2),
+        norm_num_groups=4,
+        cross_attention_dim=48,
+        use_linear_projection=True,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=_autoencoder(0.18215),
+        text_encoder=CLIPTextModel(_text_config(tokenizer, hidden_size=48)),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return _ready(pipeline)
+
+
+def _text_config(tokenizer: Any, **changed: Any) -> Any:
+    from transformers import CLIPTextConfig
+
+    given = {"num_hidden_layers": 3, "num_attention_heads": 2, "hidden_act": "gelu", **changed}
+    # 2 is what SDXL's own text encoders say, and is no token's that ends a prompt.
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer), intermediate_size=2 * given["hidden_size"], bos_token_id=0, eos_token_id=2, **given
+    )
+
+
+def _autoencoder(scaling_factor: float) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(4, 4, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=scaling_factor,
+    )
+
+
+def _ready(pipeline: Any) -> Any:
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

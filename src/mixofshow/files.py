@@ -189,6 +189,10 @@ class TensorFile:
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Each tensor's shape."""
+        return {name: tuple(entry["shape"]) for name, entry in self._entries.items()}
+
     def read(self, name: str) -> Tensor:
         """One tensor."""
         try:

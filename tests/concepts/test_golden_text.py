@@ -31,7 +31,7 @@ def test_plain_prompts(golden, golden_pipeline, relative_error):
     first = golden_pipeline.text_encoder.get_input_embeddings().num_embeddings
     ids = [token_ids(prompt, golden_pipeline.tokenizer, Vocabulary(), first, 77) for prompt in prompts]
     assert ids == text["plain.input_ids"].tolist()
-    for layer in encode_prompts(golden_pipeline, prompts, Vocabulary()).unbind(1):
+    for layer in encode_prompts(golden_pipeline, prompts, Vocabulary()).hidden.unbind(1):
         assert relative_error(layer, text["plain.embeds"]) < TOLERANCE
 
 
@@ -50,7 +50,7 @@ def test_plain_prompts(golden, golden_pipeline, relative_error):
 def test_embeddings(key, prompt, alpha, layers, golden, golden_pipeline, golden_concepts, relative_error):
     text, concept = golden("a_text"), golden_concepts[0]
     with applied(golden_pipeline, concept, text_encoder=alpha):
-        found = encode_prompts(golden_pipeline, [text.values["prompts"][prompt]], vocabulary([concept]))
+        found = encode_prompts(golden_pipeline, [text.values["prompts"][prompt]], vocabulary([concept])).hidden
     assert relative_error(found[:, list(layers)], text[key]) < TOLERANCE
 
 

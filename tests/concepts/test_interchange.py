@@ -90,7 +90,7 @@ def test_golden_embeddings_and_weights(reference, golden, golden_pipeline, relat
     half = open_concept(CONCEPTS / "edlora_dogx.pth", golden_pipeline, ImportSettings(text_encoder_alpha=0.7))
     for strength, concept in ((0.7, half), (1.0, reference)):
         with applied(golden_pipeline, concept):
-            found = encode_prompts(golden_pipeline, [text.values["prompts"][1]], vocabulary([concept]))
+            found = encode_prompts(golden_pipeline, [text.values["prompts"][1]], vocabulary([concept])).hidden
         assert relative_error(found, text[f"embeds_alpha{strength}_prompt1"]) < 1e-5
     name = f"{TEXT_PREFIX}encoder.layers.1.self_attn.out_proj"
     found = tuned_weights(golden_pipeline, half, [f"text_encoder.{name}"])[f"text_encoder.{name}"]
@@ -241,8 +241,8 @@ def test_placeholders_read_like_the_trigger_words(given, metadata, pairs, golden
     concept = open_concept(tmp_path / "My Style.safetensors", golden_pipeline, ImportSettings(words=given))
     count = len(golden_pipeline.tokenizer("man near the beach", add_special_tokens=False).input_ids)
     assert concept.info.words == tuple(f"<my-style{number}>" for number in range(1, count + 1))
-    found = encode_prompts(golden_pipeline, ["photo of <my-style>"], vocabulary([concept]))
-    assert torch.equal(found, encode_prompts(golden_pipeline, ["photo of man near the beach"], Vocabulary()))
+    found = encode_prompts(golden_pipeline, ["photo of <my-style>"], vocabulary([concept])).hidden
+    assert torch.equal(found, encode_prompts(golden_pipeline, ["photo of man near the beach"], Vocabulary()).hidden)
 
 
 # ---- embeddings
@@ -327,7 +327,7 @@ def test_diffusers_loads_what_is_exported(to, lora, token, shared, golden_pipeli
     plain = Vocabulary({word: one[None] for word, one in zip(shared.info.words, mean, strict=True)})
     prompt = "photo of {} near the beach"
     with applied(golden_pipeline, shared):
-        expected = encode_prompts(golden_pipeline, [prompt.format(shared.prompt)], plain)[:, 0]
+        expected = encode_prompts(golden_pipeline, [prompt.format(shared.prompt)], plain).hidden[:, 0]
     pipeline.load_textual_inversion(tmp_path / "out", weight_name="dogx-words.safetensors", token=token)
     with torch.no_grad():
         found, _ = pipeline.encode_prompt(prompt.format("<dogx>"), "cpu", 1, False)

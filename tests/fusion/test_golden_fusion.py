@@ -118,7 +118,7 @@ def test_weights_and_noise_are_the_closed_forms(fused, golden_pipeline, golden, 
             assert relative_error(weight - base, expected[_short(name)] - base) < 1e-3, name
     latents = golden("b_unet")["latents_wide"]
     with torch.no_grad(), fused.model.active(), layerwise(golden_pipeline.unet):
-        text = encode_prompts(golden_pipeline, [expected.values["prompt"]], fused.model.vocabulary)
+        text = encode_prompts(golden_pipeline, [expected.values["prompt"]], fused.model.vocabulary).hidden
         for timestep in (10, 500, 900):
             noise = golden_pipeline.unet(latents, timestep, text).sample
             assert relative_error(noise, expected[f"noise_wide_t{timestep}"]) < 1e-4, timestep

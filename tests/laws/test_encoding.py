@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from mixofshow.concepts.encoding import encode_fully
+from mixofshow.concepts.encoding import encode_fully, encode_shared
 from mixofshow.concepts.prompts import encode_ids
 
 VOCABULARY, TOKENS, WIDTH, LAYERS = 20, 8, 16, 4
@@ -27,7 +27,7 @@ PROMPTS = {
 }
 
 
-def text_encoder(dtype=torch.float64, attention="sdpa"):
+def text_encoder(dtype=torch.float64, attention="sdpa", kind=CLIPTextModel):
     """A tiny text encoder with LoRA that changes something, all in training."""
     config = CLIPTextConfig(
         vocab_size=VOCABULARY,
@@ -41,7 +41,7 @@ def text_encoder(dtype=torch.float64, attention="sdpa"):
         attn_implementation=attention,
     )
     torch.manual_seed(0)
-    model = CLIPTextModel(config).requires_grad_(False).to(dtype)
+    model = kind(config).requires_grad_(False).to(dtype)
     targets = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1"]
     model = inject_adapter_in_model(
         LoraConfig(r=2, lora_alpha=1, target_modules=targets, init_lora_weights=False), model
@@ -51,6 +51,10 @@ def text_encoder(dtype=torch.float64, attention="sdpa"):
 
 def word_vectors(layers=LAYERS, dtype=torch.float64):
     return torch.randn(layers, 2, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+
+
+def ours(model, ids, vectors):
+    return encode_ids(model, ids, vectors).read
 
 
 def one_by_one(model, ids, vectors):
@@ -101,7 +105,7 @@ def require_same(found, expected, tolerance):
 )
 def test_sharing_changes_no_number_and_no_gradient(prompts, layers, dtype, attention, tolerance):
     model, ids, vectors = text_encoder(dtype, attention), torch.tensor(PROMPTS[prompts]), word_vectors(layers, dtype)
-    found = results(model, encode_ids, ids, vectors)
+    found = results(model, ours, ids, vectors)
     assert found[0].shape == (len(ids), layers, TOKENS, WIDTH)
     require_same(found, results(model, one_by_one, ids, vectors), tolerance)
 
@@ -115,7 +119,7 @@ some_prompts = st.lists(
 @settings(max_examples=50, deadline=None)
 def test_wherever_placeholders_stand(prompts, layers):
     model, ids, vectors = text_encoder(), torch.tensor(prompts), word_vectors(layers)
-    require_same(results(model, encode_ids, ids, vectors), results(model, one_by_one, ids, vectors), 1e-10)
+    require_same(results(model, ours, ids, vectors), results(model, one_by_one, ids, vectors), 1e-10)
 
 
 @given(prompts=some_prompts, layers=st.integers(1, 3))
@@ -140,7 +144,7 @@ def test_encoding_fully_passes_every_token_of_every_layer():
     ids, vectors = torch.tensor(PROMPTS["one prompt twice"]), word_vectors()
     full = encode_ids(model, ids, vectors, encode=encode_fully)
     assert passed == [(2 * LAYERS, TOKENS)]
-    torch.testing.assert_close(full, encode_ids(model, ids, vectors), atol=1e-10, rtol=0)
+    torch.testing.assert_close(full.read, ours(model, ids, vectors), atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -149,7 +153,7 @@ def test_with_gradient_checkpointing(reentrant, prompts):
     model, ids, vectors = text_encoder(), torch.tensor(PROMPTS[prompts]), word_vectors()
     expected = results(model, one_by_one, ids, vectors)
     model.activation_checkpointing_enable({"use_reentrant": reentrant})
-    require_same(results(model, encode_ids, ids, vectors), expected, 1e-10)
+    require_same(results(model, ours, ids, vectors), expected, 1e-10)
 
 
 @pytest.mark.parametrize("prompts", PROMPTS)
@@ -157,10 +161,21 @@ def test_under_autocast(prompts):
     model, ids, vectors = text_encoder(torch.float32), torch.tensor(PROMPTS[prompts]), word_vectors(dtype=torch.float32)
     exact = results(model, one_by_one, ids, vectors)
     with torch.autocast("cpu", torch.bfloat16):
-        found, plain = (results(model, encode, ids, vectors) for encode in (encode_ids, one_by_one))
+        found, plain = (results(model, encode, ids, vectors) for encode in (ours, one_by_one))
     assert [one.dtype for one in found] == [one.dtype for one in plain]
     # Sums are rounded in another order, so only the errors compare.
     assert sum(distances(found, exact)) < 1.5 * sum(distances(plain, exact))
+
+
+@pytest.mark.parametrize("encode", [encode_fully, encode_shared])
+@pytest.mark.parametrize("skipped", [0, 1, 2])
+def test_states_of_an_encoder_with_a_projection_before_its_last_layers(encode, skipped):
+    ids = torch.tensor([[0, 1, 3, 4, END, END, END, END], [0, 1, 3, 5, 6, END, END, END]])
+    encoder = text_encoder(kind=CLIPTextModelWithProjection)
+    found, plain = encode(encoder, ids, skipped), encoder(ids, output_hidden_states=True)
+    expected = plain.hidden_states[-1 - skipped] if skipped else plain.last_hidden_state
+    torch.testing.assert_close(found.read, expected, atol=1e-10, rtol=0)
+    torch.testing.assert_close(found.last, plain.last_hidden_state, atol=1e-10, rtol=0)
 
 
 def test_leaving_restores_the_attention_even_after_an_error():

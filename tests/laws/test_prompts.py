@@ -32,7 +32,7 @@ from mixofshow.sampling.regions import Shape
 )
 @torch.no_grad()
 def test_a_prompt_without_placeholders_is_read_as_ever(prompt, golden_pipeline, golden_concepts):
-    (found,) = encode_prompts(golden_pipeline, [prompt], vocabulary(golden_concepts))
+    (found,) = encode_prompts(golden_pipeline, [prompt], vocabulary(golden_concepts)).hidden
     ids = golden_pipeline.tokenizer(
         prompt, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
     ).input_ids
@@ -45,9 +45,9 @@ def test_a_prompt_without_placeholders_is_read_as_ever(prompt, golden_pipeline, 
 def test_prompts_do_not_depend_on_their_neighbours(golden_pipeline, golden_concepts, relative_error):
     known = vocabulary(golden_concepts)
     prompts = ["a <dogx1> <dogx2>", "a castle", "a <manx2>", "a <dogx1> <dogx2>"]
-    together = encode_prompts(golden_pipeline, prompts, known)
+    together = encode_prompts(golden_pipeline, prompts, known).hidden
     for row, prompt in zip(together, prompts, strict=True):
-        assert torch.equal(row, encode_prompts(golden_pipeline, [prompt], known)[0])
+        assert torch.equal(row, encode_prompts(golden_pipeline, [prompt], known).hidden[0])
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,8 @@ def test_a_word_with_one_vector_is_the_same_in_all_layers(prompt, golden_pipelin
     passed = []
     mlp = golden_pipeline.text_encoder.encoder.layers[0].mlp
     with mlp.register_forward_pre_hook(lambda module, args: passed.append(args[0].shape[:-1].numel())):
-        found = encode_prompts(golden_pipeline, [prompt], Vocabulary(single, known.aliases))
-    expected = encode_prompts(golden_pipeline, [prompt], Vocabulary(repeated, known.aliases))
+        found = encode_prompts(golden_pipeline, [prompt], Vocabulary(single, known.aliases)).hidden
+    expected = encode_prompts(golden_pipeline, [prompt], Vocabulary(repeated, known.aliases)).hidden
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert (passed == [77]) == ("<man" not in prompt)
 
@@ -85,7 +85,7 @@ def test_gradients_reach_the_vectors_of_used_words_only(golden_pipeline, golden_
     known = vocabulary(golden_concepts)
     vectors = known.vectors(16).clone().requires_grad_()
     ids = torch.tensor([token_ids("a <dogx2>", golden_pipeline.tokenizer, known, 654)])
-    encode_ids(golden_pipeline.text_encoder, ids, vectors).square().sum().backward()
+    encode_ids(golden_pipeline.text_encoder, ids, vectors).read.square().sum().backward()
     assert vectors.grad.norm(dim=-1).gt(0).any(0).tolist() == [False, True, False, False]
     assert vectors.grad.norm(dim=-1)[:, 1].gt(0).all()
 

@@ -57,7 +57,9 @@ def test_sampling_two_prompts_at_once(golden, golden_pipeline, golden_concepts, 
     start = expected["latents_init_sq"]
     model = with_concept(golden_pipeline, golden_concepts[0])
     with model.active():
-        text = encode_prompts(golden_pipeline, [expected.values["negative_prompt"]] * 2 + prompts, model.vocabulary)
+        text = encode_prompts(
+            golden_pipeline, [expected.values["negative_prompt"]] * 2 + prompts, model.vocabulary
+        ).hidden
         found = denoise(
             golden_pipeline,
             torch.cat([start, start.flip(-1)]),

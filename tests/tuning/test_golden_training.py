@@ -40,7 +40,7 @@ def step(golden, golden_pipeline, golden_concepts):
         pictures = Pictures(
             expected["latents"], expected["masks"], ones if valid is None else valid, torch.tensor([True, True])
         )
-        batch = Batch(pictures, expected["noise"], expected["timesteps"], torch.tensor(ids))
+        batch = Batch(pictures, expected["noise"], expected["timesteps"], (torch.tensor(ids),))
         regularized = settings.loss.attention_weight > 0
         with (
             low_rank_layers(golden_pipeline, settings) as changes,

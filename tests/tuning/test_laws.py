@@ -322,7 +322,7 @@ def test_words_stop_at_the_norm_limit(golden_pipeline, make):
 
 def test_words_start_random_and_as_the_class_word(golden_pipeline, make):
     words = initial_words(golden_pipeline, make(), torch.Generator().manual_seed(0))().detach()
-    known = golden_pipeline.text_encoder.get_input_embeddings().weight[class_token(golden_pipeline, "man")]
+    known = golden_pipeline.text_encoder.get_input_embeddings().weight[class_token(golden_pipeline.tokenizer, "man")]
     assert words.shape == (len(cross_attentions(golden_pipeline.unet)), 2, 32)
     assert torch.equal(words[:, 1], known.expand(16, -1))
     assert torch.equal(words[0, 0], words[15, 0]) and 0.008 < float(words[0, 0].std()) < 0.018
@@ -349,7 +349,7 @@ def test_density_draws_far_vectors_to_the_vocabulary():
 
 def test_a_meaningless_class_word_is_refused(golden_pipeline):
     with pytest.raises(TokenError, match="means nothing"):
-        class_token(golden_pipeline, " ")
+        class_token(golden_pipeline.tokenizer, " ")
 
 
 def test_masked_loss_is_the_reference_formula():

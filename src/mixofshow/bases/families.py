@@ -1,33 +1,132 @@
-"""Families of base models: what differs between them, as a table."""
+"""Families of base models: what differs between them, as a table, and the questions that the table answers.
+
+What a family's members differ in among themselves (sizes, what the UNet predicts) is in their own configurations.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
+
+import torch
+from torch import Tensor
 
 from mixofshow.errors import BaseModelError
 
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of model. `text_encoders` pairs each text encoder of the pipeline with its tokenizer."""
+    """A kind of model. `text_encoders` pairs each text encoder of the pipeline with its tokenizer.
+
+    The UNet reads what the text encoders say, side by side, without each one's last `skipped_text_layers`. Where a
+    text encoder has a projection, the UNet is also told the whole prompt in one vector (pooled), and the picture's size.
+    In half precision some autoencoders overflow (`careful_autoencoder`), those whose configuration says `force_upcast`.
+    """
 
     name: str
     pipeline_class: str
     text_encoders: tuple[tuple[str, str], ...]
+    skipped_text_layers: int = 0
+    careful_autoencoder: bool = False
 
 
 FAMILIES: Final = (
     # SD 2.x and Emojiland differ from SD 1.x in sizes and prediction type only, which their configs tell.
     Family("stable-diffusion", "StableDiffusionPipeline", (("text_encoder", "tokenizer"),)),
+    Family(
+        "stable-diffusion-xl",
+        "StableDiffusionXLPipeline",
+        (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")),
+        skipped_text_layers=1,
+        careful_autoencoder=True,
+    ),
 )
 
 
 def family_of(pipeline: Any) -> Family:
-    """The pipeline's family; BaseModelError names the ones that are known."""
-    name = type(pipeline).__name__
+    """The pipeline's family; BaseModelError names the ones that are known. `base_class` speaks for pipelines of ours."""
+    name = getattr(pipeline, "base_class", type(pipeline).__name__)
     for family in FAMILIES:
         if family.pipeline_class == name:
             return family
     known = ", ".join(family.pipeline_class for family in FAMILIES)
     raise BaseModelError(f"{name}: this kind of base model is not supported; known are {known}")
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """One text encoder of a pipeline, `part` being its name there, and its tokenizer."""
+
+    part: str
+    model: Any
+    tokenizer: Any
+
+    @property
+    def table(self) -> Tensor:
+        """The vectors of its own tokens, (tokens, dim)."""
+        weight: Tensor = self.model.get_input_embeddings().weight
+        return weight
+
+    @property
+    def first_id(self) -> int:
+        """The first id that is no token's."""
+        return len(self.table)
+
+    @property
+    def width(self) -> int:
+        """Width of its token vectors."""
+        width: int = self.model.config.hidden_size
+        return width
+
+    @property
+    def length(self) -> int:
+        """How many tokens of a prompt it reads."""
+        length: int = self.model.config.max_position_embeddings
+        return length
+
+
+def text_encoders(pipeline: Any) -> list[TextEncoder]:
+    """The pipeline's text encoders in the order in which the UNet reads them."""
+    return [
+        TextEncoder(part, getattr(pipeline, part), getattr(pipeline, tokenizer))
+        for part, tokenizer in family_of(pipeline).text_encoders
+    ]
+
+
+def token_width(pipeline: Any) -> int:
+    """Width of a word's vector: that of the token vectors of all text encoders, one after the other."""
+    return sum(one.width for one in text_encoders(pipeline))
+
+
+def of_encoders(pipeline: Any, vectors: Tensor) -> list[Tensor]:
+    """Words' vectors, (..., dim), as the part that each text encoder reads."""
+    return list(vectors.split([one.width for one in text_encoders(pipeline)], dim=-1))
+
+
+@contextlib.contextmanager
+def autoencoder(pipeline: Any) -> Iterator[Any]:
+    """The pipeline's autoencoder, inside in single precision where half would overflow."""
+    vae = pipeline.vae
+    careful = family_of(pipeline).careful_autoencoder and vae.config.force_upcast and vae.dtype == torch.float16
+    try:
+        yield vae.float() if careful else vae
+    finally:
+        if careful:
+            vae.half()
+
+
+def conditions(pipeline: Any, pooled: Tensor | None, latents: Tensor) -> dict[str, Any]:
+    """What the UNet is told beside the text, as keyword arguments for a batch of latents; nothing without `pooled`.
+
+    `pooled` is (rows, dim), of which each serves an equal part of the batch. The size that is told is that of the
+    latents' picture, uncut (SDXL §2.2, Podell et al. 2023, arXiv:2307.01952).
+    """
+    if pooled is None:
+        return {}
+    height, width = (side * pipeline.vae_scale_factor for side in latents.shape[-2:])
+    original, cut, target = (height, width), (0, 0), (height, width)
+    sizes = torch.tensor([*original, *cut, *target], dtype=latents.dtype, device=latents.device)
+    texts = pooled.to(latents).repeat_interleave(len(latents) // len(pooled), dim=0)
+    return {"added_cond_kwargs": {"text_embeds": texts, "time_ids": sizes.expand(len(latents), -1)}}

@@ -7,10 +7,11 @@ carry the prefix `text_model.` there, whether or not the installed transformers 
 from __future__ import annotations
 
 import re
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from torch import Tensor, nn
 
+from mixofshow.bases.families import text_encoders
 from mixofshow.errors import BaseModelError
 
 BLOCK_ORDER: Final = ("down_blocks", "mid_block", "up_blocks")
@@ -29,6 +30,7 @@ TEXT_TARGETS: Final = {
 }
 """Sets of layers that a concept may change, each holding the one before."""
 TEXT_PREFIX: Final = "text_model."
+_IN_BLOCK: Final = ".transformer_blocks."
 
 
 def cross_attentions(unet: nn.Module) -> dict[str, nn.Module]:
@@ -40,12 +42,28 @@ def cross_attentions(unet: nn.Module) -> dict[str, nn.Module]:
     return {name: found[name] for block in BLOCK_ORDER for name in found if name.startswith(block)}
 
 
+def text_groups(unet: nn.Module) -> dict[str, int]:
+    """Which variant of a prompt each cross-attention layer reads, by path, in order; variants count from 0.
+
+    The layers of one block of attention (diffusers' Transformer2DModel) share a variant. In SD 1.x and 2.x a block has
+    one such layer, so each has a variant of its own; SDXL has 70 of them in 11 blocks.
+    """
+    blocks: dict[str, int] = {}
+    return {path: blocks.setdefault(path.split(_IN_BLOCK)[0], len(blocks)) for path in cross_attentions(unet)}
+
+
+def count_groups(unet: nn.Module) -> int:
+    """How many variants of a prompt the UNet reads: the vectors that a layer-wise word has."""
+    return len(set(text_groups(unet).values()))
+
+
 def lora_layers(pipeline: Any, *, unet: str = "attention", text_encoder: str = "attention") -> dict[str, nn.Module]:
     """The linear layers and 1×1 convolutions in sets of targets, by our name, in forward order."""
     layers = {}
-    for path, module in pipeline.text_encoder.named_modules():
-        if TEXT_TARGETS[text_encoder].search(path):
-            layers[f"text_encoder.{TEXT_PREFIX}{path.removeprefix(TEXT_PREFIX)}"] = module
+    for encoder in text_encoders(pipeline):
+        for path, module in encoder.model.named_modules():
+            if TEXT_TARGETS[text_encoder].search(path):
+                layers[f"{encoder.part}.{TEXT_PREFIX}{path.removeprefix(TEXT_PREFIX)}"] = module
     found = {path: module for path, module in pipeline.unet.named_modules() if UNET_TARGETS[unet].search(path)}
     for block in BLOCK_ORDER:
         layers |= {f"unet.{path}": module for path, module in found.items() if path.startswith(block)}
@@ -57,10 +75,15 @@ def tunable_layers(pipeline: Any) -> dict[str, nn.Module]:
     return lora_layers(pipeline, unet="projections", text_encoder="layers")
 
 
+def kind_of(name: str) -> Literal["unet", "text_encoder"]:
+    """Whether one of our layer names is of the UNet or of any text encoder."""
+    return "unet" if name.startswith("unet.") else "text_encoder"
+
+
 def module_path(pipeline: Any, name: str) -> tuple[str, str]:
     """Split our layer name into (part, path inside that part of this pipeline)."""
     part, path = name.split(".", 1)
-    if part == "text_encoder" and not hasattr(pipeline.text_encoder, "text_model"):
+    if not hasattr(getattr(pipeline, part, None), TEXT_PREFIX.removesuffix(".")):
         path = path.removeprefix(TEXT_PREFIX)
     return part, path
 
@@ -79,9 +102,3 @@ def matrix(module: nn.Module) -> Tensor:
     """The weight of a linear layer or 1×1 convolution as a matrix, (out, in); a view of the weight."""
     weight = module.weight
     return weight.flatten(1)  # type: ignore[operator]
-
-
-def token_width(pipeline: Any) -> int:
-    """Width of the text encoder's token embeddings."""
-    width: int = pipeline.text_encoder.config.hidden_size
-    return width

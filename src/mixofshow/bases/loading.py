@@ -10,7 +10,8 @@ from typing import Any, Final
 import torch
 from safetensors import SafetensorError
 
-from mixofshow.bases.families import family_of
+from mixofshow.bases.checkpoints import SUFFIX, check_weights, load_checkpoint
+from mixofshow.bases.families import family_of, text_encoders
 from mixofshow.errors import BaseModelError, shown
 
 EMBEDDED: Final = {"emojiland": Path(__file__).parent / "emojiland" / "weights"}
@@ -28,40 +29,73 @@ FINGERPRINTED: Final = ("conv_in", "conv_out", "mid_block", "final_layer_norm")
 _PLAIN_NAME: Final = re.compile(r"[^/\\.~][^/\\]*(/[^/\\.][^/\\]*)?")
 
 
-def load_base(name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+def load_base(
+    name: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+    config: str | Path | None = None,
+    download: bool = False,
+) -> Any:
     """A base model as an ordinary diffusers pipeline, on one device, without safety checker.
 
-    `name` is the name of an embedded base, a diffusers folder, or a hub id that is already in the local cache.
-    Raises BaseModelError.
+    `name` is the name of an embedded base, a diffusers folder, one `.safetensors` file in the original layout (for
+    `config` see `load_checkpoint`), or a hub id: one that is already in the local cache, unless `download` is asked for.
+    `variant` is that of the weight files, such as fp16. Raises BaseModelError.
     """
-    # Loading a tiny model takes a second; importing diffusers takes four, so only those who load pay for it.
-    from diffusers import DiffusionPipeline
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    folder = EMBEDDED.get(str(name), name)
-    if isinstance(name, Path) and not (Path(folder) / "model_index.json").is_file():
-        raise BaseModelError(f"{name}: not a diffusers folder, there is no model_index.json in it")
-    if any(mark in str(name) for mark in "/\\.") and not Path(folder).exists() and not _looks_like_hub_id(str(name)):
-        raise BaseModelError(f"{name}: no such folder; give a diffusers folder or one of {', '.join(EMBEDDED)}")
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()
+    _quiet()
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(folder), dtype=dtype, safety_checker=None, requires_safety_checker=False, local_files_only=True
-        )
+        if Path(name).suffix == SUFFIX:
+            pipeline = load_checkpoint(Path(name), config, dtype=dtype, download=download)
+        else:
+            pipeline = _from_folder(name, dtype=dtype, variant=variant, download=download)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelError(f"{name}: could not be loaded as a base model ({reason})") from error
-    family_of(pipeline)
+    _require_whole(pipeline, name)
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline, pipeline.unet, pipeline.vae):
         # diffusers notes the folder here, and would write it into every model saved from this one.
         part.register_to_config(_name_or_path=_public_name(name))
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+    for part in (pipeline.unet, pipeline.vae, *(one.model for one in text_encoders(pipeline))):
         part.requires_grad_(False).eval()
     return pipeline.to(device)
+
+
+def _quiet() -> None:
+    # Loading a tiny model takes a second; importing diffusers takes four, so only those who load pay for it.
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+
+
+def _from_folder(name: str | Path, *, dtype: torch.dtype, variant: str | None, download: bool) -> Any:
+    """From an embedded base, a folder, or the hub's cache, its weight files checked first."""
+    from diffusers import DiffusionPipeline
+
+    folder = Path(EMBEDDED.get(str(name), name))
+    if isinstance(name, Path) and not (folder / "model_index.json").is_file():
+        raise BaseModelError(f"{name}: not a diffusers folder, there is no model_index.json in it")
+    if any(mark in str(name) for mark in "/\\.") and not folder.exists() and not _looks_like_hub_id(str(name)):
+        raise BaseModelError(f"{name}: no such folder; give a diffusers folder or one of {', '.join(EMBEDDED)}")
+    which = {"variant": variant, "local_files_only": not download}
+    if not folder.exists():
+        folder = Path(DiffusionPipeline.download(str(name), safety_checker=None, **which))
+    check_weights(folder, name, variant)
+    return DiffusionPipeline.from_pretrained(
+        str(folder), dtype=dtype, safety_checker=None, requires_safety_checker=False, **which
+    )
+
+
+def _require_whole(pipeline: Any, name: str | Path) -> None:
+    """Raise BaseModelError unless the pipeline is of a known family and has all that we use of it."""
+    needed = ("unet", "vae", "scheduler", *(part for pair in family_of(pipeline).text_encoders for part in pair))
+    if missing := [part for part in needed if getattr(pipeline, part, None) is None]:
+        raise BaseModelError(f"{name}: the base model has no {', '.join(missing)}")
 
 
 def load_named_base(name: str, given: str | Path | None, source: str, **options: Any) -> Any:
@@ -75,7 +109,7 @@ def load_named_base(name: str, given: str | Path | None, source: str, **options:
     if not _PLAIN_NAME.fullmatch(name):
         raise BaseModelError(way_out)
     try:
-        return load_base(name, **options)
+        return load_base(name, **{**options, "download": False})
     except BaseModelError as error:
         raise BaseModelError(way_out) from error
 
@@ -87,7 +121,7 @@ def base_name(pipeline: Any) -> str:
 
 def _public_name(name: str | Path) -> str:
     is_hub_id = not Path(name).exists() and _looks_like_hub_id(str(name))
-    return str(name) if is_hub_id else Path(name).name
+    return str(name) if is_hub_id else Path(name).name.removesuffix(SUFFIX)
 
 
 def _looks_like_hub_id(name: str) -> bool:
@@ -100,7 +134,7 @@ def fingerprint(pipeline: Any) -> str:
     Half precision makes the same model loaded as fp16 or fp32 give the same digits.
     """
     digest = hashlib.sha256()
-    for part in (pipeline.text_encoder, pipeline.unet):
+    for part in (*(one.model for one in text_encoders(pipeline)), pipeline.unet):
         for name, tensor in sorted(part.state_dict().items()):
             if any(mark in name for mark in FINGERPRINTED):
                 digest.update(f"{name.removeprefix('text_model.')} {tuple(tensor.shape)}".encode())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixofshow.bases.layers import layer, matrix
+from mixofshow.bases.layers import kind_of, layer, matrix
 from mixofshow.concepts.concept import Concept
 
 
@@ -49,6 +49,6 @@ def tuned_weights(
     for name in names:
         base = matrix(layer(pipeline, name))
         delta = concept.deltas.get(name)
-        strength = strengths.get(name.split(".", 1)[0], 1.0)
+        strength = strengths.get(kind_of(name), 1.0)
         weights[name] = base.clone() if delta is None else base + delta.matrix(strength).to(base)
     return weights

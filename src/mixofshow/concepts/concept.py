@@ -17,8 +17,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from mixofshow.bases.families import family_of
-from mixofshow.bases.layers import cross_attentions, matrix, token_width, tunable_layers
+from mixofshow.bases.families import family_of, of_encoders, text_encoders, token_width
+from mixofshow.bases.layers import count_groups, matrix, tunable_layers
 from mixofshow.bases.loading import fingerprint
 from mixofshow.concepts.words import Vocabulary, check_word
 from mixofshow.errors import ConceptFileError, TokenError, shown
@@ -291,15 +291,25 @@ def check_fits(concept: Concept, pipeline: Any, name: str) -> None:
 
 def _shape_problems(concept: Concept, pipeline: Any) -> list[str]:
     problems = []
-    layers, width = len(cross_attentions(pipeline.unet)), token_width(pipeline)
+    layers, width = count_groups(pipeline.unet), token_width(pipeline)
     if concept.embeddings.shape[1] not in (1, layers) or concept.embeddings.shape[2] != width:
         problems.append(
             f"tensor '{EMBEDDINGS}': this base has {layers} layers of width {width}, found {tuple(concept.embeddings.shape[1:])}"
         )
-    usual = pipeline.text_encoder.get_input_embeddings().weight.norm(dim=-1).mean()
-    if (longest := concept.embeddings.norm(dim=-1).max()) > LARGEST_EMBEDDING * usual:
-        problems.append(f"tensor '{EMBEDDINGS}': length {longest:.3g}, the base's words have {usual:.3g} on average")
+    else:
+        problems += _length_problems(concept, pipeline)
     return problems + layer_problems(concept.deltas, pipeline)
+
+
+def _length_problems(concept: Concept, pipeline: Any) -> list[str]:
+    problems = []
+    for encoder, part in zip(text_encoders(pipeline), of_encoders(pipeline, concept.embeddings), strict=True):
+        usual = encoder.table.norm(dim=-1).mean()
+        if (longest := part.norm(dim=-1).max()) > LARGEST_EMBEDDING * usual:
+            problems.append(
+                f"tensor '{EMBEDDINGS}': length {longest:.3g}, the base's words have {usual:.3g} on average"
+            )
+    return problems
 
 
 def layer_problems(deltas: Mapping[str, Change], pipeline: Any) -> list[str]:

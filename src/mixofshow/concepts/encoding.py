@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -17,30 +18,51 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-Encode = Callable[[Any, Tensor], Tensor]
-"""A text encoder and token ids, (rows, tokens), to last hidden states, (rows, tokens, dim)."""
+
+@dataclass(frozen=True)
+class States:
+    """What a text encoder makes of token ids, each (rows, tokens, dim): what the UNet reads of it, and its last states."""
+
+    read: Tensor
+    last: Tensor
 
 
-def encode_fully(text_encoder: Any, rows: Tensor) -> Tensor:
+Encode = Callable[[Any, Tensor, int], States]
+"""A text encoder, token ids, (rows, tokens), and how many of its last layers the UNet's text leaves out."""
+
+
+def encode_fully(text_encoder: Any, rows: Tensor, skipped: int = 0) -> States:
     """Every token of every row: for recording what the encoder's layers see. (rows, tokens) -> (rows, tokens, dim)."""
-    return text_encoder(rows).last_hidden_state
+    return _states(text_encoder(rows, output_hidden_states=skipped > 0), skipped)
 
 
-def encode_shared(text_encoder: Any, rows: Tensor) -> Tensor:
+def encode_shared(text_encoder: Any, rows: Tensor, skipped: int = 0) -> States:
     """The same numbers, with every distinct beginning of a row encoded once. (rows, tokens) -> (rows, tokens, dim)."""
     distinct, place = rows.unique(dim=0, return_inverse=True)
     if any(getattr(module, "gradient_checkpointing", False) for module in text_encoder.modules()):
         # The backward pass will run the layers again, outside our `with`: by then they must need no help from us.
-        return encode_fully(text_encoder, distinct)[place]
+        return _mapped(encode_fully(text_encoder, distinct, skipped), lambda states: states[place])
     nodes, origins = _beginnings(distinct)
     with _attention_in_rows(text_encoder):
-        states = text_encoder(
+        output = text_encoder(
             distinct.flatten()[origins, None],
             position_ids=(origins % rows.shape[1])[:, None],
+            output_hidden_states=skipped > 0,
             nodes=nodes,
             origins=origins,
-        ).last_hidden_state
-    return F.embedding(nodes[place], states.flatten(1))
+        )
+    return _mapped(_states(output, skipped), lambda states: F.embedding(nodes[place], states.flatten(1)))
+
+
+def _states(output: Any, skipped: int) -> States:
+    """The last states have passed the final norm; those of layers before it have not."""
+    last = output.last_hidden_state
+    return States(output.hidden_states[-1 - skipped] if skipped else last, last)
+
+
+def _mapped(states: States, function: Callable[[Tensor], Tensor]) -> States:
+    last = function(states.last)
+    return States(last if states.read is states.last else function(states.read), last)
 
 
 def _beginnings(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +112,7 @@ AttentionInterface.register(_NAME, _attend_in_rows)
 @contextlib.contextmanager
 def _attention_in_rows(text_encoder: Any) -> Iterator[None]:
     """Inside, the text encoder takes `nodes` and `origins` and attends along the rows that they describe."""
-    config = text_encoder.config
+    config = getattr(text_encoder, "text_model", text_encoder).config  # one with a projection has a copy of its own
     before = config._attn_implementation
     config._attn_implementation = _NAME
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,9 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from mixofshow.bases.layers import cross_attentions, layer, matrix, token_width
+from mixofshow.bases.checkpoints import is_checkpoint
+from mixofshow.bases.families import TextEncoder, family_of, of_encoders, text_encoders, token_width
+from mixofshow.bases.layers import count_groups, layer, matrix
 from mixofshow.bases.loading import GUIDANCE, USUAL_GUIDANCE, base_name, fingerprint, load_base, load_named_base
 from mixofshow.concepts.adapters import replaced, tuned_weights
 from mixofshow.concepts.concept import Concept, load_concept, raise_if, value_problems, vocabulary
@@ -105,19 +106,34 @@ class ConceptModel:
         return lost
 
     def _with_plain_tokens(self) -> Any:
-        """The pipeline with a grown tokenizer and text encoder; only these two are copies."""
+        """The pipeline with grown tokenizers and text encoders; only these are copies."""
         if not self.vocabulary.embeddings:
             return self.pipeline
-        tokenizer, text_encoder = copy.deepcopy(self.pipeline.tokenizer), copy.deepcopy(self.pipeline.text_encoder)
-        first = text_encoder.get_input_embeddings().num_embeddings
-        tokenizer.add_tokens(list(self.vocabulary.embeddings))
-        text_encoder.resize_token_embeddings(first + len(self.vocabulary.embeddings), mean_resizing=False)
-        table = text_encoder.get_input_embeddings().weight
-        with torch.no_grad():
-            for row, vector in enumerate(self.vocabulary.embeddings.values()):
-                table[first + row] = vector.mean(0)
-        parts = {**self.pipeline.components, "tokenizer": tokenizer, "text_encoder": text_encoder}
-        return type(self.pipeline)(**parts, requires_safety_checker=False)
+        parts = dict(self.pipeline.components)
+        vectors = torch.stack([vector.mean(0) for vector in self.vocabulary.embeddings.values()])
+        names = family_of(self.pipeline).text_encoders
+        owns = of_encoders(self.pipeline, vectors)
+        for (part, tokenizer), encoder, own in zip(names, text_encoders(self.pipeline), owns, strict=True):
+            parts[part], parts[tokenizer] = _grown(encoder, list(self.vocabulary.embeddings), own)
+        settings = {key: value for key, value in self.pipeline.config.items() if key in _settings_of(self.pipeline)}
+        return type(self.pipeline)(**parts, **settings)
+
+
+def _settings_of(pipeline: Any) -> set[str]:
+    """The names of what a pipeline is made with beside its parts, as whether it has a safety checker."""
+    return set(pipeline._get_signature_keys(pipeline)[1])
+
+
+def _grown(encoder: TextEncoder, words: Sequence[str], vectors: Tensor) -> tuple[Any, Any]:
+    """Copies of a text encoder and its tokenizer that know some more words, whose vectors are (words, dim)."""
+    model, tokenizer = copy.deepcopy(encoder.model), copy.deepcopy(encoder.tokenizer)
+    tokenizer.add_tokens(words)
+    model.resize_token_embeddings(encoder.first_id + len(words), mean_resizing=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[encoder.first_id :] = vectors
+    # With the 2 that old configurations say, transformers takes the largest id for the end: now that of a word.
+    model.config.eos_token_id = tokenizer.eos_token_id
+    return model, tokenizer
 
 
 def with_concept(pipeline: Any, concept: Concept, *, unet: float = 1.0, text_encoder: float = 1.0) -> ConceptModel:
@@ -127,24 +143,19 @@ def with_concept(pipeline: Any, concept: Concept, *, unet: float = 1.0, text_enc
     return ConceptModel(pipeline, vocabulary([concept]), weights, concepts=(concept,))
 
 
-def load_model(
-    name: str | Path,
-    *,
-    base: str | Path | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> ConceptModel:
-    """A fused model's folder or delta file, or any base model (which knows no concept).
+def load_model(name: str | Path, *, base: str | Path | None = None, **options: Any) -> ConceptModel:
+    """A fused model's folder or delta file, or any base model (which knows no concept); `options` are `load_base`'s.
 
     A delta file is put on the base that it names, or on `base` if that is given. Raises BaseModelError,
     ConceptFileError, TokenError.
     """
-    if os.path.isfile(name) or str(name).endswith(DELTA_SUFFIX):
-        return _on_base(load_delta(Path(name)), str(name), base, device=device, dtype=dtype)
-    pipeline = load_base(name, device=device, dtype=dtype)
-    if not (Path(name) / MANIFEST).is_file():
+    path = Path(name)
+    if (path.is_file() or path.suffix == DELTA_SUFFIX) and not is_checkpoint(path):
+        return _on_base(load_delta(path), str(name), base, **options)
+    pipeline = load_base(name, **options)
+    if not (path / MANIFEST).is_file():
         return ConceptModel(pipeline)
-    known, manifest = _read_vocabulary(Path(name), pipeline)
+    known, manifest = _read_vocabulary(path, pipeline)
     return ConceptModel(pipeline, known, {}, manifest)
 
 
@@ -158,19 +169,14 @@ def _on_base(delta: Delta, name: str, base: str | Path | None, **options: Any) -
     return ConceptModel(pipeline, known, delta.weights(pipeline), info.manifest)
 
 
-def load_unfused(
-    name: str | Path,
-    *,
-    base: str | Path | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> ConceptModel:
+def load_unfused(name: str | Path, *, base: str | Path | None = None, **options: Any) -> ConceptModel:
     """A fused folder as its base model under the fused weights, together with the concepts that it was fused from.
 
-    It draws what `load_model` draws, and can also draw each concept as it was tuned. Raises as `load_model` does.
+    It draws what `load_model` draws, and can also draw each concept as it was tuned. Options and errors are
+    those of `load_model`.
     """
-    fused = load_model(name, device=device, dtype=dtype)
-    pipeline = load_named_base(str(fused.manifest.get("base", "")), base, str(name), device=device, dtype=dtype)
+    fused = load_model(name, **options)
+    pipeline = load_named_base(str(fused.manifest.get("base", "")), base, str(name), **options)
     files = sorted((Path(name) / CONCEPTS).glob(f"*{DELTA_SUFFIX}"))
     concepts = tuple(load_concept(path, pipeline) for path in files)
     if not concepts or {one.info.name: one.hash for one in concepts} != fused.concept_hashes:
@@ -234,7 +240,7 @@ def _checked_vocabulary(found: _Words, vectors: Mapping[str, Tensor], pipeline: 
     for alias, parts in found.aliases.items():
         if alias in vectors or not set(parts) <= vectors.keys():
             raise ConceptFileError(f"{name}: alias {alias} is taken or stands for unknown words, {shown(parts)}")
-    shape = (len(cross_attentions(pipeline.unet)), token_width(pipeline))
+    shape = (count_groups(pipeline.unet), token_width(pipeline))
     problems = value_problems(vectors)
     problems += [
         f"word {word}: expected (layers, dim) = {shape} or (1, {shape[1]}), found {tuple(vector.shape)}"

@@ -1,14 +1,17 @@
 """Layer-wise prompt encoding (Mix-of-Show §3.2, after P+): each cross-attention layer reads its own variant of a prompt.
 
-A placeholder word has one vector per cross-attention layer, so a prompt with placeholders is encoded once per
-layer; the result is `(prompts, layers, tokens, dim)`. Inside `layerwise(unet)` the UNet takes such a tensor as its
-`encoder_hidden_states` and hands each layer its own slice.
+A placeholder word has one vector per cross-attention layer (or group of layers, see `text_groups`), so a prompt with
+placeholders is encoded once per layer; the result is `(prompts, layers, tokens, dim)`. Inside `layerwise(unet)` the
+UNet takes such a tensor as its `encoder_hidden_states` and hands each layer its own slice.
+
+Where a base has several text encoders, a word's vector is that of all of them, one after the other, and so is the text.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +19,40 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixofshow.bases.layers import cross_attentions
-from mixofshow.concepts.encoding import Encode, encode_shared
+from mixofshow.bases.families import family_of, of_encoders, text_encoders
+from mixofshow.bases.layers import count_groups, cross_attentions, text_groups
+from mixofshow.concepts.encoding import Encode, States, encode_fully, encode_shared
 from mixofshow.concepts.words import Vocabulary, token_ids
+
+Ids = tuple[Tensor, ...]
+"""Token ids of some prompts for each text encoder, (prompts, tokens)."""
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """Prompts as the UNet is told them: `hidden` (prompts, layers, tokens, dim), and `pooled` (prompts, dim) or None.
+
+    A prompt has one pooled vector for all layers: the mean over its variants.
+    """
+
+    hidden: Tensor
+    pooled: Tensor | None = None
+
+    def for_layers(self, layers: int) -> EncodedText:
+        """The same where one variant serves all layers."""
+        return EncodedText(self.hidden.expand(-1, layers, -1, -1), self.pooled)
+
+    def zeros(self) -> EncodedText:
+        """Zeros of the same shapes."""
+        return EncodedText(
+            torch.zeros_like(self.hidden), None if self.pooled is None else torch.zeros_like(self.pooled)
+        )
+
+
+def joined(texts: Sequence[EncodedText]) -> EncodedText:
+    """Several prompts behind one another."""
+    pooled = [text.pooled for text in texts if text.pooled is not None]
+    return EncodedText(torch.cat([text.hidden for text in texts]), torch.cat(pooled) if pooled else None)
 
 
 class _WordTable(nn.Module):
@@ -47,7 +81,9 @@ def placeholder_vectors(text_encoder: Any, vectors: Tensor) -> Iterator[None]:
         text_encoder.set_input_embeddings(table)
 
 
-def encode_ids(text_encoder: Any, ids: Tensor, vectors: Tensor, *, encode: Encode = encode_shared) -> Tensor:
+def encode_ids(
+    text_encoder: Any, ids: Tensor, vectors: Tensor, *, skipped: int = 0, encode: Encode = encode_shared
+) -> States:
     """Encode token ids in every layer's variant. (prompts, tokens), (layers, words, dim) -> (prompts, layers, tokens, dim).
 
     What variants or prompts share is encoded once; to record every token of each, pass `encode_fully`.
@@ -58,36 +94,84 @@ def encode_ids(text_encoder: Any, ids: Tensor, vectors: Tensor, *, encode: Encod
     offsets = words * torch.arange(layers, device=ids.device)[:, None, None]
     variants = rearrange(ids + offsets * (ids >= first), "layers prompts tokens -> (layers prompts) tokens")
     with placeholder_vectors(text_encoder, vectors.flatten(0, 1)):
-        hidden = encode(text_encoder, variants)
-    return rearrange(hidden, "(layers prompts) tokens dim -> prompts layers tokens dim", layers=layers)
+        states = encode(text_encoder, variants, skipped)
+    read, last = (
+        rearrange(one, "(layers prompts) tokens dim -> prompts layers tokens dim", layers=layers)
+        for one in (states.read, states.last)
+    )
+    return States(read, last)
 
 
-def encode_prompts(pipeline: Any, prompts: Sequence[str], vocabulary: Vocabulary) -> Tensor:
-    """Encode prompts layer by layer, padded to the text encoder's length: (prompts, layers, tokens, dim).
+def encode_variants(pipeline: Any, ids: Ids, vectors: Tensor, *, encode: Encode = encode_shared) -> EncodedText:
+    """Prompts through all text encoders, in a variant for each of the words' vectors, (layers, words, dim)."""
+    skipped = family_of(pipeline).skipped_text_layers
+    parts = zip(text_encoders(pipeline), ids, of_encoders(pipeline, vectors), strict=True)
+    return _told(
+        pipeline, ids, [encode_ids(one.model, own, part, skipped=skipped, encode=encode) for one, own, part in parts]
+    )
+
+
+def encode_plain(pipeline: Any, ids: Ids) -> EncodedText:
+    """Prompts without placeholders, all in one variant: `hidden` is (prompts, 1, tokens, dim)."""
+    skipped = family_of(pipeline).skipped_text_layers
+    found = (encode_fully(one.model, own, skipped) for one, own in zip(text_encoders(pipeline), ids, strict=True))
+    return _told(pipeline, ids, [States(states.read[:, None], states.last[:, None]) for states in found])
+
+
+def _told(pipeline: Any, ids: Ids, states: Sequence[States]) -> EncodedText:
+    """What all encoders say, side by side; pooled is the state of the end token where an encoder has a projection."""
+    pooled = None
+    for encoder, own, of_one in zip(text_encoders(pipeline), ids, states, strict=True):
+        if (projection := getattr(encoder.model, "text_projection", None)) is not None:
+            # Found by its id: transformers looks for the largest one, which here is a placeholder's.
+            end = (own == encoder.tokenizer.eos_token_id).int().argmax(-1)
+            pooled = projection(of_one.last[torch.arange(len(end), device=end.device), :, end].mean(1))
+    return EncodedText(torch.cat([one.read for one in states], dim=-1), pooled)
+
+
+def prompt_ids(pipeline: Any, prompts: Sequence[str], vocabulary: Vocabulary, *, padded: bool = True) -> Ids:
+    """Token ids of prompts, with the vocabulary's words behind those of each text encoder. Raises TokenError."""
+    return tuple(
+        torch.tensor(
+            [
+                token_ids(prompt, one.tokenizer, vocabulary, one.first_id, one.length if padded else None)
+                for prompt in prompts
+            ],
+            device=one.model.device,
+        )
+        for one in text_encoders(pipeline)
+    )
+
+
+def encode_prompts(pipeline: Any, prompts: Sequence[str], vocabulary: Vocabulary) -> EncodedText:
+    """Encode prompts layer by layer, padded to the text encoders' length: `hidden` is (prompts, layers, tokens, dim).
 
     Prompts without placeholders are the same for all layers and are encoded once; so are those whose words have one
     vector for all layers, and repeated prompts. Raises TokenError for unknown words.
     """
-    text_encoder, tokenizer = pipeline.text_encoder, pipeline.tokenizer
-    layers = len(cross_attentions(pipeline.unet))
-    first = text_encoder.get_input_embeddings().num_embeddings
-    length = text_encoder.config.max_position_embeddings
-    encoded: dict[str, Tensor] = {}
+    layers = count_groups(pipeline.unet)
+    encoded: dict[str, EncodedText] = {}
     for prompt in dict.fromkeys(prompts):  # one by one, so that no prompt's last bit depends on its neighbours
-        ids = torch.tensor([token_ids(prompt, tokenizer, vocabulary, first, length)], device=text_encoder.device)
-        used = [vector for row, vector in enumerate(vocabulary.embeddings.values(), start=first) if (ids == row).any()]
-        if used:
+        ids = prompt_ids(pipeline, [prompt], vocabulary)
+        first = text_encoders(pipeline)[0].first_id
+        rows = enumerate(vocabulary.embeddings.values(), start=first)
+        if used := [vector for row, vector in rows if (ids[0] == row).any()]:
             variants = max(len(vector) for vector in used)
-            (hidden,) = encode_ids(text_encoder, ids, vocabulary.vectors(layers)[:variants])
+            text = encode_variants(pipeline, ids, vocabulary.vectors(layers)[:variants])
         else:
-            hidden = text_encoder(ids).last_hidden_state
-        encoded[prompt] = hidden.expand(layers, -1, -1)
-    return torch.stack([encoded[prompt] for prompt in prompts])
+            text = encode_plain(pipeline, ids)
+        encoded[prompt] = text.for_layers(layers)
+    return joined([encoded[prompt] for prompt in prompts])
+
+
+def unprompted(pipeline: Any, prompt: str, encoded: EncodedText) -> EncodedText:
+    """What guidance reads as the negative `prompt`: zeros if there is none and the base was trained so, as SDXL."""
+    return encoded.zeros() if not prompt and pipeline.config.get("force_zeros_for_empty_prompt", False) else encoded
 
 
 @contextlib.contextmanager
 def layerwise(unet: Any) -> Iterator[None]:
-    """Inside, the UNet accepts 4-D text, (batch, layers, tokens, dim), and cross-attention layer k reads slice k."""
+    """Inside, the UNet accepts 4-D text, (batch, layers, tokens, dim); a cross-attention layer reads its group's."""
 
     def pick(index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -99,8 +183,8 @@ def layerwise(unet: Any) -> Iterator[None]:
         return hook
 
     handles = [
-        module.register_forward_pre_hook(pick(index), with_kwargs=True)
-        for index, module in enumerate(cross_attentions(unet).values())
+        module.register_forward_pre_hook(pick(group), with_kwargs=True)
+        for group, module in zip(text_groups(unet).values(), cross_attentions(unet).values(), strict=True)
     ]
     try:
         yield

@@ -37,8 +37,8 @@ def check_word(word: str) -> str:
 class Vocabulary:
     """The placeholder words that prompts may use.
 
-    `embeddings` maps each word to its vectors, (layers, dim); `aliases` maps a short word to several of them,
-    as `<cat>` to `<cat1> <cat2>`.
+    `embeddings` maps each word to its vectors, (layers, dim), where dim is that of all text encoders together;
+    `aliases` maps a short word to several of them, as `<cat>` to `<cat1> <cat2>`.
     """
 
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)

@@ -17,12 +17,22 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from mixofshow.bases.layers import cross_attentions, layer, matrix
+from mixofshow.bases.families import conditions, text_encoders
+from mixofshow.bases.layers import count_groups, kind_of, layer, matrix, text_groups
 from mixofshow.concepts.adapters import replaced, tuned_weights
 from mixofshow.concepts.concept import Concept, vocabulary
 from mixofshow.concepts.encoding import encode_fully, encode_shared
-from mixofshow.concepts.prompts import encode_ids, layerwise
-from mixofshow.concepts.words import Vocabulary, token_ids
+from mixofshow.concepts.prompts import (
+    EncodedText,
+    Ids,
+    encode_plain,
+    encode_variants,
+    joined,
+    layerwise,
+    prompt_ids,
+    unprompted,
+)
+from mixofshow.concepts.words import Vocabulary
 from mixofshow.fusion.settings import RecordingSettings
 from mixofshow.fusion.statistics import Moments, Seen, holding, input_of, parts
 
@@ -32,7 +42,7 @@ _KEYS_AND_VALUES: Final = re.compile(r"attn2\.to_[kv]$")
 
 def stage_of(layer_name: str) -> Stage:
     """The stage in which a layer is fused."""
-    if layer_name.startswith("text_encoder."):
+    if kind_of(layer_name) == "text_encoder":
         return "text"
     return "keys-and-values" if _KEYS_AND_VALUES.search(layer_name) else "picture"
 
@@ -132,20 +142,23 @@ class _Recorder:
     def _keys_and_values(self) -> None:
         """The concept's words and the end token. Each cross-attention layer counts its own variant of the text."""
         wanted = {input_of(name) for name in self.names}
-        inputs = [f"unet.{path}.input" for path in cross_attentions(self.pipeline.unet)]
+        inputs = {f"unet.{path}.input": group for path, group in text_groups(self.pipeline.unet).items()}
         for text in self.source.texts:
-            ids = self._ids(text, self._length if self.source.concept is None else None)
-            rows = self._telling(ids[0])
-            own, drifted = self._encode(ids), self._in_fused(partial(self._encode, ids))
-            for index, name in enumerate(inputs):
+            ids = self._ids(text, padded=self.source.concept is None)
+            rows = self._telling(ids[0][0])
+            own, drifted = self._encode(ids).hidden[0], self._in_fused(partial(self._encode, ids))
+            for name, group in inputs.items():
                 if name in wanted:
-                    self.moments.add(name, own[index, rows], None if drifted is None else drifted[index, rows])
+                    self.moments.add(
+                        name, own[group, rows], None if drifted is None else drifted.hidden[0][group, rows]
+                    )
 
     def _telling(self, ids: Tensor) -> Tensor:
         """Which tokens say what the concept is: its words and the end. Of the base's prompts all, with their padding."""
         if self.source.concept is None:
             return torch.ones_like(ids, dtype=torch.bool)
-        return (ids == self.pipeline.tokenizer.eos_token_id) | (ids >= self._first_id)
+        encoder = text_encoders(self.pipeline)[0]
+        return (ids == encoder.tokenizer.eos_token_id) | (ids >= encoder.first_id)
 
     def _pictures(self) -> None:
         """Everything behind: each picture, at every step."""
@@ -157,11 +170,16 @@ class _Recorder:
         fused = self._in_fused(partial(self._texts, prompt))
 
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
-            call = partial(self.pipeline.unet, noisy.expand(len(own), -1, -1, -1), timestep)
-            return self._guided(self._observe("picture", partial(call, own), partial(call, fused)).sample)
+            call = partial(self._predict, noisy.expand(len(own.hidden), -1, -1, -1), timestep)
+            behind = partial(call, fused) if fused else None
+            return self._guided(self._observe("picture", partial(call, own), behind).sample)
 
         with layerwise(self.pipeline.unet):
             draw(self.pipeline, predict, steps=self.settings.steps, seed=seed)
+
+    def _predict(self, noisy: Tensor, timestep: Tensor, text: EncodedText) -> Any:
+        told = conditions(self.pipeline, text.pooled, noisy)
+        return self.pipeline.unet(noisy, timestep, text.hidden, **told)
 
     def _guided(self, made: Tensor) -> Tensor:
         if len(made) == 1:
@@ -169,10 +187,12 @@ class _Recorder:
         empty, text = made.chunk(2)
         return empty + self.settings.guidance_scale * (text - empty)
 
-    def _texts(self, prompt: str) -> Tensor:
+    def _texts(self, prompt: str) -> EncodedText:
         """The padded prompt, behind the empty one if there is guidance, (1 or 2, layers, tokens, dim)."""
-        prompts = [prompt] if self.settings.guidance_scale == 1 else ["", prompt]
-        return torch.stack([self._encode(self._ids(one, self._length)) for one in prompts])
+        text = self._encode(self._ids(prompt, padded=True))
+        if self.settings.guidance_scale == 1:
+            return text
+        return joined([unprompted(self.pipeline, "", self._encode(self._ids("", padded=True))), text])
 
     def _observe(self, stage: Stage, call: Callable[[], Any], in_fused: Callable[[], Any] | None = None) -> Any:
         """The call's result, while what the stage's layers see is counted, in pairs if there is a fused model."""
@@ -184,35 +204,23 @@ class _Recorder:
         with self.moments.recording(layers, drifted):
             return call()
 
-    def _in_fused(self, call: Callable[[], Tensor]) -> Tensor | None:
+    def _in_fused(self, call: Callable[[], EncodedText]) -> EncodedText | None:
         """What the call gives in the fused model, if there is one."""
         if self.fused is None:
             return None
         with replaced(self.pipeline, self.fused):
             return call()
 
-    @property
-    def _length(self) -> int:
-        length: int = self.pipeline.text_encoder.config.max_position_embeddings
-        return length
+    def _ids(self, text: str, *, padded: bool = False) -> Ids:
+        """(1, tokens) for each text encoder."""
+        return prompt_ids(self.pipeline, [text], self.source.vocabulary, padded=padded)
 
-    @property
-    def _first_id(self) -> int:
-        first: int = self.pipeline.text_encoder.get_input_embeddings().num_embeddings
-        return first
-
-    def _ids(self, text: str, length: int | None = None) -> Tensor:
-        """(1, tokens); unpadded unless a length is given."""
-        ids = token_ids(text, self.pipeline.tokenizer, self.source.vocabulary, self._first_id, length)
-        return torch.tensor([ids], device=self.pipeline.text_encoder.device)
-
-    def _encode(self, ids: Tensor, encode: Any = encode_shared) -> Tensor:
-        """(1, tokens) -> (layers, tokens, dim) through the text encoder as it is now."""
-        layers, text_encoder = len(cross_attentions(self.pipeline.unet)), self.pipeline.text_encoder
+    def _encode(self, ids: Ids, encode: Any = encode_shared) -> EncodedText:
+        """(1, tokens) to text in every layer's variant, through the text encoders as they are now."""
+        layers = count_groups(self.pipeline.unet)
         if self.source.concept is None:
-            hidden: Tensor = text_encoder(ids).last_hidden_state
-            return hidden.expand(layers, -1, -1)
-        return encode_ids(text_encoder, ids, self.source.vocabulary.vectors(layers), encode=encode)[0]
+            return encode_plain(self.pipeline, ids).for_layers(layers)
+        return encode_variants(self.pipeline, ids, self.source.vocabulary.vectors(layers), encode=encode)
 
 
 def draw(

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
+from mixofshow.bases.families import conditions
 from mixofshow.concepts.adapters import replaced
 from mixofshow.concepts.concept import Concept, vocabulary
-from mixofshow.concepts.prompts import encode_prompts, layerwise
+from mixofshow.concepts.prompts import EncodedText, encode_prompts, layerwise
 from mixofshow.fusion.recording import Source, draw
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.progress import Progress, silent
@@ -90,7 +91,7 @@ def _lessons_of(pipeline: Any, prompt: str, source: Source, steps: int, seed: in
     text = encode_prompts(pipeline, [prompt] * PICTURES, source.vocabulary)
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-        made: Tensor = pipeline.unet(latents, timestep, text).sample
+        made = _predicted(pipeline, latents, timestep, text)
         lessons.extend(Lesson(prompt, one, timestep, its) for one, its in zip(latents, made, strict=True))
         return made
 
@@ -133,7 +134,13 @@ def _loss(pipeline: Any, concept: Concept, lessons: Sequence[Lesson]) -> Tensor:
     text = encode_prompts(pipeline, [one.prompt for one in lessons], vocabulary([concept]))
     latents, timesteps = (torch.stack([getattr(one, name) for one in lessons]) for name in ("latents", "timestep"))
     wanted = torch.stack([one.prediction for one in lessons])
-    return F.mse_loss(pipeline.unet(latents, timesteps, text).sample.float(), wanted.float())
+    return F.mse_loss(_predicted(pipeline, latents, timesteps, text).float(), wanted.float())
+
+
+def _predicted(pipeline: Any, latents: Tensor, timesteps: Tensor, text: EncodedText) -> Tensor:
+    told = conditions(pipeline, text.pooled, latents)
+    made: Tensor = pipeline.unet(latents, timesteps, text.hidden, **told).sample
+    return made
 
 
 @torch.no_grad()

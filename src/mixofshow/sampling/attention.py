@@ -20,7 +20,7 @@ from einops import repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixofshow.bases.layers import cross_attentions
+from mixofshow.bases.layers import cross_attentions, text_groups
 from mixofshow.errors import BaseModelError
 from mixofshow.sampling.regions import Cells, Grid, Shape, bounding_cells, coverages, levels
 
@@ -227,7 +227,7 @@ def regional(
     The latents are `columns` × `rows`. Regions do not read each other's cells in the first `isolate` steps. `tiny` is
     that of `coverages`. Raises BaseModelError for attention of a kind that is not known here.
     """
-    cross = cross_attentions(unet)
+    cross, groups = cross_attentions(unet), text_groups(unet)
     replaced: dict[str, Any] = dict(cross)
     if isolate and regions:
         replaced |= {name: unet.get_submodule(name) for name in (f"{one.removesuffix('2')}1" for one in cross)}
@@ -239,9 +239,9 @@ def regional(
     )
     before = {name: module.processor for name, module in replaced.items()}
     try:
-        for index, (name, module) in enumerate(replaced.items()):
+        for name, module in replaced.items():
             if name in cross:
-                texts = [one[:, index] for one in (text, *(region.text for region in regions))]
+                texts = [one[:, groups[name]] for one in (text, *(region.text for region in regions))]
                 module.processor = CrossAttention(module, texts, handle, batch)
                 handle.layers.append(module.processor)
             else:

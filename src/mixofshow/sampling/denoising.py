@@ -14,6 +14,7 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor
 
+from mixofshow.bases.families import conditions
 from mixofshow.errors import MixOfShowError, SettingsError
 from mixofshow.progress import Progress, silent
 from mixofshow.sampling.attention import RegionalAttention, regional
@@ -60,17 +61,19 @@ StepEnd = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class SharedWeights:
-    """Predictions by one UNet for the whole picture."""
+    """Predictions by one UNet for the whole picture; `told` is what it is told beside the text."""
 
-    def __init__(self, unet: Any, text: Tensor, attention: RegionalAttention) -> None:
-        self.unet, self.text, self.attention = unet, text, attention
+    def __init__(
+        self, unet: Any, text: Tensor, attention: RegionalAttention, told: Mapping[str, Any] | None = None
+    ) -> None:
+        self.unet, self.text, self.attention, self.told = unet, text, attention, told or {}
 
     def __call__(self, latents: Tensor, timestep: Tensor, step: int, more: Mapping[str, Any]) -> Tensor:
         """See Predict."""
         self.attention.at(step)
         # The UNet empties the lists that it is given, and a step may have several predictions.
         more = {name: [*value] if isinstance(value, list) else value for name, value in more.items()}
-        prediction: Tensor = self.unet(latents, timestep, self.text, return_dict=False, **more)[0]
+        prediction: Tensor = self.unet(latents, timestep, self.text, return_dict=False, **self.told, **more)[0]
         return prediction
 
 
@@ -80,11 +83,11 @@ def shared_weights(
 ) -> Iterator[SharedWeights]:
     """Predictions by the pipeline's UNet; `isolate` and `tiny` are those of `regional`."""
     batch, (rows, columns) = len(latents), latents.shape[-2:]
-    text = encoded.text.to(latents)
+    text, told = encoded.text.to(latents), conditions(pipeline, encoded.pooled, latents)
     with regional(
         pipeline.unet, text, encoded.regions, batch=batch, columns=columns, rows=rows, isolate=isolate, tiny=tiny
     ) as attention:
-        yield SharedWeights(pipeline.unet, text, attention)
+        yield SharedWeights(pipeline.unet, text, attention, told)
 
 
 def denoise(

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from mixofshow.bases.families import text_encoders
 from mixofshow.concepts.model import ConceptModel
-from mixofshow.concepts.prompts import encode_prompts
-from mixofshow.concepts.words import token_ids
+from mixofshow.concepts.prompts import EncodedText, encode_prompts, joined, prompt_ids, unprompted
 from mixofshow.errors import SettingsError, shown
 from mixofshow.sampling.attention import RegionText
 from mixofshow.sampling.regions import Region, require_a_cell, shape_of
@@ -20,12 +19,13 @@ from mixofshow.sampling.regions import Region, require_a_cell, shape_of
 class EncodedPrompt:
     """Text of some prompts, (sides · prompts, layers, tokens, dim); with guidance the negative ones come first.
 
-    A region has one text for all prompts.
+    `pooled` is that of the text, (sides · prompts, dim), where the base has it. A region has one text for all prompts.
     """
 
     text: Tensor
     regions: tuple[RegionText, ...]
     guided: bool
+    pooled: Tensor | None = None
 
     @property
     def prompts(self) -> int:
@@ -50,9 +50,12 @@ def encode(
         require_a_cell(shape, columns=width // factor, rows=height // factor)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
 
-    def sides(positive: Sequence[str], negative: str) -> Tensor:
-        asked = [*[negative] * len(positive), *positive] if guided else positive
-        return encode_prompts(model.pipeline, asked, model.vocabulary)
+    def sides(positive: Sequence[str], negative: str) -> EncodedText:
+        text = encode_prompts(model.pipeline, positive, model.vocabulary)
+        if not guided:
+            return text
+        without = encode_prompts(model.pipeline, [negative] * len(positive), model.vocabulary)
+        return joined([unprompted(model.pipeline, negative, without), text])
 
     texts = []
     for region, shape in zip(regions, shapes, strict=True):
@@ -60,9 +63,10 @@ def encode(
         for one in _stages(region, model):
             words = concept_places(model, one.prompt)
             concepts = concepts_in(model, one.prompt)
-            text = sides([one.prompt], negative)
+            text = sides([one.prompt], negative).hidden
             texts.append(RegionText(shape, text, one.weight, one.first_step, one.last_step, words, concepts))
-    return EncodedPrompt(sides(prompts, negative_prompt), tuple(texts), guided)
+    whole = sides(prompts, negative_prompt)
+    return EncodedPrompt(whole.hidden, tuple(texts), guided, whole.pooled)
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,6 @@ def without_concepts(model: ConceptModel, prompt: str) -> str:
 
 def concept_places(model: ConceptModel, prompt: str) -> tuple[int, ...]:
     """Where the words of concepts stand among a prompt's tokens."""
-    text_encoder = model.pipeline.text_encoder
-    first = text_encoder.get_input_embeddings().num_embeddings
-    length = text_encoder.config.max_position_embeddings
-    ids = torch.tensor(token_ids(prompt, model.pipeline.tokenizer, model.vocabulary, first, length))
+    first = text_encoders(model.pipeline)[0].first_id
+    (ids,) = prompt_ids(model.pipeline, [prompt], model.vocabulary)[0]
     return tuple((ids >= first).nonzero().flatten().tolist())

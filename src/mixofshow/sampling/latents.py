@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mixofshow.bases.families import autoencoder
+
 
 def initial_latents(pipeline: Any, generators: Sequence[torch.Generator], *, width: int, height: int) -> Tensor:
     """Noise, one picture per generator: (pictures, channels, height, width) of the latents."""
@@ -29,18 +31,20 @@ def picture_latents(
 
     What the autoencoder leaves to chance in picture k comes from generator k.
     """
-    vae, device = pipeline.vae, pipeline._execution_device
+    device = pipeline._execution_device
     pictures = [one.convert("RGB").resize((width, height), Image.Resampling.LANCZOS) for one in images]
-    pixels = pipeline.image_processor.preprocess(pictures).to(device, vae.dtype)
-    pixels = pixels.expand(len(generators), -1, -1, -1) if len(pixels) == 1 else pixels
-    drawn = [
-        vae.encode(one[None]).latent_dist.sample(generator) for one, generator in zip(pixels, generators, strict=True)
-    ]
+    with autoencoder(pipeline) as vae:
+        pixels = pipeline.image_processor.preprocess(pictures).to(device, vae.dtype)
+        pixels = pixels.expand(len(generators), -1, -1, -1) if len(pixels) == 1 else pixels
+        drawn = [
+            vae.encode(one[None]).latent_dist.sample(generator)
+            for one, generator in zip(pixels, generators, strict=True)
+        ]
     return (torch.cat(drawn) * vae.config.scaling_factor).to(pipeline.unet.dtype)
 
 
 def decode(pipeline: Any, latents: Tensor, output_type: str = "pil") -> Any:
     """Clean latents to RGB pictures: a list of them, or one array ("np") or tensor ("pt") of all."""
-    vae = pipeline.vae
-    pictures = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    with autoencoder(pipeline) as vae:
+        pictures = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
     return pipeline.image_processor.postprocess(pictures, output_type=output_type)

@@ -6,15 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
 from PIL import Image
 from torch import Tensor
 
+from mixofshow.bases.families import family_of
 from mixofshow.concepts.concept import Concept
 from mixofshow.concepts.model import ConceptModel, load_model, with_concept
 from mixofshow.concepts.words import Vocabulary
@@ -66,15 +67,19 @@ class MixOfShowPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # t
 
     `MixOfShowPipeline.of(model)` takes a ConceptModel; `.from_pretrained(name)` an embedded base, a base folder, a
     fused folder or a delta file; `.single(pipeline, concept)` a base with one concept file. Modules are shared with the
-    model, not copied.
+    model, not copied. A base of another family than SD 1.x and 2.x makes a pipeline of that one's class, see KINDS.
     """
 
+    base_class: ClassVar = "StableDiffusionPipeline"
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _callback_tensor_inputs: Final = ["latents"]
 
     def __init__(self, vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, scheduler: Any) -> None:
         super().__init__()
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
+        self._prepare(vae)
+
+    def _prepare(self, vae: Any) -> None:
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self.model = ConceptModel(self)
@@ -85,7 +90,9 @@ class MixOfShowPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # t
     def of(cls, model: ConceptModel) -> Self:
         """From a model that is loaded already."""
         base = model.pipeline
-        made = cls(base.vae, base.text_encoder, base.tokenizer, base.unet, base.scheduler)
+        kind = KINDS[family_of(base).pipeline_class]
+        parts, settings = kind._get_signature_keys(kind)
+        made = kind(**{part: getattr(base, part) for part in parts}, **{key: base.config[key] for key in settings})
         made.register_to_config(_name_or_path=base.config.get("_name_or_path"))
         made.set_progress_bar_config(disable=True)
         made.model, made._given = replace(model, pipeline=made), model
@@ -236,6 +243,42 @@ class MixOfShowPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # t
     def _step_end(self, callback: Callback | None, step: int, timestep: Tensor, latents: Tensor) -> Tensor:
         changed = callback(self, step, timestep, {"latents": latents}) if callback else {}
         return (changed or {}).get("latents", latents)
+
+
+class MixOfShowXLPipeline(StableDiffusionXLLoraLoaderMixin, MixOfShowPipeline):  # type: ignore[misc]
+    """The same for bases of the SDXL family."""
+
+    base_class: ClassVar = "StableDiffusionXLPipeline"
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
+
+    def __init__(
+        self,
+        *,
+        vae: Any,
+        text_encoder: Any,
+        text_encoder_2: Any,
+        tokenizer: Any,
+        tokenizer_2: Any,
+        unet: Any,
+        scheduler: Any,
+        force_zeros_for_empty_prompt: bool = True,
+    ) -> None:
+        DiffusionPipeline.__init__(self)
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            text_encoder_2=text_encoder_2,
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2,
+            unet=unet,
+            scheduler=scheduler,
+        )
+        self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
+        self._prepare(vae)
+
+
+KINDS: Final = {kind.base_class: kind for kind in (MixOfShowPipeline, MixOfShowXLPipeline)}
+"""The pipeline for each class of base."""
 
 
 def _generators(

@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
+from mixofshow.bases.families import family_of
 from mixofshow.bases.loading import base_name
 from mixofshow.errors import BadInputError, SettingsError, field_problem, shown
 from mixofshow.files import writing
@@ -66,7 +67,7 @@ def model_hash(pipeline: MixOfShowPipeline) -> str:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
     with pipeline.model.active():
-        for part in ("text_encoder", "unet", "vae"):
+        for part in (*(part for part, _ in family_of(pipeline).text_encoders), "unet", "vae"):
             for name, tensor in sorted(getattr(pipeline, part).state_dict().items()):
                 take(f"{part}.{name}", tensor)
     for word, vectors in pipeline.model.vocabulary.embeddings.items():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mixofshow.bases.families import autoencoder
 from mixofshow.tuning.dataset import Example
 from mixofshow.tuning.settings import PictureSettings
 from mixofshow.tuning.transforms import Fitted, fit, variants
@@ -100,11 +101,11 @@ class Source:
     @torch.no_grad()
     def _encode(self, cuts: Sequence[Fitted]) -> list[Encoded]:
         """Mean and spread are kept, so that sampling the latents stays random."""
-        vae, encoded = self.pipeline.vae, dict[int, Encoded]()
-        scale = vae.config.scaling_factor
+        encoded, scale = dict[int, Encoded](), self.pipeline.vae.config.scaling_factor
         for part in _alike(cuts):
             pictures = torch.stack([cuts[index].picture for index in part])
-            posterior = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist
+            with autoencoder(self.pipeline) as vae:
+                posterior = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist
             for index, mean, spread in zip(part, scale * posterior.mean, scale * posterior.std, strict=True):
                 masks = (_small(mask, mean) for mask in (cuts[index].mask, cuts[index].valid))
                 encoded[index] = Encoded(mean, spread, *masks)

@@ -12,7 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mixofshow.bases.layers import lora_layers, matrix, module_path
+from mixofshow.bases.layers import kind_of, lora_layers, matrix, module_path
 from mixofshow.concepts.concept import Change, Full, LowRank
 from mixofshow.errors import SettingsError
 from mixofshow.tuning.settings import TextEncoderSettings, TuningSettings, UNetSettings
@@ -110,32 +110,31 @@ def _shared_rows(layer: str, width: int, own: TextEncoderSettings | UNetSettings
 @contextlib.contextmanager
 def low_rank_layers(pipeline: Any, settings: TuningSettings) -> Iterator[Changes]:
     """Inside, the layers that the settings aim at are wrapped by peft; yields them. Afterwards all is as before."""
-    parts: dict[str, TextEncoderSettings | UNetSettings] = {
+    kinds: dict[str, TextEncoderSettings | UNetSettings] = {
         "text_encoder": settings.text_encoder,
         "unet": settings.unet,
     }
     layers = lora_layers(pipeline, unet=settings.unet.targets, text_encoder=settings.text_encoder.targets)
     paths = {name: module_path(pipeline, name) for name in layers}
-    downs = {
-        name: _shared_rows(name, matrix(module).shape[1], parts[paths[name][0]]) for name, module in layers.items()
-    }
+    downs = {name: _shared_rows(name, matrix(module).shape[1], kinds[kind_of(name)]) for name, module in layers.items()}
+    parts = dict.fromkeys(part for part, _ in paths.values())
     try:
-        for part, own in parts.items():
-            targets = [path for own_part, path in paths.values() if own_part == part]
+        for part in parts:
+            own, targets = kinds[kind_of(f"{part}.")], [path for of, path in paths.values() if of == part]
             # peft scales by lora_alpha / r; the reference scales by alpha.
             config = LoraConfig(r=own.rank, lora_alpha=own.alpha * own.rank, target_modules=targets)  # type: ignore[arg-type]
             inject_adapter_in_model(config, getattr(pipeline, part), ADAPTER)
         yield {
-            name: _LowRankChange(getattr(pipeline, part).get_submodule(path), parts[part].alpha, downs[name])
+            name: _LowRankChange(getattr(pipeline, part).get_submodule(path), kinds[kind_of(name)].alpha, downs[name])
             for name, (part, path) in paths.items()
         }
     finally:
         for part, path in paths.values():
             module = getattr(pipeline, part).get_submodule(path)
             getattr(pipeline, part).set_submodule(path, getattr(module, "base_layer", module))
-        for model in (pipeline.text_encoder, pipeline.unet):
-            if hasattr(model, "peft_config"):
-                del model.peft_config
+        for part in parts:
+            if hasattr(getattr(pipeline, part), "peft_config"):
+                del getattr(pipeline, part).peft_config
 
 
 class _Sum(nn.Module):

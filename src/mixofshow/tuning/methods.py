@@ -20,7 +20,8 @@ import torch
 from einops import repeat
 from torch import Tensor, nn
 
-from mixofshow.bases.layers import cross_attentions, token_width
+from mixofshow.bases.families import text_encoders, token_width
+from mixofshow.bases.layers import count_groups
 from mixofshow.errors import TokenError, shown
 from mixofshow.tuning.changes import Changes, full_keys_and_values, low_rank_layers
 from mixofshow.tuning.settings import TuningSettings
@@ -65,10 +66,16 @@ def initializers(settings: TuningSettings) -> tuple[str, ...]:
     return tuple(settings.class_word if start == "class" else start for start in METHODS[settings.method].starts)
 
 
-def class_token(pipeline: Any, class_word: str) -> int:
+def class_vector(pipeline: Any, class_word: str) -> Tensor:
+    """The base's own vector of the class word, (dim,), of all text encoders together. Raises TokenError."""
+    encoders = text_encoders(pipeline)
+    return torch.cat([one.table[class_token(one.tokenizer, class_word)].detach().float() for one in encoders])
+
+
+def class_token(tokenizer: Any, class_word: str) -> int:
     """The token id of the class word; of several tokens the last, as "officer" of "police officer". Raises TokenError."""
-    ids = pipeline.tokenizer(class_word, add_special_tokens=False).input_ids
-    if not ids or ids[-1] in (pipeline.tokenizer.eos_token_id, pipeline.tokenizer.unk_token_id):
+    ids = tokenizer(class_word, add_special_tokens=False).input_ids
+    if not ids or ids[-1] in (tokenizer.eos_token_id, tokenizer.unk_token_id):
         raise TokenError(f"class word '{shown(class_word)}' means nothing to this base model; choose a word it knows")
     return int(ids[-1])
 
@@ -89,13 +96,13 @@ class Words(nn.Module):
 def initial_words(pipeline: Any, settings: TuningSettings, generator: torch.Generator) -> Words:
     """The words as they start, equal in all layers."""
     method = METHODS[settings.method]
-    known = pipeline.text_encoder.get_input_embeddings().weight[class_token(pipeline, settings.class_word)].float()
+    known = class_vector(pipeline, settings.class_word)
     starts = [
         settings.words.sigma * torch.randn(token_width(pipeline), generator=generator).to(known)
         if start == "random"
-        else known.detach()
+        else known
         for start in method.starts
     ]
-    layers = len(cross_attentions(pipeline.unet)) if method.layerwise else 1
+    layers = count_groups(pipeline.unet) if method.layerwise else 1
     vectors = repeat(torch.stack(starts), "words dim -> layers words dim", layers=layers)
     return Words(vectors, len(starts) if method.moving is None else method.moving)

@@ -10,7 +10,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from mixofshow.concepts.prompts import encode_ids
+from mixofshow.bases.families import conditions, of_encoders, text_encoders
+from mixofshow.concepts.prompts import Ids, encode_variants
 from mixofshow.tuning.attention import Maps, words_attention
 from mixofshow.tuning.batches import Order, Pictures, Source, batch_generator
 from mixofshow.tuning.captions import varied
@@ -30,23 +31,23 @@ Figures = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures, noise (batch, channels, height, width), time steps (batch,), token ids (batch, tokens)."""
+    """Pictures, noise (batch, channels, height, width), time steps (batch,), token ids."""
 
     pictures: Pictures
     noise: Tensor
     timesteps: Tensor
-    ids: Tensor
+    ids: Ids
 
 
 @dataclass(frozen=True)
 class Feed:
-    """Pictures with captions, in their order. `tokenize` turns captions into ids, (captions, tokens)."""
+    """Pictures with captions, in their order. `tokenize` turns captions into ids."""
 
     source: Source
     order: Order
     captions: Sequence[str]
     settings: TuningSettings
-    tokenize: Callable[[Sequence[str]], Tensor]
+    tokenize: Callable[[Sequence[str]], Ids]
 
     def batch(self, number: int, scheduler: Any) -> Batch:
         """Batch `number`, always the same."""
@@ -78,10 +79,11 @@ class Objective(nn.Module):
         self, pipeline: Any, words: nn.Module, changes: Changes, settings: TuningSettings, maps: Maps | None = None
     ) -> None:
         super().__init__()
-        self.text_encoder, self.unet, self.words = pipeline.text_encoder, pipeline.unet, words
+        self.pipeline, self.unet, self.words = pipeline, pipeline.unet, words
+        self.text_encoders = nn.ModuleList(one.model for one in text_encoders(pipeline))
         self.changes, self.settings, self.maps = changes, settings, maps
         self.scheduler = noise_scheduler(pipeline, settings.loss)
-        self.first_id = pipeline.text_encoder.get_input_embeddings().num_embeddings
+        self.first_id = text_encoders(pipeline)[0].first_id
 
     def forward(self, batch: Batch, prior: Batch | None = None) -> Figures:
         """The loss by its parts; "loss" is their sum."""
@@ -91,8 +93,7 @@ class Objective(nn.Module):
         if prior is not None:
             figures["prior"] = self.settings.prior.weight * self._denoising_loss(self._predict(prior), prior)
         if self.settings.words.density_weight:
-            table = self.text_encoder.get_input_embeddings().weight
-            figures["density"] = self.settings.words.density_weight * negative_log_density(self.words(), table)
+            figures["density"] = self.settings.words.density_weight * self._density_loss()
         return {"loss": torch.stack(list(figures.values())).sum(), **figures}
 
     def _predict(self, batch: Batch) -> Tensor:
@@ -100,8 +101,9 @@ class Objective(nn.Module):
             self.maps.clear()
         latents = batch.pictures.latents
         noisy = self.scheduler.add_noise(latents, batch.noise, batch.timesteps)
-        text = encode_ids(self.text_encoder, batch.ids, self.words())
-        return self.unet(noisy, batch.timesteps, text[:, 0] if text.shape[1] == 1 else text).sample
+        text = encode_variants(self.pipeline, batch.ids, self.words())
+        hidden = text.hidden[:, 0] if text.hidden.shape[1] == 1 else text.hidden
+        return self.unet(noisy, batch.timesteps, hidden, **conditions(self.pipeline, text.pooled, noisy)).sample
 
     def _denoising_loss(self, made: Tensor, batch: Batch) -> Tensor:
         pictures, settings = batch.pictures, self.settings.loss
@@ -111,15 +113,25 @@ class Objective(nn.Module):
         # All ones is no mask: then the loss is a mean, not the reference's sum over channels.
         return masked_mse(made, target, None if bool((mask == 1).all()) else mask, weights)
 
+    def _density_loss(self) -> Tensor:
+        """Of each text encoder's part of the words among its own."""
+        parts = zip(of_encoders(self.pipeline, self.words()), text_encoders(self.pipeline), strict=True)
+        return torch.stack([negative_log_density(part, one.table) for part, one in parts]).sum()
+
+    @torch.no_grad()
+    def length_of_words(self) -> Tensor:
+        """The words' mean length, of what each text encoder reads of them."""
+        return torch.stack([part.norm(dim=-1).mean() for part in of_encoders(self.pipeline, self.words())]).mean()
+
     def _attention_loss(self, maps: Maps, batch: Batch) -> Tensor:
         """Of the pictures that have a mask and a caption that names the concept."""
-        is_word = batch.ids >= self.first_id
+        is_word = batch.ids[0] >= self.first_id
         rows = (batch.pictures.masked & is_word.any(1)).nonzero()[:, 0]
         if not len(rows):
             return batch.noise.new_zeros(())
         count = int(is_word[rows].sum(1).min())
         positions = is_word[rows].int().topk(count, dim=1).indices.sort(1).values
-        of_words = words_attention([_rows(attention, rows, len(batch.ids)) for attention in maps], positions)
+        of_words = words_attention([_rows(attention, rows, len(is_word)) for attention in maps], positions)
         return attention_regularization(
             of_words, batch.pictures.mask[rows], full_identity=self.settings.loss.full_identity
         )

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from mixofshow.bases.layers import kind_of
 from mixofshow.concepts.concept import Concept, ConceptInfo
 from mixofshow.errors import BadInputError, ResourceError
 from mixofshow.progress import Progress
@@ -48,8 +49,8 @@ class Run:
         self.words, self.changes = objective.words, objective.changes
         groups: list[dict[str, Any]] = [
             {"params": [self.words.moving], "lr": settings.words.rate},
-            {"params": self._of_part("text_encoder"), "lr": settings.text_encoder.rate},
-            {"params": self._of_part("unet"), "lr": settings.unet.rate},
+            {"params": self._of_kind("text_encoder"), "lr": settings.text_encoder.rate},
+            {"params": self._of_kind("unet"), "lr": settings.unet.rate},
         ]
         self.trained = [parameter for group in groups for parameter in group["params"]]
         self.model, self.optimizer = accelerator.prepare(
@@ -62,9 +63,9 @@ class Run:
         self.identity: Identity | None = None
         self.save_failed = False
 
-    def _of_part(self, part: str) -> list[nn.Parameter]:
+    def _of_kind(self, kind: str) -> list[nn.Parameter]:
         named = self.changes.items()
-        return [one for name, change in named if name.startswith(f"{part}.") for one in change.parameters()]
+        return [one for name, change in named if kind_of(name) == kind for one in change.parameters()]
 
     def keep(self, folder: Path, identity: Identity, *, resume: bool) -> None:
         """Leave checkpoints and curves in `folder` from now on; with `resume`, go on from the newest first."""
@@ -117,7 +118,7 @@ class Run:
         self.schedule.step()
         if self.average:
             self.average.step(self.trained)
-        if self.words().detach().norm(dim=-1).mean() >= settings.words.norm_limit:
+        if self.objective.length_of_words() >= settings.words.norm_limit:
             self.words_move = False
         return sums
 

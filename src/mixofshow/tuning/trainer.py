@@ -13,13 +13,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor
 
-from mixofshow.bases.families import family_of
+from mixofshow.bases.families import family_of, text_encoders
 from mixofshow.bases.loading import fingerprint
 from mixofshow.concepts.concept import Concept, ConceptInfo
-from mixofshow.concepts.prompts import layerwise
-from mixofshow.concepts.words import Vocabulary, token_ids
+from mixofshow.concepts.prompts import Ids, layerwise, prompt_ids
+from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import SettingsError
 from mixofshow.progress import Progress, silent
 from mixofshow.tuning.attention import recorded_attention
@@ -85,6 +84,8 @@ def make_accelerator(settings: TuningSettings, pipeline: Any, folder: Path | Non
     tracker = {"auto": "tensorboard" if find_spec("tensorboard") else "none"}.get(settings.tracker, settings.tracker)
     if tracker != "none" and not find_spec(tracker):
         raise SettingsError(f"tracker {tracker} is not installed: pip install {tracker}")
+    # Text that leaves out the text encoder's last layers leaves out their changes too.
+    unused = settings.unet.drop_kv > 0 or family_of(pipeline).skipped_text_layers > 0
     try:
         return Accelerator(
             mixed_precision={"fp32": "no"}.get(settings.precision, settings.precision),
@@ -92,7 +93,7 @@ def make_accelerator(settings: TuningSettings, pipeline: Any, folder: Path | Non
             cpu=pipeline.device.type == "cpu",
             log_with=tracker if folder and tracker != "none" else None,
             project_dir=folder,
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=settings.unet.drop_kv > 0)],
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
         )
     except ValueError as error:
         raise SettingsError(f"precision {settings.precision}: {error}") from error
@@ -110,12 +111,9 @@ def _feeds(
     """The concept's pictures, and those of its class word if the prior counts."""
     names = word_names(settings)
     known = Vocabulary(dict.fromkeys(names, torch.empty(0)), {settings.placeholder: names} if len(names) > 1 else {})
-    table = pipeline.text_encoder.get_input_embeddings().num_embeddings
-    length = pipeline.text_encoder.config.max_position_embeddings
 
-    def tokenize(captions: Sequence[str]) -> Tensor:
-        ids = [token_ids(caption, pipeline.tokenizer, known, table, length) for caption in captions]
-        return torch.tensor(ids, device=pipeline.text_encoder.device)
+    def tokenize(captions: Sequence[str]) -> Ids:
+        return prompt_ids(pipeline, captions, known)
 
     def feed(chosen: Sequence[Example], texts: Sequence[str], **changed: Any) -> Feed:
         own = settings.model_copy(update=changed)
@@ -176,12 +174,15 @@ def _recomputing(pipeline: Any, on: bool) -> Iterator[None]:
     if not on:
         yield
         return
+    models = [one.model for one in text_encoders(pipeline)]
     try:
         pipeline.unet.enable_gradient_checkpointing()
-        pipeline.text_encoder.activation_checkpointing_enable({"use_reentrant": False})
-        pipeline.text_encoder.train()  # transformers recomputes only while training; CLIP has no dropout
+        for model in models:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.train()  # transformers recomputes only while training; CLIP has no dropout
         yield
     finally:
         pipeline.unet.disable_gradient_checkpointing()
-        pipeline.text_encoder.activation_checkpointing_disable()
-        pipeline.text_encoder.eval()
+        for model in models:
+            model.activation_checkpointing_disable()
+            model.eval()

@@ -8,15 +8,33 @@ from typing import Any, Final
 
 import yaml
 
+from mixofshow.bases.families import text_encoders
 from mixofshow.concepts.concept import Concept
 from mixofshow.concepts.delta import Compression
 from mixofshow.errors import shown
 
 MODELSPEC: Final = "1.0.1"
+_VERSIONS: Final = {
+    "1": ("sd_v1", "stable-diffusion-v1"),
+    "2": ("sd_v2", "stable-diffusion-v2-768-v"),
+    "xl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+}
+"""What kohya's scripts and modelspec call the kinds of base."""
 _HOW: Final = {
     "diffusers": """```python
 pipeline.load_lora_weights(".", weight_name="{lora}")
 pipeline.load_textual_inversion(".", weight_name="{embeddings}")
+pipeline("a photo of {trigger}")
+```""",
+    "diffusers, two tables": """```python
+from safetensors.torch import load_file
+
+pipeline.load_lora_weights(".", weight_name="{lora}")
+words = load_file("{embeddings}")
+encoders = {{"clip_l": ("text_encoder", "tokenizer"), "clip_g": ("text_encoder_2", "tokenizer_2")}}
+for table, (text_encoder, tokenizer) in encoders.items():
+    parts = {{"text_encoder": getattr(pipeline, text_encoder), "tokenizer": getattr(pipeline, tokenizer)}}
+    pipeline.load_textual_inversion(words[table], token="{trigger}", **parts)
 pipeline("a photo of {trigger}")
 ```""",
     "kohya": "Put `{lora}` among your LoRA and `{embeddings}` among your embeddings, and write `{trigger}` and the LoRA at "
@@ -30,14 +48,23 @@ def trigger(concept: Concept, to: str) -> str:
 
 
 def model_card(
-    concept: Concept, to: str, *, lora: str, embeddings: str, words: Mapping[str, float], lost: Compression
+    concept: Concept,
+    to: str,
+    *,
+    lora: str,
+    embeddings: str,
+    words: Mapping[str, float],
+    lost: Compression,
+    tables: int = 1,
 ) -> str:
-    """A README.md with the header that Hugging Face reads."""
+    """A README.md with the header that Hugging Face reads; `tables` is how many text encoders have a table of the words."""
     info, prompt = concept.info, trigger(concept, to)
     header: dict[str, Any] = {"tags": ["text-to-image", "lora", "diffusers", "mix-of-show"], "instance_prompt": prompt}
     header |= {"base_model": info.base} if "/" in info.base else {}
     header |= {"license": shown(info.license)} if info.license else {}
-    how = _HOW[to].format(lora=lora, embeddings=embeddings, trigger=prompt, name=info.name)
+    how = _HOW.get(f"{to}, two tables" if tables > 1 else to, _HOW[to]).format(
+        lora=lora, embeddings=embeddings, trigger=prompt, name=info.name
+    )
     lines = [
         f"# {info.name}",
         f"A concept ({shown(info.class_word)}) for the base model {shown(info.base)}"
@@ -68,18 +95,19 @@ def rounding(lost: Compression) -> str:
 def kohya_metadata(concept: Concept, pipeline: Any, ranks: set[int], digest: str) -> dict[str, str]:
     """`ss_*` as kohya's scripts write it and modelspec, as far as a concept knows it; no dates, so that bytes repeat."""
     info, prompt = concept.info, trigger(concept, "kohya")
-    second = pipeline.text_encoder.config.hidden_act == "gelu"  # OpenCLIP's, which SD 2.x has
+    encoders = text_encoders(pipeline)
+    second = encoders[0].model.config.hidden_act == "gelu"  # OpenCLIP's, which SD 2.x has
+    version, architecture = _VERSIONS["xl" if len(encoders) > 1 else "2" if second else "1"]
     side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     prediction = pipeline.scheduler.config.prediction_type
     rank = str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic"
-    architecture = {True: "stable-diffusion-v2-768-v", False: "stable-diffusion-v1"}[second]
     table = {
         "format": "pt",
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
         "ss_network_alpha": rank,
         "ss_v2": str(second),
-        "ss_base_model_version": "sd_v2" if second else "sd_v1",
+        "ss_base_model_version": version,
         "ss_sd_model_name": info.base,
         "ss_output_name": info.name,
         "ss_resolution": f"({side}, {side})",

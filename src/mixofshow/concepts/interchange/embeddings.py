@@ -6,6 +6,7 @@ A1111, .pt                 string_to_param/*                     (words, dim)
 A1111, .safetensors        emb_params                            (words, dim)
 A1111, inside a LoRA       bundle_emb.NAME.string_to_param.*     (words, dim)
 diffusers                  the word itself, or no name           (dim,) or (words, dim)
+all of them, for SDXL      clip_l and clip_g                     (words, dim) of each text encoder
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from mixofshow.bases.layers import cross_attentions
+from mixofshow.bases.families import text_encoders
+from mixofshow.bases.layers import count_groups
 from mixofshow.concepts.interchange.settings import ImportSettings
 from mixofshow.concepts.words import check_word
 from mixofshow.errors import ConceptFileError, TokenError, shown
 
 LAYERWISE: Final = re.compile(r"^(?:params/)?new_concept_embedding/(.+)$", re.DOTALL)
 NAMELESS: Final = re.compile(r"^(?:|string_to_param/.*|emb_params|bundle_emb\..+\.string_to_param\..*)$", re.DOTALL)
+TABLES: Final = ("clip_l", "clip_g")
+"""What all tools call the tables of SDXL's two text encoders, in their order."""
 MAX_WORDS: Final = 8
 LONGEST_NAME: Final = 30
 _NUMBERED_FOLDER: Final = re.compile(r"^\d+_(.+)$")
@@ -44,7 +48,7 @@ class Words:
     def check_fits(self, pipeline: Any, file: str) -> None:
         """Raise ConceptFileError unless there is one vector for all of this base's layers, or one for each."""
         count, layers, _ = self.vectors.shape
-        known = len(cross_attentions(pipeline.unet))
+        known = count_groups(pipeline.unet)
         if layers not in (1, known):
             raise ConceptFileError(f"{file}: embeddings of {layers} layers, this base has {known}")
         if count > MAX_WORDS:
@@ -58,7 +62,7 @@ def file_words(tensors: Mapping[str, Tensor], file: str, *, plain: bool) -> Word
     """
     names: list[str] = []
     vectors: list[Tensor] = []
-    for key, tensor in tensors.items():
+    for key, tensor in _side_by_side(tensors, file).items():
         found, nameless = LAYERWISE.match(key), NAMELESS.match(key)
         if not (found or nameless or plain):
             raise ConceptFileError(
@@ -79,6 +83,20 @@ def file_words(tensors: Mapping[str, Tensor], file: str, *, plain: bool) -> Word
             f"{file}: embeddings of different shapes, {sorted({tuple(one.shape) for one in vectors})}"
         )
     return Words(torch.stack(vectors), names if len(names) == len(vectors) else ())
+
+
+def _side_by_side(tensors: Mapping[str, Tensor], file: str) -> Mapping[str, Tensor]:
+    """The tables of several text encoders as one without a name."""
+    if not tensors.keys() >= set(TABLES):
+        return tensors
+    tables = [tensors[name] for name in TABLES]
+    if any(one.ndim != 2 for one in tables) or len({len(one) for one in tables}) > 1:
+        shapes = " and ".join(str(tuple(one.shape)) for one in tables)
+        raise ConceptFileError(
+            f"{file}: tables of {' and '.join(TABLES)}: expected as many words in each, found {shapes}"
+        )
+    rest = {name: one for name, one in tensors.items() if name not in TABLES}
+    return {**rest, "": torch.cat([one.float() for one in tables], dim=1)}
 
 
 def _numbered(word: str, count: int) -> list[str]:
@@ -133,7 +151,8 @@ def trigger_words(texts: Mapping[str, str], pipeline: Any, settings: ImportSetti
         raise TokenError(
             f"{file}: a LoRA without embeddings, whose metadata names no trigger words; say what `words` draw it"
         )
-    tokenizer = pipeline.tokenizer
+    encoders = text_encoders(pipeline)
+    tokenizer = encoders[0].tokenizer
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if not ids or set(ids) & set(tokenizer.all_special_ids):
         raise TokenError(f"{file}: this base does not know the words '{shown(text)}'")
@@ -141,7 +160,7 @@ def trigger_words(texts: Mapping[str, str], pipeline: Any, settings: ImportSetti
         raise TokenError(
             f"{file}: '{shown(text)}' are {len(ids)} tokens, at most {MAX_WORDS} can be trigger words; give fewer"
         )
-    rows = pipeline.text_encoder.get_input_embeddings().weight[ids].detach().float().cpu()
+    rows = torch.cat([one.table[ids].detach().float().cpu() for one in encoders], dim=1)
     return Words(rows[:, None].clone(), initializers=tuple(tokenizer.convert_ids_to_tokens(ids)))
 
 

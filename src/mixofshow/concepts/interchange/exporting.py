@@ -16,10 +16,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from mixofshow.bases.families import of_encoders, text_encoders
 from mixofshow.bases.layers import layer
 from mixofshow.concepts.concept import DOWN, UP, Change, Concept, LowRank
 from mixofshow.concepts.delta import Compression, compressed
 from mixofshow.concepts.interchange.cards import kohya_metadata, model_card
+from mixofshow.concepts.interchange.embeddings import TABLES
 from mixofshow.concepts.interchange.keys import kohya_name
 from mixofshow.errors import SettingsError
 from mixofshow.files import write_tensors, write_text, writing_folder
@@ -52,10 +54,20 @@ def export_concept(concept: Concept, pipeline: Any, folder: Path, to: str, rank:
     with writing_folder(folder) as temporary:
         if factors:
             write_tensors(temporary / target.lora, target.tensors, target.metadata)
-        write_tensors(temporary / exported.embeddings, {target.word: _compact(vectors)}, {"format": "pt"})
-        card = model_card(concept, to, lora=target.lora, embeddings=exported.embeddings, words=words, lost=lost)
+        tables = _tables(pipeline, target.word, vectors)
+        write_tensors(temporary / exported.embeddings, tables, {"format": "pt"})
+        card = model_card(
+            concept, to, lora=target.lora, embeddings=exported.embeddings, words=words, lost=lost, tables=len(tables)
+        )
         write_text(temporary / "README.md", card)
     return exported
+
+
+def _tables(pipeline: Any, word: str, vectors: Tensor) -> dict[str, Tensor]:
+    """Vectors (words, dim) under the word, or those of several text encoders each under its own name."""
+    parts = of_encoders(pipeline, vectors)
+    names = (word,) if len(parts) == 1 else TABLES
+    return {name: _compact(part).contiguous() for name, part in zip(names, parts, strict=True)}
 
 
 def mean_vectors(concept: Concept) -> tuple[Tensor, dict[str, float]]:
@@ -111,7 +123,7 @@ def _for_diffusers(concept: Concept, pipeline: Any, factors: Mapping[str, LowRan
 
 
 def _for_kohya(concept: Concept, pipeline: Any, factors: Mapping[str, LowRank]) -> _Target:
-    two, tensors = hasattr(pipeline, "text_encoder_2"), {}
+    two, tensors = len(text_encoders(pipeline)) > 1, {}
     for name, change in factors.items():
         key = kohya_name(name, two_encoders=two)
         tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = _shaped(change, pipeline, name)

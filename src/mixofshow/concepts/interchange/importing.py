@@ -17,6 +17,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from mixofshow.bases.families import family_of
+from mixofshow.bases.layers import kind_of
 from mixofshow.bases.loading import base_name, fingerprint
 from mixofshow.concepts.concept import (
     METADATA_KEY,
@@ -65,7 +66,7 @@ def scaled(concept: Concept, *, unet: float = 1.0, text_encoder: float = 1.0) ->
     if unet == text_encoder == 1:
         return concept
     deltas = {
-        name: change.scaled(unet if name.startswith("unet.") else text_encoder)
+        name: change.scaled(unet if kind_of(name) == "unet" else text_encoder)
         for name, change in concept.deltas.items()
     }
     return dataclasses.replace(concept, deltas=deltas)

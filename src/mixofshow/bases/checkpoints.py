@@ -1,0 +1,122 @@
+"""Weight files of base models: checked before a library opens them; and whole models in one file.
+
+Such a file has the layout of the original code, as the community shares them (`model.diffusion_model.…`). It holds
+weights alone: configurations and tokenizer come from a diffusers folder of the same kind.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from mixofshow.bases.families import FAMILIES
+from mixofshow.errors import BaseModelError, ConceptFileError, shown
+from mixofshow.files import TensorFile
+
+SUFFIX: Final = ".safetensors"
+_ORIGINAL: Final = "model.diffusion_model.input_blocks.0.0.weight"
+_INDEX: Final = "model_index.json"
+_LEFT_OUT: Final = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+_PARTS: Final = {"unet", "vae", *(part for family in FAMILIES for part, _ in family.text_encoders)}
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether this is a whole base model in one file, as far as its header tells."""
+    try:
+        return path.suffix == SUFFIX and path.is_file() and _ORIGINAL in TensorFile(path)
+    except ConceptFileError:
+        return False
+
+
+def check_weights(folder: Path, name: str | Path, variant: str | None = None) -> None:
+    """Raise BaseModelError that names a weight file which is cut (expected and found size) or missing from a shard list."""
+    for part in sorted(_PARTS):
+        ending = f"{SUFFIX}.index.{variant}.json" if variant else f"{SUFFIX}.index.json"
+        for listing in folder.glob(f"{part}/*{ending}"):
+            if lost := [one for one in _shards(listing, name) if not (folder / part / one).is_file()]:
+                raise BaseModelError(f"{name}: {part}/{shown(lost[0])} is missing, which {listing.name} lists")
+        for path in sorted(folder.glob(f"{part}/*{SUFFIX}")):
+            if _variant(path) == variant:
+                _open(path, f"{name}: {part}/{path.name}")
+
+
+def _shards(listing: Path, name: str | Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(listing.read_bytes())["weight_map"].values()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise BaseModelError(f"{name}: {listing.parent.name}/{listing.name} is no list of shards") from error
+
+
+def _variant(path: Path) -> str | None:
+    """`fp16` of model.fp16.safetensors and model.fp16-00001-of-00002.safetensors."""
+    _, found, variant = path.stem.partition(".")
+    return variant.split("-")[0] if found else None
+
+
+def _open(path: Path, called: str) -> TensorFile:
+    try:
+        return TensorFile(path)
+    except ConceptFileError as error:
+        raise BaseModelError(f"{called}: {str(error).removeprefix(f'{path}: ')}") from error
+
+
+def load_checkpoint(path: Path, config: str | Path | None, *, dtype: torch.dtype, download: bool) -> Any:
+    """A pipeline from one file; `config` is a diffusers folder of the same kind, or a hub id.
+
+    Without one, it is the folder of the file's own name beside it, or the hub id that is usual for such a file, if that
+    is in the local cache (or may be fetched). Raises BaseModelError.
+    """
+    import diffusers
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+    file = _open(path, str(path))
+    folder = _config_folder(path, config or _usual_config(path, file), download=download)
+    kind = _pipeline_class(folder, path)
+    known = inspect.signature(getattr(diffusers, kind).__init__).parameters
+    options = {key: value for key, value in {**_LEFT_OUT, "requires_safety_checker": False}.items() if key in known}
+    try:
+        return getattr(diffusers, kind).from_single_file(
+            str(path), config=str(folder), torch_dtype=dtype, local_files_only=True, **options
+        )
+    except (NotImplementedError, SingleFileComponentError) as error:
+        # What the file does not hold stays without numbers, and then cannot be moved.
+        raise BaseModelError(f"{path}: weights are missing that a model such as {config or folder.name} has") from error
+
+
+def _usual_config(path: Path, file: TensorFile) -> str | Path:
+    if (path.with_suffix("") / _INDEX).is_file():
+        return path.with_suffix("")
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config
+
+    shapes = {name: torch.empty(shape, device="meta") for name, shape in file.shapes().items()}
+    return str(fetch_diffusers_config(shapes)["pretrained_model_name_or_path"])
+
+
+def _config_folder(path: Path, config: str | Path, *, download: bool) -> Path:
+    """A local folder. diffusers would fetch one from the hub even when told not to."""
+    if Path(config).is_dir():
+        return Path(config)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(config), local_files_only=not download, allow_patterns=["*.json", "*.txt"]))
+    except (OSError, ValueError) as error:
+        raise BaseModelError(
+            f"{path}: a file of weights alone, and the configuration and tokenizer of {config} are not here; give a "
+            f"diffusers folder of its kind as config, or put one beside the file as {path.with_suffix('').name}/"
+        ) from error
+
+
+def _pipeline_class(folder: Path, path: Path) -> str:
+    known = [family.pipeline_class for family in FAMILIES]
+    try:
+        found = json.loads((folder / _INDEX).read_bytes())["_class_name"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise BaseModelError(f"{path}: its config {folder} is no diffusers folder ({_INDEX})") from error
+    if found not in known:
+        raise BaseModelError(f"{path}: its config is of {shown(found)}; known are {', '.join(known)}")
+    return str(found)
