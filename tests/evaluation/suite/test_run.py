@@ -5,13 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from mixofshow import cli
+from mixofshow.bases.loading import load_base
 from mixofshow.concepts.concept import Concept, load_concept
+from mixofshow.concepts.model import with_concept
 from mixofshow.errors import BadInputError, SettingsError
 from mixofshow.evaluation.suite import make_suite, read_suite, run_suite, suite_means
 from mixofshow.evaluation.suite import work as working
@@ -223,3 +227,14 @@ def test_the_command_names_what_is_wrong(tmp_path, capsys, monkeypatch, argument
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_fused_model_speaks_the_words_of_its_file(tmp_path):
+    concept = SHIPPED / "reddog.safetensors"
+    model = with_concept(load_base("emojiland"), load_concept(concept))
+    refitted = {word: 2 * vector for word, vector in model.vocabulary.embeddings.items()}
+    replace(model, vocabulary=replace(model.vocabulary, embeddings=refitted)).save_delta(tmp_path / "a.safetensors")
+    found = working._model(working.Model("emojiland", "", (concept,), tmp_path / "a.safetensors"), "cpu")
+    assert found.vocabulary.aliases == model.vocabulary.aliases
+    assert list(found.vocabulary.embeddings) == list(refitted)
+    assert all(torch.equal(vector, refitted[word]) for word, vector in found.vocabulary.embeddings.items())

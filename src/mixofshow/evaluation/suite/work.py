@@ -21,7 +21,9 @@ from PIL import Image
 
 from mixofshow.bases.loading import load_base
 from mixofshow.concepts.concept import load_concept
-from mixofshow.concepts.model import ConceptModel, load_model, with_concept
+from mixofshow.concepts.delta import load_delta
+from mixofshow.concepts.model import ConceptModel, with_concept
+from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import BadInputError
 from mixofshow.evaluation.drawing import draw
 from mixofshow.files import write_text
@@ -156,9 +158,12 @@ def _base(name: str, device: str) -> Any:
 
 @lru_cache(maxsize=1)
 def _model(model: Model, device: str) -> ConceptModel:
-    if model.delta:
-        return load_model(model.delta, base=model.base, device=device)
     pipeline = _base(model.base, device)
+    if model.delta:
+        delta = load_delta(model.delta)
+        delta.check_fits(pipeline, str(model.delta))
+        words = {word: delta.vectors[word].to(pipeline.device) for word in delta.info.words}
+        return ConceptModel(pipeline, Vocabulary(words, delta.info.aliases), delta.weights(pipeline))
     concepts = [load_concept(path, pipeline) for path in model.files]
     if not concepts:
         return ConceptModel(pipeline)
