@@ -40,7 +40,7 @@ def predictions(model, lessons):
     with model.active(), layerwise(model.pipeline.unet):
         return [
             model.pipeline.unet(
-                one.latents[None], one.timestep, encode_prompts(model.pipeline, [one.prompt], model.vocabulary)
+                one.latents[None], one.timestep, encode_prompts(model.pipeline, [one.prompt], model.vocabulary).hidden
             ).sample[0]
             for one in lessons
         ]
@@ -87,7 +87,7 @@ def test_a_concepts_words_are_its_own_business(golden_pipeline, random_concept, 
     assert torch.equal(found[1].embeddings, expected)
     # ... and the other is read as ever beside them.
     beside, alone = vocabulary([found[1], second]), vocabulary([second])
-    texts = [encode_prompts(golden_pipeline, [f"a {second.prompt}"], known) for known in (beside, alone)]
+    texts = [encode_prompts(golden_pipeline, [f"a {second.prompt}"], known).hidden for known in (beside, alone)]
     assert torch.equal(*texts)
 
 
