@@ -1,0 +1,124 @@
+"""Twelve concepts in one model of the embedded base: what fusing them costs each, by way of fusing.
+
+    python benchmarks/many.py [--json FILE] [--folder out/many] [--ways gradient,average] [--images 2] [--tuning words]
+
+Concepts are tuned once and kept in the folder; a broken-off run goes on. Each is then drawn on eight prompts by its own
+model and by every fused one, with equal seeds. `--tuning words` changes only what cross-attention makes of the words;
+`attention` is ED-LoRA as the paper has it, whose changes of the picture's layers do not fit into one small model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from mixofshow import fuse, load_base, load_concept, make_settings, tune
+from mixofshow.bases.emojiland.concepts import SCENES, class_word, write_concept
+from mixofshow.concepts.concept import Concept
+from mixofshow.concepts.model import ConceptModel, with_concept
+from mixofshow.evaluation.prompts import prompts_by_category
+from mixofshow.evaluation.protocol import Case, EvaluationSettings, references_of, score
+from mixofshow.evaluation.scorers import judge_scorer
+from mixofshow.fusion.settings import PAPER, make_fusion_settings
+
+CONCEPTS: Final = (
+    *("reddog", "bluedog", "foxy", "mintcat", "greencop"),
+    *("greenhouse", "blueguitar", "bluecar", "teapot", "trophy"),
+    *("volcano", "candy-land"),
+)
+TUNING: Final[dict[str, dict[str, Any]]] = {
+    "words": {
+        "unet": {"targets": "keys-and-values", "rate": 3e-3, "rank": 8},
+        "text_encoder": {"rate": 3e-5},
+        "words": {"rate": 1e-2},
+    },
+    "attention": {},
+}
+PLAIN_PROMPTS: Final = (
+    *("", "a photo", "a photo of a cat on the beach", "a man in the forest", "a house at night"),
+    *("a photo of a car in the city", "a penguin in the snow", "a guitar under the sea", "a dog in the desert"),
+    "a photo of a frog in the mountains",
+)
+PRIOR: Final = {"prior": 1.0, "prior_prompts": PLAIN_PROMPTS}
+WAYS: Final[dict[str, dict[str, Any]]] = {
+    "gradient": PRIOR,
+    "gradient, words refitted": {**PRIOR, "refit_words": 120},
+    "gradient, no prior": {},
+    "gradient, no refinement": {**PRIOR, "refine": 0},
+    "gradient, independent": {**PRIOR, "mode": "independent"},
+    "gradient, the paper's": {**PAPER, "options": {"ridge": 1e-6, "toward": "base"}},
+    "lbfgs": {**PAPER, "method": "lbfgs"},
+    "average": {"method": "average", "steps": 1},
+    "ties": {"method": "ties", "steps": 1},
+    "regmean": {"method": "regmean"},
+}
+
+
+def main() -> None:
+    """Tune what is not there, then fuse and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--folder", type=Path, default=Path("out/many"))
+    parser.add_argument("--ways", default=",".join(way for way in WAYS if "," not in way))
+    parser.add_argument("--all", action="store_true", help="every way there is")
+    parser.add_argument("--images", type=int, default=2)
+    parser.add_argument("--tuning", choices=TUNING, default="words")
+    options = parser.parse_args()
+    torch.set_flush_denormal(True)
+    pipeline = load_base("emojiland")
+    concepts = [_concept(name, options.folder, options.tuning, pipeline) for name in CONCEPTS]
+    cases = [_case(concept, options.folder) for concept in concepts]
+    figures = {"single": _measured(cases, options.images, {one.hash: with_concept(pipeline, one) for one in concepts})}
+    for way in WAYS if options.all else options.ways.split(","):
+        started = time.perf_counter()
+        model = fuse(concepts, pipeline, make_fusion_settings(WAYS[way])).model
+        seconds = time.perf_counter() - started
+        figures[way] = _measured(cases, options.images, dict.fromkeys((one.hash for one in concepts), model))
+        image, text = (figures[way][key] - figures["single"][key] for key in ("image_alignment", "text_alignment"))
+        print(f"{way}: {figures[way]} ({image:+.4f}, {text:+.3f}), fused in {seconds:.0f} s", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _concept(name: str, folder: Path, tuning: str, pipeline: Any) -> Concept:
+    path, pictures = folder / f"{name}-{tuning}.safetensors", folder / "pictures" / name
+    if not (pictures / "reference").is_dir():
+        write_concept(name, pictures)
+    if not path.is_file():
+        table = {"name": name, "class_word": class_word(name), "data": pictures / "train", "tracker": "none"}
+        tune(make_settings({**table, **TUNING[tuning]}), pipeline).save(path)
+    return load_concept(path, pipeline)
+
+
+def _case(concept: Concept, folder: Path) -> Case:
+    name = concept.info.name
+    prompts = prompts_by_category("emojiland", "scene" if name in SCENES else "subject")
+    references = references_of(folder / "pictures" / name / "reference")
+    return Case(concept, references, (*prompts["context"], *prompts["attribute"][:3]))
+
+
+def _measured(cases: list[Case], images: int, models: dict[str, ConceptModel]) -> dict[str, float]:
+    """Mean alignments over the concepts, drawn by each one's model by its hash."""
+    scorer, settings = judge_scorer(), EvaluationSettings(images_per_prompt=images)
+    found = [
+        score(
+            models[case.concept.hash],
+            case.concept.prompt,
+            case,
+            references=scorer.images(case.references),
+            scorer=scorer,
+            settings=settings,
+        )
+        for case in cases
+    ]
+    image, text = (sum(getattr(one, key) for one in found) / len(found) for key in ("image", "text"))
+    return {"image_alignment": round(image, 4), "text_alignment": round(text, 3)}
+
+
+if __name__ == "__main__":
+    main()
