@@ -8,6 +8,8 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import ControlNetModel, T2IAdapter
 from PIL import Image
 
@@ -22,6 +24,7 @@ from mixofshow.bases.emojiland.controls import (
     train_control,
 )
 from mixofshow.bases.emojiland.sprites import ICON_SIZE, sprite
+from mixofshow.bases.emojiland.training import new_run
 from mixofshow.bases.emojiland.world import Placement
 from mixofshow.bases.loading import EMBEDDED_CONTROLS, load_base
 from mixofshow.evaluation.layout import foreground, overlap, sketched
@@ -107,6 +110,12 @@ def test_training_leaves_a_folder_and_goes_on(kind, base, tmp_path, monkeypatch)
     (checkpoint,) = tmp_path.glob("*.pt")
     assert torch.load(checkpoint, weights_only=True)["step"] == 2
     assert all(torch.isfinite(parameter).all() for parameter in loaded.parameters())
+
+
+def test_the_precision_of_an_earlier_run_is_forgotten():
+    AcceleratorState._reset_state()
+    Accelerator(mixed_precision="no")
+    assert new_run().mixed_precision == "bf16"
 
 
 @every_kind

@@ -13,7 +13,6 @@ from random import Random
 from typing import Any, Final
 
 import torch
-from accelerate import Accelerator
 from diffusers import (
     ControlNetModel,
     StableDiffusionAdapterPipeline,
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from mixofshow.bases.emojiland.autoencoder import to_images, to_tensor
 from mixofshow.bases.emojiland.generator import CAPTION_DROPOUT, WIDE_BATCH, noise_scheduler, step_weights
-from mixofshow.bases.emojiland.training import Stage, flat_then_down, train
+from mixofshow.bases.emojiland.training import Stage, flat_then_down, new_run, train
 from mixofshow.bases.emojiland.wordpieces import tokenize
 from mixofshow.bases.emojiland.world import (
     KNOWN_SCENES,
@@ -168,9 +167,7 @@ def train_control(name: str, base: Any, run: Path, *, steps: int, batch: int = 1
     Either way `run`/`name` then holds the network, in half precision.
     """
     run.mkdir(parents=True, exist_ok=True)
-    torch.set_flush_denormal(True)
-    torch.manual_seed(0)
-    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator = new_run()
     network = KINDS[name].build(base.unet)
     done = train(
         stage(name, base.to(accelerator.device), network.to(accelerator.device), steps, batch),

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 
 from mixofshow.bases.emojiland import autoencoder, generator, judge
-from mixofshow.bases.emojiland.training import train
+from mixofshow.bases.emojiland.training import new_run, train
 from mixofshow.bases.emojiland.world import random_picture, random_wide_picture
 from mixofshow.bases.loading import EMBEDDED, load_base
 
@@ -48,9 +48,7 @@ class Recipe:
 def pretrain(recipe: Recipe, run: Path, *, stages: tuple[str, ...], minutes: float = 1e9) -> None:
     """Run the named stages in `run`; each finished stage leaves its network there as a diffusers or transformers folder."""
     run.mkdir(parents=True, exist_ok=True)
-    torch.set_flush_denormal(True)
-    torch.manual_seed(0)
-    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator = new_run()
     for name in stages:
         STAGES[name](recipe, run, accelerator, minutes)
         accelerator.wait_for_everyone()

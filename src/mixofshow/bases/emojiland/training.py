@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -26,6 +27,14 @@ logger = logging.getLogger(__name__)
 
 
 WARMUP: Final = 100
+
+
+def new_run() -> Accelerator:
+    """Devices and precision of a run, seeded, with nothing left of an earlier run of this process."""
+    AcceleratorState._reset_state()
+    torch.set_flush_denormal(True)
+    torch.manual_seed(0)
+    return Accelerator(mixed_precision="bf16")
 
 
 def cosine(optimizer: Optimizer, steps: int) -> LambdaLR:
