@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any, Final
@@ -140,3 +141,9 @@ def fingerprint(pipeline: Any) -> str:
                 digest.update(f"{name.removeprefix('text_model.')} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.detach().half().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def scheduler_settings(pipeline: Any) -> dict[str, Any]:
+    """The kind and settings of what draws a pipeline's pictures; others draw other pictures."""
+    config = json.loads(pipeline.scheduler.to_json_string())
+    return {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}

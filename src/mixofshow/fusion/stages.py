@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mixofshow.bases.layers import layer, lora_layers, matrix, tunable_layers
-from mixofshow.bases.loading import base_name, fingerprint
+from mixofshow.bases.loading import base_name, fingerprint, scheduler_settings
 from mixofshow.concepts.adapters import replaced
 from mixofshow.concepts.concept import Concept, vocabulary
 from mixofshow.concepts.model import ConceptModel
@@ -161,7 +160,7 @@ class _Recorder:
             "source": source.concept.hash if source.concept else "base",
             "base": self.fingerprint,
             "precision": str(self.pipeline.unet.dtype),
-            "scheduler": self.scheduler,
+            "scheduler": scheduler_settings(self.pipeline),
             "texts": source.texts,
             "pictures": source.pictures,
             "settings": self.settings.recording(),
@@ -187,12 +186,6 @@ class _Recorder:
     def fingerprint(self) -> str:
         """The base model's; taken while the pipeline has its own weights."""
         return fingerprint(self.pipeline)
-
-    @property
-    def scheduler(self) -> dict[str, Any]:
-        """The kind and settings of what draws the pictures; others draw other pictures."""
-        config = json.loads(self.pipeline.scheduler.to_json_string())
-        return {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
 
 
 @dataclass

@@ -69,6 +69,8 @@ def own_weights(models: Sequence[OwnModel], *, isolate: int = 0) -> Predicting:
 
     @contextlib.contextmanager
     def predicting(pipeline: Any, encoded: EncodedPrompt, latents: Tensor) -> Iterator[Any]:
+        """See Predicting."""
+
         def predict(latents: Tensor, timestep: Tensor, step: int, more: Mapping[str, Any]) -> Tensor:
             blend = _blend(models, encoded.regions, step, latents)
             with shared_weights(pipeline, encoded, latents, isolate=isolate) as fused:

@@ -191,6 +191,7 @@ def stage(name: str, base: Any, network: nn.Module, steps: int, batch: int) -> S
     weights, empty = step_weights(scheduler), tokenize(base.tokenizer, [""])
 
     def loss(model: nn.Module, seed: int) -> Tensor:
+        """Of one batch, which the seed decides."""
         random, generator = Random(seed), torch.Generator().manual_seed(seed)
         wide = random.random() < WIDE_SHARE
         count = max(1, round(WIDE_BATCH * batch)) if wide else batch

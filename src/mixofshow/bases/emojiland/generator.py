@@ -210,6 +210,7 @@ def stage(
     empty = tokenize(pipeline.tokenizer, [""])
 
     def loss(model: nn.Module, seed: int) -> Tensor:
+        """Of one batch, which the seed decides."""
         generator = torch.Generator().manual_seed(seed)
         is_wide = torch.rand(1, generator=generator).item() < WIDE_SHARE
         count = max(1, round(WIDE_BATCH * batch)) if is_wide else batch

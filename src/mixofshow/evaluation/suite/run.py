@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any, Final
 import torch
 
 from mixofshow.bases.emojiland.concepts import write_concept
-from mixofshow.bases.loading import fingerprint, load_base
+from mixofshow.bases.loading import fingerprint, load_base, scheduler_settings
 from mixofshow.concepts.concept import load_concept
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.errors import SettingsError
@@ -133,9 +132,7 @@ class _Run:
             usual = ConceptModel(pipeline).usual_guidance
             self.suite = self.suite.model_copy(update={"guidance_scale": usual})
         self.side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-        scheduler = json.loads(pipeline.scheduler.to_json_string())
-        kept = {key: value for key, value in scheduler.items() if key == "_class_name" or not key.startswith("_")}
-        self.fingerprint = digest({"weights": fingerprint(pipeline), "scheduler": kept})
+        self.fingerprint = digest({"weights": fingerprint(pipeline), "scheduler": scheduler_settings(pipeline)})
         self.pictures = self.cache / "pictures"
 
     def tuned(self, folders: Mapping[str, Path]) -> Files:
