@@ -89,6 +89,15 @@ def test_loud_inputs_cost_the_others_no_more_than_a_tenth(size):
     assert 0 <= left[3] < 1
 
 
+def test_a_concept_is_loud_too_where_it_changes_nothing_but_sees_what_outweighs_the_others():
+    problem = layer_of(1.0, 1.0, 1.0, 0.0, inputs=(1.0, 1.0, 1.0, 100.0))
+    safe, left = guarded(problem, METHODS["gradient"])
+    least = undone(problem, range(3), METHODS["gradient"](layer_of(1.0, 1.0, 1.0)))
+    assert undone(problem, range(3), METHODS["gradient"](problem)) > 1.2 * least
+    assert undone(problem, range(3), METHODS["gradient"](safe)) <= (1 + HARM) * least * (1 + 1e-9)
+    assert list(left) == [3]
+
+
 @pytest.mark.parametrize(
     ("scales", "loud"),
     [

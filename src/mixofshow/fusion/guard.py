@@ -14,9 +14,13 @@ from typing import Final
 from torch import Tensor
 
 from mixofshow.fusion.problem import LayerProblem
+from mixofshow.fusion.statistics import Seen
 
 LOUD: Final = 3.0
-"""A concept is loud in a layer when ‖ΔW_i X_i‖ is over so many times the median of the others."""
+"""A concept is loud in a layer when ‖ΔW_i X_i‖, or the mean square root of X_i, is over so many times the others' median.
+
+The second is how one is loud in a layer that it leaves alone: what it sees there outweighs what the others see.
+"""
 HARM: Final = 0.1
 """How much a loud concept may raise what is left undone for the others, as a share of it without that concept."""
 HALVINGS: Final = 40
@@ -28,13 +32,12 @@ def guarded(problem: LayerProblem, solver: Callable[[LayerProblem], Tensor]) -> 
     A loud change is first scaled to the loudest that passes. The weights of all loud ones are then halved until
     together they harm the others by no more than HARM; where no weight is low enough, they are left out: weight 0.
     """
-    loudness = _loudness(problem)
-    loud: list[int] = []
-    for number, own in enumerate(loudness):
-        others = [other for k, other in enumerate(loudness) if k != number and other > 0]
-        if others and own > LOUD * median(others):
-            loud.append(number)
-            problem = _scaled(problem, number, LOUD * median(others) / own)
+    wants = _excess([math.sqrt(problem.residual(k, problem.zero())[1]) for k in range(len(problem.changes))])
+    sees = _excess([_input_size(problem.look(k)) for k in range(len(problem.changes))])
+    loud = [number for number, times in enumerate(zip(wants, sees, strict=True)) if max(times) > LOUD]
+    for number in loud:
+        if wants[number] > LOUD:
+            problem = _scaled(problem, number, LOUD / wants[number])
     if loud:
         problem = _harmless(problem, loud, solver)
     return problem, {number: problem.weights[number] for number in loud}
@@ -63,8 +66,19 @@ def _harmless(problem: LayerProblem, loud: Collection[int], solver: Callable[[La
     return replace(problem, changes=changes, weights=[0.0 if k in loud else w for k, w in enumerate(problem.weights)])
 
 
-def _loudness(problem: LayerProblem) -> list[float]:
-    return [math.sqrt(problem.residual(k, problem.zero())[1]) for k in range(len(problem.changes))]
+def _excess(sizes: Sequence[float]) -> list[float]:
+    """Each size over the median of the others that are not 0; 0 where there are none."""
+    found = []
+    for number, own in enumerate(sizes):
+        others = [other for k, other in enumerate(sizes) if k != number and other > 0]
+        found.append(own / median(others) if others else 0.0)
+    return found
+
+
+def _input_size(seen: Seen) -> float:
+    """Root mean square of the inputs as the fused layer gets them."""
+    moments = seen.moments if seen.drifted is None else seen.drifted
+    return math.sqrt(float(moments.diagonal().sum()) / seen.rows) if seen.rows else 0.0
 
 
 def _scaled(problem: LayerProblem, number: int, factor: float) -> LayerProblem:
