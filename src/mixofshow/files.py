@@ -24,6 +24,7 @@ MAX_HEADER_BYTES: Final = 2**20
 MAX_TENSORS: Final = 4096
 MAX_DIMENSIONS: Final = 4
 MAX_YAML_BYTES: Final = 100_000
+MAX_JSON_BYTES: Final = 100_000_000
 PICKLE_MAGICS: Final = (b"PK\x03\x04", b"\x80")
 
 
@@ -118,6 +119,14 @@ def read_table(path: Path) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise SettingsError(f"{path}: expected a table of settings, found {type(table).__name__}")
     return table
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises BadInputError."""
+    try:
+        return json.loads(read_bytes(path, MAX_JSON_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise BadInputError(f"{path}: not valid JSON ({shown(error)})") from error
 
 
 def read_bytes(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:

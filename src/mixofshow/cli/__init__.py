@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from mixofshow.cli import convert, evaluate, fuse, sample, tune
+from mixofshow.cli import convert, evaluate, fuse, sample, study, tune
 from mixofshow.errors import MixOfShowError, ResourceError
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Tune concepts on your pictures, fuse any number of them, draw them together, each where you put it.",
 )
-for part in (tune, fuse, sample, convert, evaluate):
+for part in (tune, fuse, sample, convert, evaluate, study):
     app.add_typer(part.app)
 
 

@@ -19,6 +19,7 @@ from mixofshow.concepts.model import with_concept
 from mixofshow.errors import BadInputError, SettingsError
 from mixofshow.evaluation.suite import make_suite, read_suite, run_suite, suite_means
 from mixofshow.evaluation.suite import work as working
+from mixofshow.evaluation.suite.index import read_index
 from mixofshow.evaluation.suite.workforce import workforce
 
 SHIPPED = Path(__file__).parents[3] / "examples" / "concepts"
@@ -74,6 +75,12 @@ def test_a_run_that_was_broken_off_goes_on_and_a_finished_one_draws_nothing(tmp_
     assert run_suite(suite, tmp_path / "a") == first
     assert draws.count == REQUESTS
     _check_results(first, tmp_path / "a")
+    index = read_index(tmp_path / "a")
+    for states in index.methods.values():
+        for state in ("single", "fused"):
+            listed = [path for row in states[state].values() for asked in row for path in asked.pictures]
+            assert listed and all((tmp_path / "a" / path).is_file() for path in listed)
+    assert all((tmp_path / "a" / folder).is_dir() for folder in index.references.values())
     assert not [path for path in (tmp_path / "a").rglob("*") if path.name.startswith(".")]
 
     more = make_suite({**TABLE, "prior_prompts": ["a cat in the snow", "a dog"]})

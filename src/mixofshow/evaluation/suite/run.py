@@ -20,6 +20,7 @@ from mixofshow.concepts.model import ConceptModel
 from mixofshow.errors import SettingsError
 from mixofshow.evaluation.protocol import references_of
 from mixofshow.evaluation.scorers import dino_scorer, scorer_for
+from mixofshow.evaluation.suite.index import write_index
 from mixofshow.evaluation.suite.measure import Eye, Pictures, look
 from mixofshow.evaluation.suite.page import suite_page
 from mixofshow.evaluation.suite.plan import Models, Plan, make_plan
@@ -86,6 +87,7 @@ def run_suite(
         results = results_of(suite, plan, judges)
     results |= {"cost": run.costs(files), "machine": _machine(workers, device)}
     write_results(results, out)
+    write_index(plan, run.pictures, {name: folder / "reference" for name, folder in folders.items()}, out)
     suite_page(suite, results, plan, run.pictures, images).save(out / "report.html")
     return results
 

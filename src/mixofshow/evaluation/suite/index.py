@@ -1,0 +1,71 @@
+"""pictures.json: where a suite's pictures are, so that others can look at them, too."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mixofshow.errors import BadInputError, field_problem
+from mixofshow.evaluation.suite.plan import Arm, Plan
+from mixofshow.files import read_json, write_text
+
+NAME: Final = "pictures.json"
+
+
+class Asked(BaseModel):
+    """What was asked for, in ordinary words, and the pictures that came of it, by path from the index."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: str
+    pictures: tuple[Path, ...]
+
+
+class Index(BaseModel):
+    """Pictures by method, state ("single" or "fused") and concept; folders of references by concept.
+
+    A concept's requests are the same for all methods and states, in the same order.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    references: Mapping[str, Path]
+    methods: Mapping[str, Mapping[str, Mapping[str, tuple[Asked, ...]]]]
+
+
+def write_index(plan: Plan, pictures: Path, references: Mapping[str, Path], folder: Path) -> None:
+    """Write pictures.json into the suite's folder."""
+
+    def located(path: Path) -> str:
+        return Path(os.path.relpath(path, folder)).as_posix()
+
+    def listed(arm: Arm) -> dict[str, list[dict[str, object]]]:
+        return {
+            name: [
+                {"prompt": asked.plain, "pictures": [located(path) for path in asked.request.paths(pictures)]}
+                for asked in row
+            ]
+            for name, row in arm.items()
+        }
+
+    table = {
+        "references": {name: located(path) for name, path in references.items()},
+        "methods": {key: {"single": listed(plan.single[key]), "fused": listed(plan.fused[key])} for key in plan.fused},
+    }
+    write_text(folder / NAME, json.dumps(table, indent=1) + "\n")
+
+
+def read_index(folder: Path) -> Index:
+    """The index of a suite's folder. Raises BadInputError."""
+    path = folder / NAME
+    if not path.is_file():
+        raise BadInputError(f"{folder}: expected the folder of a suite with {NAME}; `mixofshow evaluate` writes it")
+    try:
+        return Index.model_validate(read_json(path))
+    except ValidationError as error:
+        raise BadInputError(f"{path}: {field_problem(error.errors()[0], Index.model_fields)}") from error
