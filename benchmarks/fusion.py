@@ -1,12 +1,13 @@
 """Fusion's exact solution beside the paper's LBFGS on stored activations; its memory; what one more concept costs.
 
-    python benchmarks/fusion.py [--json FILE] [--parts solve,memory,add] [--steps 20]
+    python benchmarks/fusion.py [--json FILE] [--parts solve,memory,add,scale] [--steps 20]
 
 solve   one layer of every shape of Stable Diffusion 1.5, with the rows of 3 concepts × `--steps` steps at 512²:
         seconds of LBFGS over seconds of the closed form (counting the second moments included), and the largest ratio
         of objectives, closed form over LBFGS; on these layers and on those of tests/goldens
 memory  gigabytes that fusing 2 and 4 concepts on that architecture needs above drawing one picture with it
 add     seconds of adding a 15th concept to a fused model over seconds of adding the 2nd
+scale   seconds for each concept, and the process's peak of memory, of fusing 2, 4, … 64 of them on Emojiland
 
 Each measurement of memory runs in a process of its own; all run on the CPU, one after another.
 """
@@ -131,20 +132,34 @@ def memory(steps: int) -> dict[str, float]:
 
 
 def _peak(what: str, steps: int) -> float:
+    return _measured(what, steps)[1]
+
+
+def _measured(what: str, steps: int) -> tuple[float, float]:
+    """Seconds and the peak of memory in GB of one thing, in a process of its own."""
     command = [sys.executable, __file__, "--one", what, "--steps", str(steps)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(done.stdout.splitlines()[-1])
+    seconds, peak = done.stdout.splitlines()[-1].split()
+    return float(seconds), float(peak)
 
 
-def one(what: str) -> None:
-    """Do one thing in this process and print its peak of memory in GB."""
-    pipeline = BASES["sd15"]()
-    if what == "sampling":
-        MixOfShowPipeline.of(ConceptModel(pipeline))("photo of a dog", num_inference_steps=2)
+def one(what: str, steps: int) -> None:
+    """Do one thing in this process and print its seconds and the peak of memory in GB."""
+    does, _, count = what.partition("-")
+    if does == "scale":
+        seconds = _fused_in_seconds(int(count), steps)
     else:
-        concepts = [random_concept(pipeline, f"c{number}") for number in range(int(what.removeprefix("fusing-")))]
-        fuse(concepts, pipeline, FusionSettings(steps=2))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        pipeline = BASES["sd15"]()
+        concepts = [random_concept(pipeline, f"c{number}") for number in range(int(count or 0))]
+        draw = MixOfShowPipeline.of(ConceptModel(pipeline))
+        seconds = _seconds(
+            lambda: (
+                fuse(concepts, pipeline, FusionSettings(steps=2))
+                if does == "fusing"
+                else draw("photo of a dog", num_inference_steps=2)
+            )
+        )
+    print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
 def add(steps: int) -> dict[str, float]:
@@ -159,13 +174,32 @@ def add(steps: int) -> dict[str, float]:
     return {"add_cost_ratio": seconds[14] / seconds[1]}
 
 
+def scale(steps: int) -> dict[str, float]:
+    """Seconds for each concept and gigabytes in all, 64 concepts over 2: each fusion is from scratch, in its own process."""
+    found = {}
+    for count in (2, 4, 8, 16, 32, 64):
+        seconds, peak = _measured(f"scale-{count}", steps)
+        found[count] = seconds / count, peak
+        print(f"{count} concepts: {seconds / count:.2f} s each, peak of memory {peak:.3f} GB", flush=True)
+    return {
+        "scale_seconds_ratio": found[64][0] / found[2][0],
+        "scale_memory_gb_per_concept": (found[64][1] - found[2][1]) / 62,
+    }
+
+
+def _fused_in_seconds(count: int, steps: int) -> float:
+    pipeline = BASES["emojiland"]()
+    concepts = [random_concept(pipeline, f"c{number}") for number in range(count)]
+    return _seconds(lambda: fuse(concepts, pipeline, FusionSettings(steps=steps)))
+
+
 def _seconds(call: Callable[[], Any]) -> float:
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
 
 
-PARTS = {"solve": solve, "memory": memory, "add": add}
+PARTS = {"solve": solve, "memory": memory, "add": add, "scale": scale}
 
 
 def main() -> None:
@@ -178,7 +212,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_flush_denormal(True)
     if options.one:
-        one(options.one)
+        one(options.one, options.steps)
         return
     figures: dict[str, float] = {}
     for part in options.parts.split(","):
