@@ -119,6 +119,8 @@ def test_the_command_line_knows_every_option(block: Block) -> None:
 def _folder_of_pictures(folder: Path) -> None:
     write_concept("reddog", folder / "written")
     shutil.copytree(folder / "written" / "train", folder / "mydog")
+    for caption in (folder / "mydog").glob("*.txt"):
+        caption.write_text(caption.read_text().replace("<reddog>", "<mydog>"))
 
 
 def _mask(folder: Path) -> None:
@@ -146,11 +148,15 @@ SUITE = {"tune": {"steps": 2}, "fuse": {"steps": 2}, "images_per_prompt": 1, "pr
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything does two steps: tuning, what fusion draws, what is drawn. Evaluation of files has two prompts."""
+    """Everything does two steps: tuning, what fusion draws, what is drawn. Evaluation of files has two prompts.
+
+    Of Emojiland's concepts only those that the pages name are written.
+    """
     few = FusionSettings(steps=2)
     make_drawing, prompts_for = pipeline.make_drawing, protocol.prompts_for
     monkeypatch.setitem(BASE_PRESETS["emojiland"], "steps", 2)
     monkeypatch.setattr(pipeline, "make_drawing", lambda table: make_drawing({**table, "steps": 2}))
+    monkeypatch.setattr("mixofshow.bases.emojiland.concepts.ALL", ("reddog", "greenhouse"))
     monkeypatch.setattr(protocol, "prompts_for", lambda *which: prompts_for(*which)[:2])
     monkeypatch.setattr(
         "mixofshow.fusion.stages.fuse",
