@@ -148,20 +148,20 @@ SUITE = {"tune": {"steps": 2}, "fuse": {"steps": 2}, "images_per_prompt": 1, "pr
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything does two steps: tuning, what fusion draws, what is drawn. Evaluation of files has two prompts.
+    """Everything does two steps: tuning, what fusion draws, what is drawn. Fusion does not refine.
 
-    Of Emojiland's concepts only those that the pages name are written.
+    Of Emojiland's concepts only those that the pages name are written, and files are evaluated on two prompts.
     """
-    few = FusionSettings(steps=2)
+    few = {"steps": 2, "refine": 0}
     make_drawing, prompts_for = pipeline.make_drawing, protocol.prompts_for
     monkeypatch.setitem(BASE_PRESETS["emojiland"], "steps", 2)
     monkeypatch.setattr(pipeline, "make_drawing", lambda table: make_drawing({**table, "steps": 2}))
-    monkeypatch.setattr("mixofshow.bases.emojiland.concepts.ALL", ("reddog", "greenhouse"))
+    monkeypatch.setattr("mixofshow.bases.emojiland.concepts.ALL", ("reddog", "greenhouse", "foxy"))
     monkeypatch.setattr(protocol, "prompts_for", lambda *which: prompts_for(*which)[:2])
     monkeypatch.setattr(
         "mixofshow.fusion.stages.fuse",
-        lambda concepts, base, settings=few, **more: fuse(
-            concepts, base, settings.model_copy(update={"steps": 2}), **more
+        lambda concepts, base, settings=FusionSettings(), **more: fuse(
+            concepts, base, settings.model_copy(update=few), **more
         ),
     )
 
