@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/.mixofshow-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test check clean help
+.PHONY: demo test check docs dist clean help
 
 demo: $(INSTALLED) ## tune three concepts, fuse them, draw them together; writes out/demo/report.html
 	$(BIN)/mixofshow demo --out out/demo
@@ -28,11 +28,17 @@ check: $(INSTALLED) ## lint, types, and who may import whom
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(INSTALLED) ## build the documentation site, strictly, into out/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+dist: $(INSTALLED) ## build the source archive and, out of it, the wheel, into dist/
+	$(BIN)/python -m build --no-isolation
+
 # TORCH decides about torch, so its line is left out of the constraints.
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install -c $(VENV)/constraints.txt '$(TORCH)'
-	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[dev,docs]'
 	touch $@
 
 $(BIN)/python:
