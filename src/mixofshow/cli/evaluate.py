@@ -43,7 +43,7 @@ def evaluate(
     """Measure identity and prompt fidelity, single concept → fused: of a whole suite, or of a few files."""
     if not what[0].endswith((".yaml", ".yml")):
         how = {"device": device, **loading}
-        named = {"base": base or "emojiland", "kind": kind or "subject", "images": images or 4}
+        named: dict[str, Any] = {"base": base or "emojiland", "kind": kind or "subject", "images": images or 4}
         _evaluate_files(what, method=method, clip=clip, json_file=json_file, loading=how, **named)
         return
     pairs_only = {"--base": base, "--method": method, "--kind": kind, "--json": json_file}
