@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -262,6 +264,73 @@ def test_one_file_of_settings_may_tune_several_concepts(folder, capsys, monkeypa
 def test_the_schema_of_the_examples_is_the_settings_own():
     shipped = (Path(__file__).parents[1] / "examples" / "tune.schema.json").read_text(encoding="utf-8")
     assert shipped == schema()
+
+
+VARIANT = ["--base", "{0}/half", "--variant", "fp16"]
+
+
+@pytest.fixture
+def half(folder, golden_pipeline, golden_concepts):
+    """A base of which there are weights of one variant only, and a concept on it."""
+    golden_pipeline.save_pretrained(folder / "half", variant="fp16")
+    golden_concepts[0].save(folder / "dogx.safetensors")
+    table = {"concepts": ["dogx.safetensors"], "base": "half", "method": "average"}
+    (folder / "fuse.yaml").write_text(yaml.safe_dump(table))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [*TUNE[:2], "{0}/half", *TUNE[3:], "--data", "{0}/pictures", "--steps", "1"],
+        ["record", "{0}/dogx.safetensors", "--base", "{0}/half", "--out", "{0}/kept", "--steps", "1"],
+        ["fuse", "{0}/dogx.safetensors", "--base", "{0}/half", "--out", "{0}/fused", "--method", "average"],
+        ["fuse", "{0}/fuse.yaml", "--out", "{0}/fused"],
+        [*SAMPLE[:2], "{0}/half", *SAMPLE[3:], "--steps", "1"],
+        ["convert", "{0}/dogx.safetensors", "{0}/out", "--base", "{0}/half", "--to", "kohya"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]).replace("{0}/", ""),
+)
+def test_commands_take_a_variant_of_the_base(half, arguments, capsys, monkeypatch):
+    given = [part.replace("{0}", str(half)) for part in arguments]
+    code, error = _run(given, capsys, monkeypatch)
+    assert code == 2 and "half: could not be loaded as a base model" in error.strip().splitlines()[-1]
+    code, error = _run([*given, "--variant", "fp16"], capsys, monkeypatch)
+    assert code == 0, error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "{0}/dogx.safetensors={0}/no-pictures", "--base", "{0}/half"], "no-pictures: no such folder"),
+        (["sample", "--model", "{0}/half", "--prompt", "a <man>"], "unknown concept '<man>'"),
+        (["replay", "{0}/pictures/good.png", "--model", "{0}/half"], "good.png"),
+        (["evaluate", "{0}/suite.yaml"], "--variant: is for FILE=FOLDER; of a suite"),
+    ],
+)
+def test_with_the_variant_only_what_else_is_wrong_is_said(half, arguments, message, capsys, monkeypatch):
+    given = [part.replace("{0}", str(half)) for part in arguments]
+    code, error = _run([*given, "--variant", "fp16"], capsys, monkeypatch)
+    assert code == 2 and message in error.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("download", [[], ["--download"]])
+def test_what_is_not_here_is_named_and_nobody_waits(folder, download, capsys, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        asked.append(1)
+        raise OSError("there is no network")
+
+    asked: list[int] = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "no-cache"))
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    started = time.monotonic()
+    given = ["fuse", str(folder / "cut.safetensors"), "--out", str(folder / "x"), "--base", "nobody/nothing"]
+    code, error = _run([*given, *download], capsys, monkeypatch)
+    assert code == 2 and "error: nobody/nothing: could not be loaded as a base model (" in error
+    assert len(error.strip().splitlines()) == 1 and time.monotonic() - started < 120
+    # Not `not asked`: huggingface_hub looks for a list of its own once a day, whatever it was told of the model.
+    assert asked if download else "outgoing traffic has been disabled" in error
 
 
 def test_help_names_every_verb():

@@ -228,8 +228,8 @@ class Push:
     def __init__(self, size):
         self.size, self.steps = size, []
 
-    def residuals(self, latents, timestep, text, step, steps):
-        self.steps.append((step, steps, tuple(text.shape)))
+    def residuals(self, latents, timestep, text, step, steps, *, told):
+        self.steps.append((step, steps, tuple(text.shape), told))
         middle = torch.full((len(latents), 24, 1, 1), self.size)
         return {
             "down_block_additional_residuals": tuple(torch.zeros(1) for _ in range(12)),
@@ -240,7 +240,7 @@ class Push:
 def test_controls_are_added_in_every_step(draw, relative_error):
     without, push = latents(draw), Push(0.5)
     once = latents(draw, controls=[push])
-    assert push.steps == [(step, 4, (2, 16, 77, 32)) for step in (1, 2, 3, 4)]
+    assert push.steps == [(step, 4, (2, 16, 77, 32), {}) for step in (1, 2, 3, 4)]
     assert relative_error(once, without) > 1e-3
     assert torch.allclose(latents(draw, controls=[Push(0.25), Push(0.25)]), once)
     assert torch.allclose(latents(draw, controls=[Push(0.5), Push(-0.5)]), without)

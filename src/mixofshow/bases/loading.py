@@ -46,11 +46,13 @@ def load_base(
     `variant` is that of the weight files, such as fp16. Raises BaseModelError.
     """
     _quiet()
+    # bfloat16 has too few digits to tell base models apart: that is done with those of half precision.
+    precise = torch.float16 if dtype == torch.bfloat16 else dtype
     try:
         if Path(name).suffix == SUFFIX:
-            pipeline = load_checkpoint(Path(name), config, dtype=dtype, download=download)
+            pipeline = load_checkpoint(Path(name), config, dtype=precise, download=download)
         else:
-            pipeline = _from_folder(name, dtype=dtype, variant=variant, download=download)
+            pipeline = _from_folder(name, dtype=precise, variant=variant, download=download)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelError(f"{name}: could not be loaded as a base model ({reason})") from error
@@ -61,7 +63,9 @@ def load_base(
         part.register_to_config(_name_or_path=_public_name(name))
     for part in (pipeline.unet, pipeline.vae, *(one.model for one in text_encoders(pipeline))):
         part.requires_grad_(False).eval()
-    return pipeline.to(device)
+    if precise != dtype:
+        pipeline.unet.fingerprint_of_base = fingerprint(pipeline)
+    return pipeline.to(device, dtype)
 
 
 def _quiet() -> None:
@@ -132,8 +136,16 @@ def _looks_like_hub_id(name: str) -> bool:
 def fingerprint(pipeline: Any) -> str:
     """16 hex digits that tell base models apart: a hash of a fixed set of weights, taken in half precision.
 
-    Half precision makes the same model loaded as fp16 or fp32 give the same digits.
+    Half precision makes the same model loaded as fp16 or fp32 give the same digits; what `load_base` loads in bfloat16
+    remembers them. Raises BaseModelError for what was made bfloat16 by others.
     """
+    if pipeline.unet.dtype == torch.bfloat16:
+        if (known := getattr(pipeline.unet, "fingerprint_of_base", None)) is None:
+            raise BaseModelError(
+                f"{base_name(pipeline)}: its weights in bfloat16 cannot tell it from others; load it by load_base(..., "
+                "dtype=torch.bfloat16)"
+            )
+        return str(known)
     digest = hashlib.sha256()
     for part in (*(one.model for one in text_encoders(pipeline)), pipeline.unet):
         for name, tensor in sorted(part.state_dict().items()):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mixofshow.cli.options import Base, with_settings
+from mixofshow.cli.options import Base, with_loading, with_settings
 from mixofshow.concepts.interchange.settings import ConvertSettings, make_convert_settings
 
 app = typer.Typer()
@@ -27,11 +27,13 @@ def inspect(file: Annotated[Path, typer.Argument(help="A concept file.")]) -> No
 
 @app.command()
 @with_settings(ConvertSettings)
+@with_loading
 def convert(
     *,
     source: Annotated[Path, typer.Argument(metavar="IN", help="A concept, LoRA or embedding file, of any tool.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="File or, with --to, folder to write.")],
     base: Base = "emojiland",
+    loading: dict[str, Any],
     given: dict[str, Any],
 ) -> None:
     """Make a concept of other tools' LoRA and embeddings, or --to diffusers or kohya those of a concept."""
@@ -39,4 +41,4 @@ def convert(
     from mixofshow.concepts.interchange.convert import convert as run
 
     settings = make_convert_settings(given)
-    typer.echo("\n".join(run(source, target, load_base(base), settings)))
+    typer.echo("\n".join(run(source, target, load_base(base, **loading), settings)))

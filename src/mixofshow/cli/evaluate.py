@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from mixofshow.cli.options import Device
+from mixofshow.cli.options import BASE_PANEL, Device, with_loading
 from mixofshow.errors import SettingsError
 from mixofshow.progress import terminal_bar
 
@@ -15,7 +15,9 @@ app = typer.Typer()
 
 
 @app.command()
+@with_loading
 def evaluate(
+    *,
     what: Annotated[
         list[str], typer.Argument(help="One YAML suite; or FILE=FOLDER, concept files with held-out pictures of each.")
     ],
@@ -23,7 +25,9 @@ def evaluate(
         Path | None, typer.Option(help="Of a suite: folder for results, report and pictures; default out/NAME.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Of a suite: processes at once.")] = 1,
-    base: Annotated[str | None, typer.Option(help="Of FILE=FOLDER: base model; default emojiland.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Of FILE=FOLDER; default emojiland.", rich_help_panel=BASE_PANEL)
+    ] = None,
     method: Annotated[
         list[str] | None, typer.Option(help="Of FILE=FOLDER: fusion methods; default gradient and average.")
     ] = None,
@@ -34,21 +38,16 @@ def evaluate(
     images: Annotated[int | None, typer.Option(min=1, help="Pictures per prompt; of FILE=FOLDER 4 by default.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Of FILE=FOLDER: write the figures here.")] = None,
     device: Device = "cpu",
+    loading: dict[str, Any],
 ) -> None:
     """Measure identity and prompt fidelity, single concept → fused: of a whole suite, or of a few files."""
     if not what[0].endswith((".yaml", ".yml")):
-        _evaluate_files(
-            what,
-            base=base or "emojiland",
-            method=method,
-            clip=clip,
-            kind=kind or "subject",
-            images=images or 4,
-            json_file=json_file,
-            device=device,
-        )
+        how = {"device": device, **loading}
+        named: dict[str, Any] = {"base": base or "emojiland", "kind": kind or "subject", "images": images or 4}
+        _evaluate_files(what, method=method, clip=clip, json_file=json_file, loading=how, **named)
         return
     pairs_only = {"--base": base, "--method": method, "--kind": kind, "--json": json_file}
+    pairs_only |= {f"--{option}": value for option, value in loading.items()}
     if given := [option for option, value in pairs_only.items() if value]:
         raise SettingsError(f"{given[0]}: is for FILE=FOLDER; of a suite, write it into {what[0]}")
     if len(what) > 1:
@@ -73,7 +72,7 @@ def _evaluate_files(
     kind: str,
     images: int,
     json_file: Path | None,
-    device: str,
+    loading: dict[str, Any],
 ) -> None:
     from mixofshow.bases.loading import load_base
     from mixofshow.evaluation import protocol
@@ -82,7 +81,7 @@ def _evaluate_files(
     from mixofshow.fusion.settings import FusionSettings
     from mixofshow.fusion.stages import fuse as run
 
-    pipeline = load_base(base, device=device)
+    pipeline = load_base(base, **loading)
     cases = [protocol.case_of(pair, pipeline, base, kind) for pair in pairs]
     fused = {
         name: run([case.concept for case in cases], pipeline, FusionSettings(method=name)).model

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixofshow.cli.options import Base, Device, Storage, assignments, with_settings
+from mixofshow.cli.options import BASE_PANEL, Base, Device, Storage, assignments, with_loading, with_settings
 from mixofshow.errors import SettingsError
 from mixofshow.fusion.settings import FusionSettings, RecordingSettings
 from mixofshow.progress import terminal_bar
@@ -23,6 +23,7 @@ app = typer.Typer()
 
 @app.command()
 @with_settings(RecordingSettings)
+@with_loading
 def record(
     *,
     files: Annotated[list[Path], typer.Argument(help="Concept files.")],
@@ -34,6 +35,7 @@ def record(
     max_memory: Annotated[float | None, typer.Option(help="Gigabytes for what is being recorded.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Concepts recorded at a time, each in a process (by Ray).")] = 1,
     device: Device = "cpu",
+    loading: dict[str, Any],
     given: dict[str, Any],
 ) -> None:
     """Record concepts, so that fuse --mode independent need not do it."""
@@ -42,7 +44,7 @@ def record(
     from mixofshow.fusion.workers import RecordingJob, record_all
 
     settings, store = make_recording_settings(given, "options"), open_store(out.absolute(), storage)
-    job = RecordingJob(base, settings, store, max_memory and max_memory * 2**30, device)
+    job = RecordingJob(base, settings, store, max_memory and max_memory * 2**30, device, loading)
     with terminal_bar("recording") as progress:
         for number, made in enumerate(record_all(files, job, workers=workers)):
             progress(number + 1, len(files), {})
@@ -60,6 +62,7 @@ def _megabytes(path: Path) -> str:
 
 @app.command()
 @with_settings(FusionSettings, leave_out=["options"])
+@with_loading
 def fuse(
     *,
     files: Annotated[
@@ -81,12 +84,14 @@ def fuse(
     add: Annotated[list[Path] | None, typer.Option(help="With --model: a concept file to add; any number.")] = None,
     remove: Annotated[list[str] | None, typer.Option(help="With --model: a concept to take out; any number.")] = None,
     base: Annotated[
-        str | None, typer.Option(help="Base model; default: the YAML's or the fused model's own, or emojiland.")
+        str | None,
+        typer.Option(help="Default: the YAML's or the fused model's own, or emojiland.", rich_help_panel=BASE_PANEL),
     ] = None,
     setting: Annotated[list[str] | None, typer.Option("--set", help="A setting of the method, as ridge=1e-6.")] = None,
     statistics: Annotated[Path | None, typer.Option(help="Folder that keeps what is recorded, for next time.")] = None,
     storage: Storage = "fp64",
     device: Device = "cpu",
+    loading: dict[str, Any],
     given: dict[str, Any],
 ) -> None:
     """Fuse concept files into one model, or change a model that was fused. Every setting is an option."""
@@ -102,7 +107,8 @@ def fuse(
         refuse_unwritable(target, folder=target is out)
     store = open_store(statistics, storage) if statistics else None
     given |= {"options": assignments(setting)}
-    job = make_job(files or [], given, model=model, add=add or [], remove=remove or [], base=base, device=device)
+    how: dict[str, Any] = {"device": device, **loading}
+    job = make_job(files or [], given, model=model, add=add or [], remove=remove or [], base=base, **how)
     with terminal_bar("fusing") as progress:
         fused = run(job.concepts, job.pipeline, job.settings, store=store, progress=progress)
     _write_fused(fused, out, as_delta, rank, report)

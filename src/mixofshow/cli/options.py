@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from inspect import Parameter, Signature, signature
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any, Final, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -14,7 +14,23 @@ from mixofshow.errors import SettingsError, shown
 from mixofshow.tuning.settings import dotted_keys
 
 Command = Callable[..., None]
-Base = Annotated[str, typer.Option(help="Base model: emojiland, a diffusers folder, or a hub id in the local cache.")]
+BASE_PANEL: Final = "Base model"
+Base = Annotated[
+    str,
+    typer.Option(
+        help="emojiland, a diffusers folder, a .safetensors checkpoint, or a hub id in the local cache.",
+        rich_help_panel=BASE_PANEL,
+    ),
+]
+LOADING: Final[dict[str, tuple[Any, Any]]] = {
+    name: (kind, typer.Option(f"--{name}", help=text, rich_help_panel=BASE_PANEL))
+    for name, kind, text in (
+        ("variant", str, "Which of its weight files, such as fp16."),
+        ("config", str, "Of a .safetensors checkpoint: a diffusers folder, or hub id, of the same kind."),
+        ("download", bool, "Fetch what is not in the local cache."),
+    )
+}
+"""Options of `load_base`, for every command that loads a base."""
 Storage = Annotated[str, typer.Option(help="How recordings are kept: fp64, fp32, fp16 or low-rank (plus diagonal).")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps …")]
 
@@ -39,14 +55,28 @@ def with_settings(model: type[BaseModel], *, leave_out: Collection[str] = ()) ->
     """Gives a command an option for every setting by its dotted name, handed over as a table `given`."""
     settings = {key.replace(".", "__"): (key, field) for key, field in dotted_keys(model) if key not in leave_out}
     options = [_setting_option(name, *setting) for name, setting in settings.items()]
+    return _with_options(options, {name: key for name, (key, _) in settings.items()}, "given")
+
+
+def with_loading(command: Command) -> Command:
+    """Gives a command the options of how its base model is loaded, handed over as `load_base`'s in a table `loading`."""
+    options = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
+        for name, (kind, option) in LOADING.items()
+    ]
+    return _with_options(options, {name: name for name in LOADING}, "loading")(command)
+
+
+def _with_options(options: list[Parameter], keys: Mapping[str, str], table: str) -> Callable[[Command], Command]:
+    """Gives a command more options; those that were given are handed over as one table, under their keys."""
 
     def wrap(command: Command) -> Command:
-        own = [one for one in signature(command, eval_str=True).parameters.values() if one.name != "given"]
+        own = [one for one in signature(command, eval_str=True).parameters.values() if one.name != table]
 
         @functools.wraps(command)
-        def called(**values: Any) -> None:
-            given = {key: values.pop(name) for name, (key, _) in settings.items() if name in values}
-            command(**values, given={key: value for key, value in given.items() if value not in (None, [])})
+        def called(*args: Any, **values: Any) -> None:
+            given = {key: values.pop(name) for name, key in keys.items() if name in values}
+            command(*args, **values, **{table: {key: value for key, value in given.items() if value not in (None, [])}})
 
         called.__signature__ = Signature([*own, *options])  # type: ignore[attr-defined]
         called.__annotations__ = {one.name: one.annotation for one in (*own, *options)}

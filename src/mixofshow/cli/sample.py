@@ -7,15 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from mixofshow.cli.options import Device, with_settings
+from mixofshow.cli.options import BASE_PANEL, Device, with_loading, with_settings
 from mixofshow.progress import terminal_bar
 from mixofshow.sampling.settings import Composition
 
 app = typer.Typer()
-Model = Annotated[str, typer.Option(help="Fused folder, delta file, or base model.")]
+Model = Annotated[str, typer.Option(help="Fused folder, delta file, or base model.", rich_help_panel=BASE_PANEL)]
 DeltaBase = Annotated[
     str | None,
-    typer.Option("--base", help="Base of a delta file, where it is not here by the name that the file says."),
+    typer.Option(
+        "--base",
+        help="Base of a delta file, where it is not here by the name that the file says.",
+        rich_help_panel=BASE_PANEL,
+    ),
 ]
 OneConcept = Annotated[Path | None, typer.Option("--concept", help="A single concept file to put on the base model.")]
 Strength = Annotated[float, typer.Option(help="Of the single concept: 0 its words only, 1 as tuned.")]
@@ -23,6 +27,7 @@ Strength = Annotated[float, typer.Option(help="Of the single concept: 0 its word
 
 @app.command()
 @with_settings(Composition, leave_out=["regions", "width", "height", "image"])
+@with_loading
 def sample(
     *,
     composition: Annotated[Path | None, typer.Argument(help="YAML composition; the options below override it.")] = None,
@@ -42,6 +47,7 @@ def sample(
     ] = None,
     vary: Annotated[str | None, typer.Option(help="With --grid: KEY=VALUE,VALUE of a setting.")] = None,
     device: Device = "cpu",
+    loading: dict[str, Any],
     given: dict[str, Any],
 ) -> None:
     """Draw pictures, with regions if you like. Every setting of a composition is an option, on top of the YAML."""
@@ -55,7 +61,8 @@ def sample(
         refuse_unwritable(target)
     targets = picture_paths(out, wanted.num) if grid is None else [grid]
     own = wanted.own_weights
-    pipeline = open_pipeline(model, base=base, concept=concept, strength=strength, device=device, own_weights=own)
+    how: dict[str, Any] = {"own_weights": own, "device": device, **loading}
+    pipeline = open_pipeline(model, base=base, concept=concept, strength=strength, **how)
     with terminal_bar("sampling") as progress:
         if grid is not None:
             draw_grid(pipeline, wanted, vary, grid, progress=progress)
@@ -65,7 +72,9 @@ def sample(
 
 
 @app.command()
+@with_loading
 def replay(
+    *,
     picture: Annotated[Path, typer.Argument(help="A PNG that sample wrote.")],
     out: Annotated[Path | None, typer.Option(help="PNG to write, default NAME-replay.png.")] = None,
     model: Model = "emojiland",
@@ -73,6 +82,7 @@ def replay(
     concept: OneConcept = None,
     strength: Strength = 1.0,
     device: Device = "cpu",
+    loading: dict[str, Any],
 ) -> None:
     """Draw the picture again, to the same bytes, from what the PNG says; refused if the model is another."""
     from mixofshow.files import refuse_unwritable
@@ -83,7 +93,8 @@ def replay(
     out = out or picture.with_stem(f"{picture.stem}-replay")
     refuse_unwritable(out)
     own = composition_of(picture).own_weights
-    pipeline = open_pipeline(model, base=base, concept=concept, strength=strength, device=device, own_weights=own)
+    how: dict[str, Any] = {"own_weights": own, "device": device, **loading}
+    pipeline = open_pipeline(model, base=base, concept=concept, strength=strength, **how)
     with terminal_bar("replaying") as progress:
         run(pipeline, picture, out, progress=progress)
     typer.echo(str(out))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mixofshow.cli.options import with_settings
+from mixofshow.cli.options import with_loading, with_settings
 from mixofshow.progress import terminal_bar
 from mixofshow.tuning.settings import TuningSettings
 
@@ -16,9 +16,12 @@ app = typer.Typer()
 
 @app.command()
 @with_settings(TuningSettings)
+@with_loading
 def tune(
     *,
-    config: Annotated[Path | None, typer.Argument(help="YAML of one concept, or of several under `concepts`.")] = None,
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[YAML]", help="One concept, or several under `concepts`.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="File to write, default NAME.safetensors; of several concepts, a folder.")
     ] = None,
@@ -26,6 +29,7 @@ def tune(
     print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings and stop.")] = False,
     print_schema: Annotated[bool, typer.Option("--print-schema", help="Print their JSON Schema and stop.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps …; auto: the fastest there is.")] = "auto",
+    loading: dict[str, Any],
     given: dict[str, Any],
 ) -> None:
     """Tune a concept on a folder of pictures. Every key of the YAML is an option too, on top of it."""
@@ -35,28 +39,30 @@ def tune(
     if print_schema:
         typer.echo(tuning.schema(), nl=False)
         return
-    table = read_table(config) if config else {}
-    several = tuning.several(table, given, source=str(config or "options"))
+    table = read_table(file) if file else {}
+    several = tuning.several(table, given, source=str(file or "options"))
     if print_config:
         typer.echo("---\n".join(map(tuning.printed, several)), nl=False)
         return
     for settings in several:
         name = f"{settings.name}.safetensors"
         target = (out / name if out and "concepts" in table else out) or Path(name)
-        _tune_one(settings, target, resume=resume, device=device)
+        _tune_one(settings, target, loading, resume=resume, device=device)
 
 
-def _tune_one(settings: Any, target: Path, *, resume: bool, device: str) -> None:
+def _tune_one(settings: Any, target: Path, loading: dict[str, Any], *, resume: bool, device: str) -> None:
     from accelerate import PartialState
 
     from mixofshow.bases.loading import load_base
     from mixofshow.evaluation.previews import preview_grids
     from mixofshow.files import refuse_unwritable
+    from mixofshow.tuning.trainer import DTYPES
     from mixofshow.tuning.trainer import tune as run
 
     refuse_unwritable(target)
     state = PartialState(cpu=device == "cpu")
-    pipeline = load_base(settings.base, device=state.device if device == "auto" else device)
+    place = state.device if device == "auto" else device
+    pipeline = load_base(settings.base, device=place, dtype=DTYPES[settings.precision], **loading)
     folder = target.with_suffix("")
     preview = preview_grids(pipeline, folder) if settings.preview_every else None
     with terminal_bar(f"tuning {settings.placeholder}", hidden=not state.is_main_process) as progress:

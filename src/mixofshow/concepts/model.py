@@ -173,9 +173,9 @@ def load_unfused(name: str | Path, *, base: str | Path | None = None, **options:
     """A fused folder as its base model under the fused weights, together with the concepts that it was fused from.
 
     It draws what `load_model` draws, and can also draw each concept as it was tuned. Options and errors are
-    those of `load_model`.
+    those of `load_model`; `variant` and `config` are the base's.
     """
-    fused = load_model(name, **options)
+    fused = load_model(name, **{**options, "variant": None, "config": None})
     pipeline = load_named_base(str(fused.manifest.get("base", "")), base, str(name), **options)
     files = sorted((Path(name) / CONCEPTS).glob(f"*{DELTA_SUFFIX}"))
     concepts = tuple(load_concept(path, pipeline) for path in files)

@@ -44,24 +44,25 @@ def make_job(
     add: Sequence[Path] = (),
     remove: Sequence[str] = (),
     base: str | None = None,
-    device: str = "cpu",
+    **loading: Any,
 ) -> Job:
     """The job of concept files, of one YAML or JSON file that lists them, or of a fused `model`, edited.
 
-    Given settings and base come before those in the YAML or the model. Raises BadInputError.
+    Given settings and base come before those in the YAML or the model; `loading` are options of `load_base`. Raises
+    BadInputError.
     """
     if model is not None and files:
         raise SettingsError(f"{files[0]}: to be added to {model} it must be given with --add")
     if model is not None:
-        return _job_of_model(model, given, add=add, remove=remove, base=base, device=device)
+        return _job_of_model(model, given, add=add, remove=remove, base=base, **loading)
     if remove or add:
         raise SettingsError("add and remove change a model that was fused; name its folder with --model")
     if len(files) == 1 and files[0].suffix in TABLES:
-        return _job_of_table(read_table(files[0]), files[0], given, base, device)
+        return _job_of_table(read_table(files[0]), files[0], given, base, loading)
     settings = on_top(FusionSettings(), given)
     if len(files) == 1 and files[0].suffix == LIST:
-        return _job_of_list(files[0], settings, base, device)
-    return _job(files, settings, base, device)
+        return _job_of_list(files[0], settings, base, loading)
+    return _job(files, settings, base, loading)
 
 
 class _Listed(BaseModel):
@@ -78,11 +79,11 @@ class _Listed(BaseModel):
 _LISTING: Final = TypeAdapter(Annotated[list[_Listed], Field(min_length=1)])
 
 
-def _job_of_list(source: Path, settings: FusionSettings, base: str | None, device: str) -> Job:
+def _job_of_list(source: Path, settings: FusionSettings, base: str | None, loading: Mapping[str, Any]) -> Job:
     """A JSON list of concepts and how strong each is; paths are relative to the list's own file."""
     listed = _read_list(source)
     check_method(settings)
-    pipeline = load_base(base or BASE, device=device)
+    pipeline = load_base(base or BASE, **loading)
     concepts = []
     for one in listed:
         how = ImportSettings(
@@ -102,7 +103,7 @@ def _read_list(source: Path) -> list[_Listed]:
 
 
 def _job_of_table(
-    table: Mapping[str, Any], source: Path, given: Mapping[str, Any], base: str | None, device: str
+    table: Mapping[str, Any], source: Path, given: Mapping[str, Any], base: str | None, loading: Mapping[str, Any]
 ) -> Job:
     """A table with `concepts`, a list of files, perhaps `base`, and settings; paths are relative to its own file."""
     settings = {key: value for key, value in table.items() if key not in ("concepts", "base")}
@@ -114,7 +115,7 @@ def _job_of_table(
     beside = source.parent / named
     base = base or (str(beside) if beside.is_dir() else named)
     checked = on_top(make_fusion_settings(settings, str(source)), given)
-    return _job([source.parent / file for file in files], checked, base, device)
+    return _job([source.parent / file for file in files], checked, base, loading)
 
 
 def _job_of_model(
@@ -124,10 +125,10 @@ def _job_of_model(
     add: Iterable[Path],
     remove: Iterable[str],
     base: str | None,
-    device: str,
+    **loading: Any,
 ) -> Job:
     """A fused folder's own job with concepts added (files), removed (names), or weighed anew."""
-    pipeline = load_named_base(read_manifest(folder).base, base, str(folder), device=device)
+    pipeline = load_named_base(read_manifest(folder).base, base, str(folder), **loading)
     concepts, settings = fused_from(folder, pipeline)
     concepts = edited(concepts, [load_concept(path, pipeline) for path in add], remove)
     settings = edited_settings(settings, given, concepts)
@@ -135,8 +136,8 @@ def _job_of_model(
     return Job(pipeline, concepts, settings)
 
 
-def _job(files: Iterable[Path], settings: FusionSettings, base: str | None, device: str) -> Job:
+def _job(files: Iterable[Path], settings: FusionSettings, base: str | None, loading: Mapping[str, Any]) -> Job:
     """Settings are checked before anything large is read."""
     check_method(settings)
-    pipeline = load_base(base or BASE, device=device)
+    pipeline = load_base(base or BASE, **loading)
     return Job(pipeline, [load_concept(path, pipeline) for path in files], settings)

@@ -6,8 +6,8 @@ A concept is recorded by its own model alone, so that each is a task of its own 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,12 @@ class RecordingJob:
     store: Store
     budget: float | None = None
     device: str = "cpu"
+    loading: Mapping[str, Any] = field(default_factory=dict)
+    """Further options of `load_base`."""
 
     def load(self) -> Any:
         """The base model."""
-        return load_base(self.base, device=self.device)
+        return load_base(self.base, device=self.device, **self.loading)
 
     def record(self, path: Path, pipeline: Any) -> Path:
         """Record one file's concept, and say where the recording is. Raises BadInputError."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,6 +35,7 @@ StrengthMap = Picture | np.ndarray[Any, Any] | Tensor
 FORMATS: Final = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS: Final = 2**24
 MAX_STRENGTH: Final = 10.0
+_XL: Final = "full_adapter_xl"
 
 
 class PictureControl(ABC):
@@ -62,18 +63,27 @@ class PictureControl(ABC):
         self.strength_map = None if strength_map is None else _as_map(strength_map)
         self._fitted: tuple[Any, Tensor] | None = None
 
-    def residuals(self, latents: Tensor, timestep: Tensor, text: Tensor, step: int, steps: int) -> dict[str, Any]:
+    def residuals(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        step: int,
+        steps: int,
+        *,
+        told: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Keyword arguments for the UNet in step `step` of `steps`, from 1; none where the control does not count.
 
         `latents` (rows, channels, height, width) is the model's input; `text` (prompts, layers, tokens, dim), of
-        which equal parts of the rows share one.
+        which equal parts of the rows share one; `told` what the UNet is told beside the text, see `conditions`.
         """
         if self.strength == 0 or (step - 1) / steps < self.start or step / steps > self.end:
             return {}
-        return self._added(latents, timestep, text)
+        return self._added(latents, timestep, text, told or {})
 
     @abstractmethod
-    def _added(self, latents: Tensor, timestep: Tensor, text: Tensor) -> dict[str, Any]:
+    def _added(self, latents: Tensor, timestep: Tensor, text: Tensor, told: Mapping[str, Any]) -> dict[str, Any]:
         """What is added in a step in which the control counts."""
 
     def _fitted_picture(self, latents: Tensor, *, factor: int, channels: int) -> Tensor:
@@ -98,9 +108,11 @@ class AdapterControl(PictureControl):
 
     _features: tuple[Tensor, list[Tensor]] | None = None
 
-    def _added(self, latents: Tensor, timestep: Tensor, text: Tensor) -> dict[str, Any]:
+    def _added(self, latents: Tensor, timestep: Tensor, text: Tensor, told: Mapping[str, Any]) -> dict[str, Any]:
         config = self.network.config
-        picture = self._fitted_picture(latents, factor=self.network.downscale_factor, channels=config.in_channels)
+        # SDXL's UNet adds the first feature behind its first level, where the latents have half their size.
+        factor = self.network.downscale_factor // (2 if config.adapter_type == _XL else 1)
+        picture = self._fitted_picture(latents, factor=factor, channels=config.in_channels)
         if self._features is None or self._features[0] is not picture:
             self._features = picture, [self._weighed(feature) for feature in self.network(picture)]
         # The UNet empties the list that it is given.
@@ -114,14 +126,14 @@ class ControlNetControl(PictureControl):
     diffusers' ControlNet takes one text for all of its layers: it gets that of the first cross-attention layer.
     """
 
-    def _added(self, latents: Tensor, timestep: Tensor, text: Tensor) -> dict[str, Any]:
+    def _added(self, latents: Tensor, timestep: Tensor, text: Tensor, told: Mapping[str, Any]) -> dict[str, Any]:
         config = self.network.config
         # Every convolution of the condition's embedding after the first halves its size.
         factor = 2 ** (len(config.conditioning_embedding_out_channels) - 1)
         picture = self._fitted_picture(latents, factor=factor, channels=config.conditioning_channels)
         picture = picture.expand(len(latents), -1, -1, -1)
         words = repeat(text[:, 0].to(latents), "prompts ... -> (prompts same) ...", same=len(latents) // len(text))
-        down, mid = self.network(latents, timestep, words, picture, return_dict=False)
+        down, mid = self.network(latents, timestep, words, picture, return_dict=False, **told)
         return {
             "down_block_additional_residuals": tuple(self._weighed(residual) for residual in down),
             "mid_block_additional_residual": self._weighed(mid),
@@ -182,10 +194,24 @@ def make_control(network: Any, picture: Picture, **settings: Any) -> PictureCont
 
 
 def require_fit(network: Any, unet: Any, source: str = "control") -> None:
-    """Raise SettingsError unless the network was made for a UNet of these widths."""
-    found = list(network.config.get("channels") or network.config.block_out_channels)
-    expected = list(unet.config.block_out_channels)
-    _require(found == expected, f"{shown(source)}: channels of its levels", found, f"the base model's {expected}")
+    """Raise SettingsError unless the network was made for UNets such as this one."""
+    for name, found, expected in _facts(network, unet):
+        _require(found == expected, f"{shown(source)}: {name}", found, f"the base model's {expected}")
+
+
+def _facts(network: Any, unet: Any) -> Iterator[tuple[str, object, object]]:
+    """What a network and a UNet must agree in: its name, as the network has it, and as the UNet needs it."""
+    config, base = network.config, unet.config
+    widths = list(base.block_out_channels)
+    if isinstance(network, T2IAdapter):
+        # Where the first level has no attention, as in SDXL, features go behind the levels and to the middle.
+        behind = "Attn" not in base.down_block_types[0]
+        yield "channels of its levels", list(config.channels), [*widths, widths[-1]] if behind else widths
+        yield "adapter for SDXL", config.adapter_type == _XL, behind
+        return
+    yield "channels of its levels", list(config.block_out_channels), widths
+    for key in ("in_channels", "cross_attention_dim", "addition_embed_type"):
+        yield key, config.get(key), base.get(key)
 
 
 def map_of_regions(regions: Sequence[tuple[Tensor, float]], *, outside: float = 1.0) -> Tensor:

@@ -24,11 +24,13 @@ from mixofshow.sampling.encoding import EncodedPrompt
 class Control(Protocol):
     """Something that steers the UNet beside the prompts, such as a ControlNet."""
 
-    def residuals(self, latents: Tensor, timestep: Tensor, text: Tensor, step: int, steps: int) -> Mapping[str, Any]:
+    def residuals(
+        self, latents: Tensor, timestep: Tensor, text: Tensor, step: int, steps: int, *, told: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
         """Keyword arguments for the UNet in this step (from 1), of which those of several controls are added.
 
-        `latents` are what the UNet is given, (sides · pictures, channels, height, width), and `text` is
-        (sides · prompts, layers, tokens, dim).
+        `latents` are what the UNet is given, (sides · pictures, channels, height, width), `text` is
+        (sides · prompts, layers, tokens, dim), and `told` are the UNet's other arguments, as `conditions` has them.
         """
 
 
@@ -121,14 +123,15 @@ def denoise(
     def batched(latents: Tensor, timestep: Tensor) -> Tensor:
         return scheduler.scale_model_input(torch.cat([latents] * sides), timestep)
 
-    with predicting(pipeline, encoded, torch.cat([latents] * sides)) as predict:
+    told = conditions(pipeline, encoded.pooled, rows := torch.cat([latents] * sides))
+    with predicting(pipeline, encoded, rows) as predict:
         for done, timestep in enumerate(timesteps):
             step = min((skipped + done) // scheduler.order + 1, num_inference_steps)
             if correct:
                 latents = correct(Moment(predict, timestep, step, num_inference_steps, batched), latents)
             batch = batched(latents, timestep)
-            more = [one.residuals(batch, timestep, encoded.text, step, num_inference_steps) for one in controls]
-            prediction = predict(batch, timestep, step, added(more))
+            seen = (batch, timestep, encoded.text, step, num_inference_steps)
+            prediction = predict(batch, timestep, step, added([one.residuals(*seen, told=told) for one in controls]))
             if encoded.guided:
                 prediction = guided(prediction, guidance_scale, guidance_rescale)
             latents = scheduler.step(prediction, timestep, latents, **noise_source, return_dict=False)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -25,15 +26,16 @@ def open_pipeline(
     base: str | None = None,
     concept: Path | None = None,
     strength: float = 1.0,
-    device: str = "cpu",
     own_weights: bool = False,
+    **loading: Any,
 ) -> MixOfShowPipeline:
     """A fused folder, delta file or base model by its name, with a single concept at a strength, or without.
 
-    With `own_weights` a fused folder comes with its concepts and base. Raises as `load_model` and `load_concept` do.
+    With `own_weights` a fused folder comes with its concepts and base. `loading` are options of `load_base`. Raises as
+    `load_model` and `load_concept` do.
     """
     load = load_unfused if own_weights and not concept and Path(model).is_dir() else load_model
-    known = load(model, base=base, device=device)
+    known = load(model, base=base, **loading)
     if concept:
         file = load_concept(concept, known.pipeline)
         known = with_concept(known.pipeline, file, unet=strength, text_encoder=strength)

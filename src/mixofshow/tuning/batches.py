@@ -20,6 +20,8 @@ from mixofshow.tuning.settings import PictureSettings
 from mixofshow.tuning.transforms import Fitted, fit, variants
 
 ENCODED_AT_ONCE: Final = 8
+PIXELS_AT_ONCE: Final = 512**2
+"""More at once would need more memory than training does."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ class Source:
             pictures = torch.stack([cuts[index].picture for index in part])
             with autoencoder(self.pipeline) as vae:
                 posterior = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist
-            for index, mean, spread in zip(part, scale * posterior.mean, scale * posterior.std, strict=True):
+            means, spreads = (scale * one.float() for one in (posterior.mean, posterior.std))
+            for index, mean, spread in zip(part, means, spreads, strict=True):
                 masks = (_small(mask, mean) for mask in (cuts[index].mask, cuts[index].valid))
                 encoded[index] = Encoded(mean, spread, *masks)
         return [encoded[index] for index in range(len(cuts))]
@@ -117,9 +120,10 @@ def _alike(cuts: Sequence[Fitted]) -> Iterator[list[int]]:
     by_shape: dict[torch.Size, list[int]] = {}
     for index, cut in enumerate(cuts):
         by_shape.setdefault(cut.picture.shape, []).append(index)
-    for indices in by_shape.values():
-        for start in range(0, len(indices), ENCODED_AT_ONCE):
-            yield indices[start : start + ENCODED_AT_ONCE]
+    for (*_, height, width), indices in by_shape.items():
+        many = min(ENCODED_AT_ONCE, max(1, PIXELS_AT_ONCE // (height * width)))
+        for start in range(0, len(indices), many):
+            yield indices[start : start + many]
 
 
 def _small(mask: Tensor | None, latents: Tensor) -> Tensor | None:

@@ -61,10 +61,15 @@ def _stored(tensor: Tensor) -> Tensor:
 
 
 class _LowRankChange:
-    """A layer that peft has wrapped. Where a down matrix (rank, in) is given, that stays as it is."""
+    """A layer that peft has wrapped. Where a down matrix (rank, in) is given, that stays as it is.
+
+    The factors are in single precision, whatever the layer is in: an optimizer's steps are smaller than half tells.
+    """
 
     def __init__(self, wrapper: Any, alpha: float, down: Tensor | None = None) -> None:
         self.wrapper, self.alpha, self.fixed = wrapper, alpha, down is not None
+        for factor in self._factors():
+            factor.data = factor.data.float()
         if down is not None:
             own = self._factors()[0]
             own.data.copy_(down.view_as(own))
@@ -138,16 +143,16 @@ def low_rank_layers(pipeline: Any, settings: TuningSettings) -> Iterator[Changes
 
 
 class _Sum(nn.Module):
-    """A weight and what is added to it whenever it is read."""
+    """A weight and what is added to it whenever it is read, in single precision."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.change = nn.Parameter(torch.zeros_like(weight))
+        self.change = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
         self.on = True
 
     def forward(self, weight: Tensor) -> Tensor:
         """The changed weight."""
-        return weight + self.change if self.on else weight
+        return (weight + self.change).to(weight) if self.on else weight
 
 
 class _FullChange:

@@ -116,7 +116,7 @@ class Objective(nn.Module):
     def _density_loss(self) -> Tensor:
         """Of each text encoder's part of the words among its own."""
         parts = zip(of_encoders(self.pipeline, self.words()), text_encoders(self.pipeline), strict=True)
-        return torch.stack([negative_log_density(part, one.table) for part, one in parts]).sum()
+        return torch.stack([negative_log_density(part, one.table.to(part)) for part, one in parts]).sum()
 
     @torch.no_grad()
     def length_of_words(self) -> Tensor:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from accelerate import Accelerator
@@ -32,6 +32,9 @@ from mixofshow.tuning.run import Preview, Run
 from mixofshow.tuning.settings import TuningSettings
 
 logger = logging.getLogger(__name__)
+
+DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By precision, what the base is best loaded in: nothing of it is trained, and what is trained is fp32 in any case."""
 
 
 def tune(
@@ -80,6 +83,9 @@ def tune(
 
 def make_accelerator(settings: TuningSettings, pipeline: Any, folder: Path | None) -> Accelerator:
     """Device, precision, processes and trackers of a run. Raises SettingsError for what this machine cannot do."""
+    if pipeline.unet.dtype not in (torch.float32, DTYPES[settings.precision]):
+        held = str(pipeline.unet.dtype).removeprefix("torch.")
+        raise SettingsError(f"precision {settings.precision}: the base's weights are {held}; load it as float32")
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     tracker = {"auto": "tensorboard" if find_spec("tensorboard") else "none"}.get(settings.tracker, settings.tracker)
     if tracker != "none" and not find_spec(tracker):
