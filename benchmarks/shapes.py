@@ -5,43 +5,93 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from mixofshow.bases.families import family_of, token_width
+from mixofshow.bases.families import family_of, text_encoders, token_width
 from mixofshow.bases.layers import count_groups, lora_layers, matrix
 from mixofshow.bases.loading import fingerprint, load_base
 from mixofshow.concepts.concept import Concept, ConceptInfo, LowRank
 
 
-def sd15() -> Any:
+def sd15(tokenizer: Any = None) -> Any:
     """Stable Diffusion 1.5 at full width, frozen; the tokenizer is Emojiland's, whose ids are all in the vocabulary."""
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    vae = AutoencoderKL(
+    pipeline = StableDiffusionPipeline(
+        vae=_autoencoder(sample_size=512),
+        text_encoder=CLIPTextModel(_clip_l()),
+        tokenizer=tokenizer or load_base("emojiland").tokenizer,
+        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
+        scheduler=_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return _frozen(pipeline)
+
+
+def sdxl(tokenizer: Any = None) -> Any:
+    """SDXL at full width, frozen, with the same tokenizer twice."""
+    torch.manual_seed(0)
+    tokenizer = tokenizer or load_base("emojiland").tokenizer
+    unet = UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=768 + 1280,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=6 * 256 + 1280,
+    )
+    second = CLIPTextConfig(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280
+    )
+    pipeline = StableDiffusionXLPipeline(
+        vae=_autoencoder(sample_size=1024, scaling_factor=0.13025, force_upcast=True),
+        text_encoder=CLIPTextModel(_clip_l()),
+        text_encoder_2=CLIPTextModelWithProjection(second),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=_scheduler(),
+        add_watermarker=False,
+    )
+    return _frozen(pipeline)
+
+
+def _autoencoder(**config: Any) -> Any:
+    return AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2,
         latent_channels=4,
-        sample_size=512,
+        **config,
     )
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
-        )
+
+
+def _clip_l() -> CLIPTextConfig:
+    return CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
     )
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=load_base("emojiland").tokenizer,
-        unet=unet,
-        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    for part in (unet, vae, text_encoder):
+
+
+def _scheduler() -> Any:
+    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+def _frozen(pipeline: Any) -> Any:
+    for part in (pipeline.unet, pipeline.vae, *(one.model for one in text_encoders(pipeline))):
         part.requires_grad_(False).eval()
     return pipeline
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import typer
@@ -30,6 +31,7 @@ from PIL import Image
 from mixofshow import cli, fuse
 from mixofshow.bases.emojiland.concepts import write_concept
 from mixofshow.evaluation import protocol
+from mixofshow.fusion.methods import METHODS
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.sampling import pipeline
 from mixofshow.tuning.settings import BASE_PRESETS
@@ -147,7 +149,7 @@ SUITE = {"tune": {"steps": 2}, "fuse": {"steps": 2}, "images_per_prompt": 1, "pr
 
 
 @pytest.fixture
-def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+def hurried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Everything does two steps: tuning, what fusion draws, what is drawn. Fusion does not refine.
 
     Of Emojiland's concepts only those that the pages name are written, and files are evaluated on two prompts.
@@ -164,6 +166,8 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
             concepts, base, (settings or FusionSettings()).model_copy(update=few), **more
         ),
     )
+    with patch.dict(METHODS):  # a page shows how to enter one
+        yield
 
 
 ADDED = {"record": ["--steps", "2"], "evaluate": ["--images", "1", "--workers", "1"]}

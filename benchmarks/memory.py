@@ -1,0 +1,93 @@
+"""Peaks of memory: tuning and drawing with Stable Diffusion 1.5's and SDXL's architectures at their own sizes.
+
+    python benchmarks/memory.py [--json FILE] [--jobs tune-sd15,draw-sd15,tune-sdxl,draw-sdxl]
+
+Random weights in bf16, batch 1, ED-LoRA of rank 4, gradient checkpointing, pictures encoded beforehand. Each job runs in
+a process of its own on the CPU, two steps long: tuning's second has the optimizer's states. What is printed is the
+process's largest resident memory, libraries and Python included, in GiB. `fusion.py` does the same for fusing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from shapes import sd15, sdxl
+
+from mixofshow.bases.loading import load_base
+from mixofshow.concepts.model import ConceptModel
+from mixofshow.sampling.pipeline import MixOfShowPipeline
+from mixofshow.tuning.settings import make_settings
+from mixofshow.tuning.trainer import tune
+
+BASES: dict[str, tuple[Callable[[], Any], int]] = {"sd15": (sd15, 512), "sdxl": (sdxl, 1024)}
+JOBS = [f"{job}-{base}" for base in BASES for job in ("tune", "draw")]
+
+
+def prepare(name: str, folder: Path) -> None:
+    """Write a base of random weights in half precision, as such bases are shared."""
+    torch.set_default_dtype(torch.float16)  # so that the weights are never there in single precision
+    make, _ = BASES[name]
+    make().save_pretrained(folder)
+
+
+def do(job: str, folder: Path) -> None:
+    """One job with the base in a folder, and what it took."""
+    torch.set_flush_denormal(True)
+    verb, _, name = job.partition("-")
+    pipeline, side = load_base(folder, dtype=torch.bfloat16), BASES[name][1]
+    if verb == "tune":
+        _tune(pipeline, name, side)
+    else:
+        MixOfShowPipeline.of(ConceptModel(pipeline))("photo of a dog", width=side, height=side, num_inference_steps=2)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+def _tune(pipeline: Any, name: str, side: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Image.effect_noise((side, side), 100).convert("RGB").save(Path(folder) / "0.png")
+        table = {"name": "thing", "class_word": "dog", "data": folder, "base": name, "precision": "bf16", "steps": 2}
+        more = {"batch_size": 1, "gradient_checkpointing": True, "save_every": 0, "tracker": "none"}
+        tune(make_settings({**table, **more}), pipeline)
+
+
+def main() -> None:
+    """Each job in its own process."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--jobs", default=",".join(JOBS))
+    parser.add_argument("--one", nargs=2, metavar=("JOB", "FOLDER"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        job, folder = options.one
+        prepare(job.removeprefix("prepare-"), Path(folder)) if job.startswith("prepare-") else do(job, Path(folder))
+        return
+    found = {}
+    with tempfile.TemporaryDirectory() as bases:
+        for job in options.jobs.split(","):
+            name = job.partition("-")[2]
+            folder = Path(bases) / name
+            if not folder.exists():
+                _in_process(f"prepare-{name}", folder)
+            found[job] = round(float(_in_process(job, folder).splitlines()[-1]), 2)
+            print(f"{job}: {found[job]} GiB", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _in_process(job: str, folder: Path) -> str:
+    command = [sys.executable, __file__, "--one", job, str(folder)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+if __name__ == "__main__":
+    main()
