@@ -152,7 +152,7 @@ class MixOfShowPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # t
         generators = _generators(seed, generator, num_images_per_prompt * len(prompts))
         asked = self._asked(drawing, generators, image)
         encoding = partial(self._encode, prompts, negative_prompt, regions, asked)
-        predicting = self._predicting(own_weights, encoding, drawing.isolated_steps)
+        predicting = self._predicting(own_weights, regions, encoding, drawing.isolated_steps)
         with self.model.active():
             run = partial(
                 self._denoise,
@@ -186,12 +186,16 @@ class MixOfShowPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # t
         return encode(model, prompts, negative_prompt, regions, width=width, height=height, guided=asked.guided)
 
     def _predicting(
-        self, own_weights: bool | Sequence[Concept], encoding: Callable[[Vocabulary], EncodedPrompt], isolate: int
+        self,
+        own_weights: bool | Sequence[Concept],
+        regions: Sequence[Region],
+        encoding: Callable[[Vocabulary], EncodedPrompt],
+        isolate: int,
     ) -> Predicting:
         if own_weights is False:
             return partial(shared_weights, isolate=isolate)
         concepts = self.model.concepts if own_weights is True else own_weights
-        return predicting_own(own_models(self.model, concepts, encoding), isolate=isolate)
+        return predicting_own(own_models(self.model, concepts, regions, encoding), isolate=isolate)
 
     def _passes(self, run: Callable[..., Tensor], asked: _Asked, progress: Progress) -> Tensor:
         """The picture, and if asked for, the same enlarged and drawn over."""
