@@ -68,6 +68,11 @@ class MixOfShowPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # t
     `MixOfShowPipeline.of(model)` takes a ConceptModel; `.from_pretrained(name)` an embedded base, a base folder, a
     fused folder or a delta file; `.single(pipeline, concept)` a base with one concept file. Modules are shared with the
     model, not copied. A base of another family than SD 1.x and 2.x makes a pipeline of that one's class, see KINDS.
+
+        draw = MixOfShowPipeline.from_pretrained("out/fused")
+        draw("a photo of a castle", regions=[Region("a <reddog>", (0, 0, 80, 64))], width=160, height=64)[0].save("a.png")
+
+    The constructor is diffusers' own, of the five parts; a pipeline made by it knows no concept.
     """
 
     base_class: ClassVar = "StableDiffusionPipeline"
@@ -140,9 +145,11 @@ class MixOfShowPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # t
         """Pictures of each prompt in turn, RGB; picture k is the one that `seed + k` gives alone (up to rounding).
 
         The `settings` are those of Drawing: `width`, `height`, `num_inference_steps`, `guidance_scale` and so on. With an
-        `image` (or one for each picture), drawing starts from it and goes as far as `strength` says. `own_weights` draws
-        every region with its concept's own weights, un-fused (the concepts may be given). `output_type` is pil, np, pt
-        or latent. Raises RegionError, TokenError, SettingsError.
+        `image` (or one for each picture), drawing starts from it and goes as far as `strength` says. Instead of a seed, a
+        `generator` may be given, for all pictures or one for each. `own_weights` draws every region with its concept's
+        own weights, un-fused (the concepts may be given). What `controls` add is summed; see `make_control`.
+        `callback_on_step_end` is diffusers', and may change the latents; `progress` is told (step, steps, {}).
+        `output_type` is pil, np, pt or latent. Raises RegionError, TokenError, SettingsError, BadInputError.
         """
         drawing, prompts = make_drawing(settings), [prompt] if isinstance(prompt, str) else list(prompt)
         _require(num_images_per_prompt >= 1, "num_images_per_prompt", num_images_per_prompt, "at least 1")
