@@ -2,6 +2,8 @@
 
     python benchmarks/regions.py [--json FILE] [--pictures FOLDER] [--compositions 120] [--parts accuracy,options]
 
+Parts that are run by themselves are added to those in the JSON file.
+
 Three concepts of Emojiland, two of them dogs, are fused as examples/fuse-three.yaml says, and drawn in wide pictures:
 every order of the three, every place the generator knows, fixed seeds, boxes alone.
 
@@ -103,11 +105,12 @@ def caption(words: Sequence[str], scene: str) -> str:
 def region_prompt(wide: Wide, place: int) -> str:
     """The concept in its place, its class word in the others.
 
-    Emojiland takes from a caption how many things a wide picture shows, and draws them from left to right. A class word
-    that another concept here shares calls for that one as well; then the concept itself stands in all places.
+    Emojiland takes from a caption how many things a wide picture shows, and draws them from left to right. Between two
+    class words that another concept shares, one in the middle would become that one: it stands in all places.
     """
     name, classes = wide.names[place], [class_word(one) for one in wide.names]
-    beside = classes[place] if classes.count(classes[place]) == 1 else f"<{name}>"
+    shared, between = classes.count(classes[place]) > 1, 0 < place < len(classes) - 1
+    beside = f"<{name}>" if shared and between else classes[place]
     words = [f"<{name}>" if other == place else beside for other in range(len(wide.names))]
     return caption(words, wide.backgrounds[place] if wide.backgrounds else wide.scene)
 
@@ -296,7 +299,8 @@ def main() -> None:
             asked.pictures.mkdir(parents=True, exist_ok=True)
             side_by_side(pictures, min(SHOWN, count)).save(asked.pictures / f"{part}.png")
     if asked.json:
-        asked.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        before = json.loads(asked.json.read_text(encoding="utf-8")) if asked.json.is_file() else {}
+        asked.json.write_text(json.dumps(before | result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

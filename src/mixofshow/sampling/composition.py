@@ -78,8 +78,9 @@ def control_entry(text: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise SettingsError(f"control '{shown(text)}': expected \"network: NAME, picture: FILE\"") from error
     # Files are named from here, but the composition's are named from beside its YAML.
-    files = {key: table[key] for key in ("picture", "strength_map") if isinstance(table.get(key), str)}
-    return table | {key: str(Path(file).absolute()) for key, file in files.items()}
+    files = {key: Path(table[key]) for key in ("network", "picture", "strength_map") if isinstance(table.get(key), str)}
+    # A network's name is a folder's, or is known without one.
+    return table | {key: str(file.absolute()) for key, file in files.items() if key != "network" or file.is_dir()}
 
 
 def from_options(path: Path | None, options: Mapping[str, Any]) -> Composition:
