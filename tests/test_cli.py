@@ -87,6 +87,15 @@ SAMPLE = ["sample", "--model", GOLDEN_BASE, "--prompt", "a man", "--size", "64x6
         ([*SAMPLE, "--region", "0,0,200,64: a man"], "outside the picture of 64 x 64"),
         ([*SAMPLE, "--region", "0,0,2,2: a man"], "too small"),
         ([*SAMPLE, "--region", "nonsense"], "left,top,right,bottom: prompt"),
+        ([*SAMPLE, "--control", "nonsense"], "'controls.0.network'"),
+        (
+            [*SAMPLE, "--control", "network: emojiland-t2i-adapter, picture: '{0}/none.png'"],
+            "none.png: cannot be read",
+        ),
+        (
+            [*SAMPLE, "--control", "network: emojiland-t2i-adapter, picture: '{0}/pictures/good.png'"],
+            "emojiland-t2i-adapter: channels of its levels: expected the base model's",
+        ),
         ([*SAMPLE, "--size", "63x64"], "multiple of 8 such as 64"),
         ([*SAMPLE[:4], "a <man>", *SAMPLE[5:]], "unknown concept '<man>'"),
         ([*SAMPLE[:-1], "{0}/file/a.png"], "cannot be written"),
@@ -176,6 +185,24 @@ def test_tune_fuse_sample_inspect_on_a_foreign_base(folder, capsys, monkeypatch)
     )
     assert (folder / "grid.png").is_file() and (folder / "layout.png").is_file()
     assert composition_of(folder / "d.png").isolate == 1
+
+
+def test_a_controlled_picture_is_replayed_while_its_files_are_there(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    controls = [
+        f"network: emojiland-{kind}, picture: pictures/good.png, strength: 0.5"
+        for kind in ("t2i-adapter", "controlnet")
+    ]
+    asked = [part for text in controls for part in ("--control", text)]
+    code, error = _run(["sample", "--prompt", "a cat", "--steps", "2", *asked, "--out", "a.png"], capsys, monkeypatch)
+    assert code == 0, error
+    code, error = _run(["replay", "a.png"], capsys, monkeypatch)
+    assert code == 0, error
+    assert (folder / "a-replay.png").read_bytes() == (folder / "a.png").read_bytes()
+    Image.new("RGB", (16, 16), "blue").save(folder / "pictures" / "good.png")
+    code, error = _run(["replay", "a.png", "--out", "b.png"], capsys, monkeypatch)
+    assert code == 2 and "pictures/good.png: another picture than before" in error
+    assert not (folder / "b.png").exists()
 
 
 def test_record_fuse_edit_and_draw_from_a_delta(golden_concepts, tmp_path, capsys, monkeypatch):

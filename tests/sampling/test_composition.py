@@ -20,6 +20,7 @@ from mixofshow.errors import BadInputError, MixOfShowError, RegionError, Setting
 from mixofshow.sampling.composition import compose, from_options, make_composition, variations
 from mixofshow.sampling.drawing import draw_grid, draw_pictures
 from mixofshow.sampling.layout import draw_layout
+from mixofshow.sampling.pictures import embedded, read_picture
 from mixofshow.sampling.regions import Region
 from mixofshow.sampling.replay import PNG_KEY, composition_of, model_hash, read_note, replay
 
@@ -176,6 +177,22 @@ def test_refused_compositions(change, error, message, tmp_path):
 def test_the_example_can_be_drawn():
     example = Path(__file__).parents[2] / "examples" / "compose-three.yaml"
     assert len(from_options(example, {}).regions) == 3
+
+
+@pytest.mark.parametrize(
+    ("picture", "mode", "expected"),
+    [
+        (Image.new("RGBA", (2, 1), (200, 100, 50, 0)), "RGB", (0, 0, 0)),
+        (Image.new("RGBA", (2, 1), (200, 100, 50, 51)), "RGB", (40, 20, 10)),
+        (Image.new("LA", (2, 1), (250, 0)), "L", 0),
+        (Image.new("L", (2, 1), 250), "RGB", (250, 250, 250)),
+    ],
+)
+def test_what_is_transparent_is_black_in_every_picture(picture, mode, expected, tmp_path):
+    picture.save(tmp_path / "a.png")
+    for source in (picture, tmp_path / "a.png", embedded(picture)):
+        found = read_picture(source, mode)
+        assert (found.mode, found.getpixel((0, 0))) == (mode, expected)
 
 
 def test_a_grid_has_a_column_for_each_seed_and_a_row_for_each_value(draw, tmp_path):

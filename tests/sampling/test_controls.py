@@ -20,7 +20,7 @@ from einops import repeat
 from PIL import Image
 
 from mixofshow.bases.layers import cross_attentions
-from mixofshow.errors import SettingsError
+from mixofshow.errors import BadInputError, SettingsError
 from mixofshow.sampling.controls import (
     AdapterControl,
     ControlNetControl,
@@ -326,11 +326,11 @@ def test_a_saved_network_is_loaded_as_what_it_is(network, golden_pipeline, start
         ({"strength_map": np.zeros((2, 2, 2))}, r"strength_map: expected rows and columns, found \(2, 2, 2\)"),
         ({"strength_map": np.full((2, 2), np.nan)}, "strength_map: expected numbers from 0 to 10, found nan to nan"),
         ({"strength_map": -np.ones((2, 2))}, "strength_map: expected numbers from 0 to 10, found -1 to -1"),
-        ({"strength_map": "nowhere.png"}, "strength_map 'nowhere.png': cannot be read as a picture"),
+        ({"strength_map": "nowhere.png"}, "nowhere.png: cannot be read"),
     ],
 )
 def test_bad_settings_are_named(settings, message, network):
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(BadInputError, match=message):
         make_control(network, noise_picture(), **settings)
 
 
@@ -338,13 +338,13 @@ def test_bad_settings_are_named(settings, message, network):
 def test_what_is_no_picture_is_refused(content, network, tmp_path):
     path = tmp_path / "sketch.png"
     path.write_bytes(content)
-    with pytest.raises(SettingsError, match=r"sketch\.png': cannot be read as a picture") as caught:
+    with pytest.raises(BadInputError, match=r"sketch\.png: not a picture that can be read") as caught:
         make_control(network, path)
     assert "\n" not in str(caught.value)
 
 
 def test_a_huge_picture_is_refused_unread(network):
-    with pytest.raises(SettingsError, match="expected at most 16777216, found 25000000 pixels"):
+    with pytest.raises(BadInputError, match="the picture: 5000 x 5000 pixels, at most 16777216 in all"):
         make_control(network, Image.new("1", (5000, 5000)))
 
 

@@ -26,7 +26,7 @@ Strength = Annotated[float, typer.Option(help="Of the single concept: 0 its word
 
 
 @app.command()
-@with_settings(Composition, leave_out=["regions", "width", "height", "image"])
+@with_settings(Composition, leave_out=["regions", "controls", "width", "height", "image"])
 @with_loading
 def sample(
     *,
@@ -37,6 +37,10 @@ def sample(
     strength: Strength = 1.0,
     region: Annotated[
         list[str] | None, typer.Option(help='"left,top,right,bottom: prompt", in pixels; any number.')
+    ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(help='"network: NAME, picture: FILE, strength: 0.8", keys as in YAML; any number.'),
     ] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
     image: Annotated[Path | None, typer.Option(help="Picture or rough layout to start from.")] = None,
@@ -55,7 +59,7 @@ def sample(
     from mixofshow.sampling.composition import from_options, picture_paths
     from mixofshow.sampling.drawing import draw_grid, draw_pictures, open_pipeline
 
-    typed = {"regions": region, "size": size, "image": image}
+    typed = {"regions": region, "controls": control, "size": size, "image": image}
     wanted = from_options(composition, given | {key: value for key, value in typed.items() if value})
     for target in filter(None, (show_layout, grid)):
         refuse_unwritable(target)

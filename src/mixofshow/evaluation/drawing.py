@@ -5,8 +5,8 @@ from __future__ import annotations
 from PIL import Image
 
 from mixofshow.concepts.model import ConceptModel
-from mixofshow.sampling.composition import entry_region
 from mixofshow.sampling.pipeline import MixOfShowPipeline
+from mixofshow.sampling.regions import entry_region
 from mixofshow.sampling.settings import Composition
 
 
@@ -18,5 +18,6 @@ def draw(model: ConceptModel, wanted: Composition) -> list[Image.Image]:
         negative_prompt=wanted.negative_prompt,
         num_images_per_prompt=wanted.num,
         seed=wanted.seed,
+        own_weights=wanted.own_weights,
         **wanted.drawing,
     )

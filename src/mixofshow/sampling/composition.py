@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import yaml
 from PIL import Image
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from mixofshow.errors import RegionError, SettingsError, field_problem, nearest, shown
 from mixofshow.files import read_table, refuse_unwritable
 from mixofshow.progress import Progress, silent
 from mixofshow.sampling.pictures import embedded, is_embedded, read_picture
 from mixofshow.sampling.pipeline import MixOfShowPipeline
-from mixofshow.sampling.regions import Region
-from mixofshow.sampling.settings import Composition, RegionEntry
+from mixofshow.sampling.regions import Region, entry_region
+from mixofshow.sampling.settings import Composition, ControlEntry, RegionEntry
+from mixofshow.sampling.steering import open_controls, with_known_controls
+
+ENTRIES: Final[dict[Any, type[BaseModel]]] = {"regions": RegionEntry, "controls": ControlEntry}
+"""What the lists in a composition are made of."""
 
 
 def make_composition(table: Mapping[str, Any], source: str = "composition", folder: Path | None = None) -> Composition:
@@ -28,17 +33,12 @@ def make_composition(table: Mapping[str, Any], source: str = "composition", fold
         made = Composition.model_validate(table)
     except ValidationError as error:
         problem = error.errors()[0]
-        known = RegionEntry if problem["loc"][0] == "regions" and len(problem["loc"]) > 1 else Composition
+        known = ENTRIES.get(problem["loc"][0], Composition) if len(problem["loc"]) > 1 else Composition
         raise SettingsError(f"{source}: {field_problem(problem, known.model_fields)}") from error
     made = _with_pictures(made, source, folder)
     for entry in made.regions:
         entry_region(entry)
-    return made
-
-
-def entry_region(entry: RegionEntry) -> Region:
-    """The region that an entry describes. Raises RegionError."""
-    return Region(**dict(entry))
+    return with_known_controls(made, source, folder)
 
 
 def _with_pictures(composition: Composition, source: str, folder: Path | None) -> Composition:
@@ -71,16 +71,31 @@ def region_entry(text: str) -> dict[str, Any]:
     return {"box": region.box, "prompt": region.prompt}
 
 
+def control_entry(text: str) -> dict[str, Any]:
+    """A control as a table, from "network: NAME, picture: FILE, strength: 0.8": keys as in YAML. Raises SettingsError."""
+    try:
+        table = yaml.safe_load(f"{{{text}}}")
+    except yaml.YAMLError as error:
+        raise SettingsError(f"control '{shown(text)}': expected \"network: NAME, picture: FILE\"") from error
+    # Files are named from here, but the composition's are named from beside its YAML.
+    files = {key: Path(table[key]) for key in ("network", "picture", "strength_map") if isinstance(table.get(key), str)}
+    # A network's name is a folder's, or is known without one.
+    return table | {key: str(file.absolute()) for key, file in files.items() if key != "network" or file.is_dir()}
+
+
 def from_options(path: Path | None, options: Mapping[str, Any]) -> Composition:
     """A composition from a YAML file (or none) and options as typed, which come first.
 
-    `size` is "WIDTHxHEIGHT", `regions` are texts, `image` is a file from here. Raises SettingsError, RegionError.
+    `size` is "WIDTHxHEIGHT", `regions` and `controls` are texts, `image` is a file from here. Raises SettingsError,
+    RegionError.
     """
     table = (read_table(path) if path else {}) | dict(options)
     if "size" in options:
         table["width"], table["height"] = parse_size(table.pop("size"))
     if "regions" in options:
         table["regions"] = [region_entry(text) for text in options["regions"]]
+    if "controls" in options:
+        table["controls"] = [control_entry(text) for text in options["controls"]]
     if "image" in options:
         table["image"] = str(Path(options["image"]).absolute())
     return make_composition(table, str(path or "options"), path.parent if path else Path())
@@ -95,9 +110,10 @@ def picture_paths(path: Path, count: int) -> list[Path]:
 
 
 def compose(pipeline: MixOfShowPipeline, composition: Composition, *, progress: Progress = silent) -> list[Image.Image]:
-    """Draw a composition's pictures; picture k is made from seed + k."""
+    """Draw a composition's pictures; picture k is made from seed + k. Raises BadInputError."""
     images: list[Image.Image] = []
     start = read_picture(composition.image, "RGB") if composition.image else None
+    controls = open_controls(composition, pipeline, composition.size(pipeline, start))
     for number in range(composition.num):
         # One at a time: in a batch, rounding depends on how many pictures are drawn together.
         images += pipeline(
@@ -107,6 +123,7 @@ def compose(pipeline: MixOfShowPipeline, composition: Composition, *, progress: 
             image=start,
             seed=composition.seed + number,
             own_weights=composition.own_weights,
+            controls=controls,
             progress=as_part(progress, number, composition.num),
             **composition.drawing,
         )

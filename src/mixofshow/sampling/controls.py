@@ -7,6 +7,7 @@ control is one class in CONTROLS.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from abc import ABC, abstractmethod
@@ -19,23 +20,22 @@ import safetensors
 import torch
 from diffusers import ControlNetModel, T2IAdapter
 from einops import einsum, repeat
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from mixofshow.bases.loading import EMBEDDED_CONTROLS
 from mixofshow.errors import SettingsError, nearest, shown
+from mixofshow.sampling.pictures import Source, read_picture
 
 logger = logging.getLogger(__name__)
 
-Picture = Image.Image | str | Path
-StrengthMap = Picture | np.ndarray[Any, Any] | Tensor
+StrengthMap = Source | np.ndarray[Any, Any] | Tensor
 """How strongly a control counts where, laid over the whole picture: (rows, columns) of numbers, or white to black."""
 
-FORMATS: Final = ("PNG", "JPEG", "WEBP")
-MAX_PIXELS: Final = 2**24
 MAX_STRENGTH: Final = 10.0
-_XL: Final = "full_adapter_xl"
+XL_ADAPTER: Final = "full_adapter_xl"
+CONFIG: Final = "config.json"
 
 
 class PictureControl(ABC):
@@ -43,23 +43,22 @@ class PictureControl(ABC):
 
     `strength` multiplies all that is added; 0 is nothing. `start` and `end` are shares of the steps, as in
     diffusers: step k of n, from 1, is controlled if start <= (k - 1)/n and k/n <= end. `strength_map` multiplies place by
-    place. Raises SettingsError.
+    place. Raises SettingsError, and BadInputError for a picture that cannot be read.
     """
 
     def __init__(
         self,
         network: Any,
-        picture: Picture,
+        picture: Source,
         *,
         strength: float = 1.0,
         start: float = 0.0,
         end: float = 1.0,
         strength_map: StrengthMap | None = None,
     ) -> None:
-        _require(0 <= strength <= MAX_STRENGTH, "strength", strength, f"0 to {MAX_STRENGTH:g}")
-        _require(0 <= start < end <= 1, "start, end", f"{start}, {end}", "0 <= start < end <= 1")
+        check_extent(strength, start, end)
         self.network, self.strength, self.start, self.end = network, strength, start, end
-        self.picture = _opened(picture, "picture")
+        self.picture = read_picture(picture, "RGB")
         self.strength_map = None if strength_map is None else _as_map(strength_map)
         self._fitted: tuple[Any, Tensor] | None = None
 
@@ -111,7 +110,7 @@ class AdapterControl(PictureControl):
     def _added(self, latents: Tensor, timestep: Tensor, text: Tensor, told: Mapping[str, Any]) -> dict[str, Any]:
         config = self.network.config
         # SDXL's UNet adds the first feature behind its first level, where the latents have half their size.
-        factor = self.network.downscale_factor // (2 if config.adapter_type == _XL else 1)
+        factor = self.network.downscale_factor // (2 if config.adapter_type == XL_ADAPTER else 1)
         picture = self._fitted_picture(latents, factor=factor, channels=config.in_channels)
         if self._features is None or self._features[0] is not picture:
             self._features = picture, [self._weighed(feature) for feature in self.network(picture)]
@@ -152,9 +151,31 @@ def load_control(source: str | Path, *, unet: Any = None, dtype: torch.dtype = t
 
     With a `unet`, also checks that it fits. Raises SettingsError.
     """
+    folder, name = _found(source)
+    network = _network(CONTROLS[name][0], folder, f"control '{shown(source)}'", dtype)
+    if unet is not None:
+        require_fit(network, unet, str(source))
+    return network.requires_grad_(False).eval()
+
+
+def network_hash(source: str | Path) -> str:
+    """Hex digits of a control's network as it lies on disk, its config.json and weights. Raises SettingsError."""
+    folder, _ = _found(source)
+    digest = hashlib.sha256()
+    for path in (folder / CONFIG, *sorted(folder.glob("*.safetensors"))):
+        try:
+            with path.open("rb") as file:
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise SettingsError(f"control '{shown(source)}': {path.name} cannot be read ({error.strerror})") from error
+    return digest.hexdigest()
+
+
+def _found(source: str | Path) -> tuple[Path, str]:
+    """The folder of a control's network, and the class in CONTROLS that it says it is. Raises SettingsError."""
     folder = Path(EMBEDDED_CONTROLS.get(str(source), source))
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         name = config["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         known = ", ".join(EMBEDDED_CONTROLS)
@@ -164,10 +185,7 @@ def load_control(source: str | Path, *, unet: Any = None, dtype: torch.dtype = t
         ) from error
     if name not in CONTROLS:
         raise SettingsError(f"control '{shown(source)}': expected {' or '.join(CONTROLS)}, found {shown(name)}")
-    network = _network(CONTROLS[name][0], folder, f"control '{shown(source)}'", dtype)
-    if unet is not None:
-        require_fit(network, unet, str(source))
-    return network.requires_grad_(False).eval()
+    return folder, name
 
 
 def _network(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
@@ -186,8 +204,8 @@ def _network(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
     return network
 
 
-def make_control(network: Any, picture: Picture, **settings: Any) -> PictureControl:
-    """A control of the network's kind; `settings` are PictureControl's. Raises SettingsError."""
+def make_control(network: Any, picture: Source, **settings: Any) -> PictureControl:
+    """A control of the network's kind; `settings` are PictureControl's. Raises SettingsError, BadInputError."""
     name = type(network).__name__
     _require(name in CONTROLS, "control", name, " or ".join(CONTROLS))
     return CONTROLS[name][1](network, picture, **settings)
@@ -207,11 +225,17 @@ def _facts(network: Any, unet: Any) -> Iterator[tuple[str, object, object]]:
         # Where the first level has no attention, as in SDXL, features go behind the levels and to the middle.
         behind = "Attn" not in base.down_block_types[0]
         yield "channels of its levels", list(config.channels), [*widths, widths[-1]] if behind else widths
-        yield "adapter for SDXL", config.adapter_type == _XL, behind
+        yield "adapter for SDXL", config.adapter_type == XL_ADAPTER, behind
         return
     yield "channels of its levels", list(config.block_out_channels), widths
     for key in ("in_channels", "cross_attention_dim", "addition_embed_type"):
         yield key, config.get(key), base.get(key)
+
+
+def check_extent(strength: float, start: float, end: float) -> None:
+    """Raise SettingsError unless a control may count so much, for this share of the steps."""
+    _require(0 <= strength <= MAX_STRENGTH, "strength", strength, f"0 to {MAX_STRENGTH:g}")
+    _require(0 <= start < end <= 1, "start, end", f"{start}, {end}", "0 <= start < end <= 1")
 
 
 def map_of_regions(regions: Sequence[tuple[Tensor, float]], *, outside: float = 1.0) -> Tensor:
@@ -233,7 +257,7 @@ def at_level(strength_map: Tensor, rows: int, columns: int) -> Tensor:
 
 def _as_map(given: StrengthMap) -> Tensor:
     if isinstance(given, Image.Image | str | Path):
-        values = torch.from_numpy(np.array(_opened(given, "strength_map").convert("L"))).float() / 255
+        values = torch.from_numpy(np.array(read_picture(given, "L"))).float() / 255
     else:
         values = torch.as_tensor(given).float()
     _require(values.ndim == 2 and values.numel() > 0, "strength_map", tuple(values.shape), "rows and columns")
@@ -249,20 +273,6 @@ def _fit(picture: Image.Image, *, width: int, height: int, channels: int) -> Ten
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     values = torch.from_numpy(np.array(picture.convert("L" if channels == 1 else "RGB"))).float() / 255
     return values.reshape(1, height, width, -1).permute(0, 3, 1, 2)
-
-
-def _opened(picture: Picture, field: str) -> Image.Image:
-    """Upright RGB; what is transparent is black, which asks for nothing. Raises SettingsError."""
-    name = f"{field} '{shown(picture)}'" if isinstance(picture, str | Path) else field
-    try:
-        image = picture if isinstance(picture, Image.Image) else Image.open(picture, formats=FORMATS)
-        pixels = image.width * image.height
-        _require(pixels <= MAX_PIXELS, name, f"{pixels} pixels", f"at most {MAX_PIXELS}")
-        upright = ImageOps.exif_transpose(image).convert("RGBA")
-    except (OSError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise SettingsError(f"{name}: cannot be read as a picture ({_first_line(error)})") from error
-    black = Image.new("RGBA", upright.size, "black")
-    return Image.alpha_composite(black, upright).convert("RGB")
 
 
 def _first_line(error: Exception) -> str:

@@ -13,9 +13,10 @@ from mixofshow.concepts.model import load_model, load_unfused, with_concept
 from mixofshow.files import writing
 from mixofshow.grids import grid
 from mixofshow.progress import Progress, silent
-from mixofshow.sampling.composition import as_part, compose, entry_region, variations
+from mixofshow.sampling.composition import as_part, compose, variations
 from mixofshow.sampling.layout import draw_layout
 from mixofshow.sampling.pipeline import MixOfShowPipeline
+from mixofshow.sampling.regions import entry_region
 from mixofshow.sampling.replay import maker_of, save_picture
 from mixofshow.sampling.settings import Composition
 

@@ -21,8 +21,8 @@ from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import SettingsError
 from mixofshow.sampling.attention import RegionText, shares
 from mixofshow.sampling.denoising import Predicting, shared_weights
-from mixofshow.sampling.encoding import EncodedPrompt
-from mixofshow.sampling.regions import coverage
+from mixofshow.sampling.encoding import EncodedPrompt, concepts_in
+from mixofshow.sampling.regions import Region, coverage
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,22 @@ class OwnModel:
 
 
 def own_models(
-    model: ConceptModel, concepts: Sequence[Concept], encoding: Callable[[Vocabulary], EncodedPrompt]
+    model: ConceptModel,
+    concepts: Sequence[Concept],
+    regions: Sequence[Region],
+    encoding: Callable[[Vocabulary], EncodedPrompt],
 ) -> list[OwnModel]:
     """One for each concept that some region names; to be made while the pipeline has its base's weights.
 
     `encoding` encodes the composition with a vocabulary: the model's, but for the concept's words as they were tuned.
     Raises SettingsError when a region names several concepts.
     """
-    named = set()
-    for region in encoding(model.vocabulary).regions:
-        if len(region.concepts) > 1:
-            raise SettingsError(f"own_weights: expected one concept, found {region.concepts} in {region.shape.title}")
-        named |= set(region.concepts)
+    named: set[str] = set()
+    for region in regions:
+        found = concepts_in(model, region.prompt) if region.strength else ()
+        if len(found) > 1:
+            raise SettingsError(f"own_weights: expected one concept, found {found} in {region.title}")
+        named |= set(found)
     if missing := named - {concept.info.name for concept in concepts}:
         raise SettingsError(
             f"own_weights: the concepts themselves are needed, not only a model made from them; missing {sorted(missing)}"

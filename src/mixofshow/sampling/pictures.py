@@ -24,12 +24,12 @@ Source = str | Path | Image.Image
 
 
 def read_picture(source: Source, mode: str) -> Image.Image:
-    """The picture, upright, in the mode "L" or "RGB". Raises BadInputError that names the file."""
+    """The picture, upright, in the mode "L" or "RGB"; what is transparent is black. Raises BadInputError naming it."""
     if isinstance(source, Image.Image):
-        return source.convert(mode)
+        return _plain(source, "the picture", mode)
     if isinstance(source, str) and is_embedded(source):
-        return _decoded(_from_text(source), "the embedded picture").convert(mode)
-    return _decoded(_bytes(Path(source)), str(source)).convert(mode)
+        return decode_picture(_from_text(source), "the embedded picture", mode)
+    return decode_picture(picture_bytes(Path(source)), str(source), mode)
 
 
 def is_embedded(text: str) -> bool:
@@ -51,7 +51,8 @@ def _from_text(text: str) -> bytes:
         raise BadInputError(f"the embedded picture is damaged ({error})") from error
 
 
-def _bytes(path: Path) -> bytes:
+def picture_bytes(path: Path) -> bytes:
+    """A picture's file. Raises BadInputError when it is none, or too large to be one."""
     try:
         info = path.stat()
         if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_FILE_BYTES:
@@ -61,16 +62,25 @@ def _bytes(path: Path) -> bytes:
         raise BadInputError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from error
 
 
-def _decoded(data: bytes, name: str) -> Image.Image:
+def decode_picture(data: bytes, name: str, mode: str) -> Image.Image:
+    """What `read_picture` makes of a file's bytes; `name` is for messages."""
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             warnings.simplefilter("ignore")
-            if image.width * image.height > MAX_PIXELS:
-                raise BadInputError(
-                    f"{shown(name)}: {image.width} x {image.height} pixels, at most {MAX_PIXELS} in all are read"
-                )
-            return ImageOps.exif_transpose(image)
+            return _plain(image, name, mode)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadInputError(
             f"{shown(name)}: not a picture that can be read ({shown(error)}); expected one of {', '.join(FORMATS)}"
         ) from error
+
+
+def _plain(image: Image.Image, name: str, mode: str) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise BadInputError(
+            f"{shown(name)}: {image.width} x {image.height} pixels, at most {MAX_PIXELS} in all are read"
+        )
+    upright = ImageOps.exif_transpose(image)
+    if upright.has_transparency_data:
+        black = Image.new("RGBA", upright.size, "black")
+        upright = Image.alpha_composite(black, upright.convert("RGBA"))
+    return upright.convert(mode)

@@ -69,6 +69,11 @@ class MixOfShowPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # t
     `MixOfShowPipeline.of(model)` takes a ConceptModel; `.from_pretrained(name)` an embedded base, a base folder, a
     fused folder or a delta file; `.single(pipeline, concept)` a base with one concept file. Modules are shared with the
     model, not copied. A base of another family than SD 1.x and 2.x makes a pipeline of that one's class, see KINDS.
+
+        draw = MixOfShowPipeline.from_pretrained("out/fused")
+        draw("a photo of a castle", regions=[Region("a <reddog>", (0, 0, 80, 64))], width=160, height=64)[0].save("a.png")
+
+    The constructor is diffusers' own, of the five parts; a pipeline made by it knows no concept.
     """
 
     base_class: ClassVar = "StableDiffusionPipeline"
@@ -141,9 +146,11 @@ class MixOfShowPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # t
         """Pictures of each prompt in turn, RGB; picture k is the one that `seed + k` gives alone (up to rounding).
 
         The `settings` are those of Drawing: `width`, `height`, `num_inference_steps`, `guidance_scale` and so on. With an
-        `image` (or one for each picture), drawing starts from it and goes as far as `strength` says. `own_weights` draws
-        every region with its concept's own weights, un-fused (the concepts may be given). `output_type` is pil, np, pt
-        or latent. Raises RegionError, TokenError, SettingsError.
+        `image` (or one for each picture), drawing starts from it and goes as far as `strength` says. Instead of a seed, a
+        `generator` may be given, for all pictures or one for each. `own_weights` draws every region with its concept's
+        own weights, un-fused (the concepts may be given). What `controls` add is summed; see `make_control`.
+        `callback_on_step_end` is diffusers', and may change the latents; `progress` is told (step, steps, {}).
+        `output_type` is pil, np, pt or latent. Raises RegionError, TokenError, SettingsError, BadInputError.
         """
         drawing, prompts = make_drawing(settings), [prompt] if isinstance(prompt, str) else list(prompt)
         _require(num_images_per_prompt >= 1, "num_images_per_prompt", num_images_per_prompt, "at least 1")
@@ -156,7 +163,7 @@ class MixOfShowPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # t
         generators = _generators(seed, generator, num_images_per_prompt * len(prompts))
         asked = self._asked(drawing, generators, image)
         encoding = partial(self._encode, prompts, negative_prompt, regions, asked)
-        predicting = self._predicting(own_weights, encoding, drawing.isolated_steps)
+        predicting = self._predicting(own_weights, regions, encoding, drawing.isolated_steps)
         with self.model.active():
             run = partial(
                 self._denoise,
@@ -190,12 +197,16 @@ class MixOfShowPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # t
         return encode(model, prompts, negative_prompt, regions, width=width, height=height, guided=asked.guided)
 
     def _predicting(
-        self, own_weights: bool | Sequence[Concept], encoding: Callable[[Vocabulary], EncodedPrompt], isolate: int
+        self,
+        own_weights: bool | Sequence[Concept],
+        regions: Sequence[Region],
+        encoding: Callable[[Vocabulary], EncodedPrompt],
+        isolate: int,
     ) -> Predicting:
         if own_weights is False:
             return partial(shared_weights, isolate=isolate)
         concepts = self.model.concepts if own_weights is True else own_weights
-        return predicting_own(own_models(self.model, concepts, encoding), isolate=isolate)
+        return predicting_own(own_models(self.model, concepts, regions, encoding), isolate=isolate)
 
     def _passes(self, run: Callable[..., Tensor], asked: _Asked, progress: Progress) -> Tensor:
         """The picture, and if asked for, the same enlarged and drawn over."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mixofshow.errors import BadInputError, RegionError, shown
 from mixofshow.sampling.pictures import Source, read_picture
-from mixofshow.sampling.settings import Box, Points
+from mixofshow.sampling.settings import Box, Points, RegionEntry
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,11 @@ class Region:
         except ValueError as error:
             raise RegionError(f"region '{shown(text)}': expected \"left,top,right,bottom: prompt\"") from error
         return cls(match.group(2) if match else "", (left, top, right, bottom))
+
+
+def entry_region(entry: RegionEntry) -> Region:
+    """The region that an entry describes. Raises RegionError."""
+    return Region(**dict(entry))
 
 
 @dataclass(frozen=True)

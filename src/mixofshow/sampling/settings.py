@@ -86,12 +86,35 @@ class RegionEntry(BaseModel):
     feather: float = 0.0
 
 
+class ControlEntry(BaseModel):
+    """A control as written in YAML; see PictureControl.
+
+    `network` is a folder or an embedded name, `picture` a file. `strength_map` is a file beside the YAML, and in here the
+    picture itself; instead, `regions` has a strength for each region in turn, and `outside` the one beside them. The
+    hashes are found when the composition is made; where they are given, nothing else is taken.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    network: str
+    picture: str
+    strength: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    strength_map: str | None = None
+    regions: tuple[float, ...] = ()
+    outside: float = 1.0
+    network_hash: str | None = None
+    picture_hash: str | None = None
+
+
 class Composition(Drawing):
     """Prompts, places, size and seed. Two equal compositions give equal pictures on one machine."""
 
     prompt: str = Field(description="What the whole picture shows.")
     negative_prompt: str = Field("", description="What it does not show.")
     regions: tuple[RegionEntry, ...] = ()
+    controls: tuple[ControlEntry, ...] = ()
     image: str | None = None
     seed: int = Field(0, description="Of the first picture.")
     num: int = Field(1, ge=1, le=10_000, description="How many pictures; picture k has seed + k.")

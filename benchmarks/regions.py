@@ -1,0 +1,307 @@
+"""Does each concept stand in its region, and what do the options beyond the paper change?
+
+    python benchmarks/regions.py [--json FILE] [--pictures FOLDER] [--compositions 120] [--parts accuracy,options]
+
+Parts that are run by themselves are added to those in the JSON file.
+
+Three concepts of Emojiland, two of them dogs, are fused as examples/fuse-three.yaml says, and drawn in wide pictures:
+every order of the three, every place the generator knows, fixed seeds, boxes alone.
+
+accuracy: the judge looks at each region's crop alone and names the nearest of the fused concepts (`region_accuracy`;
+`confusion` has a row for each concept asked for). `scene_accuracy` is how often it names the place from what lies
+outside of the boxes. Beside it: one prompt for the whole picture, weight fusion, a background of its own for each
+region (`binding_accuracy`: the judge names it in the region's crop), and `renders`, the world's own pictures of the
+same things, which tell what the judge itself gets wrong.
+
+options: the same for each option on fewer pictures, with its time over that of plain regions. `leakage` is how much
+a region's pixels (0 to 1) change when the prompt of the region beside it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import permutations
+from pathlib import Path
+from random import Random
+from typing import Any, Final
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mixofshow.bases.emojiland.concepts import SUBJECTS, class_word, concept_pictures
+from mixofshow.bases.emojiland.report import rank_scenes
+from mixofshow.bases.emojiland.scenes import SCENES
+from mixofshow.bases.emojiland.world import SIZE, WIDE, compose, places
+from mixofshow.concepts.model import ConceptModel
+from mixofshow.evaluation.drawing import draw
+from mixofshow.evaluation.metrics import image_alignment, interference, nearest_concept
+from mixofshow.evaluation.scorers import judge_scorer
+from mixofshow.fusion.jobs import make_job
+from mixofshow.fusion.stages import fuse
+from mixofshow.grids import grid
+from mixofshow.sampling.settings import Composition, RegionEntry
+
+EXAMPLE: Final = Path(__file__).parents[1] / "examples" / "fuse-three.yaml"
+NAMES: Final = ("reddog", "greenhouse", "foxy")
+BOXES: Final = ((4, 6, 50, 62), (57, 6, 103, 62), (110, 6, 156, 62))
+"""A thing and little around it, so that there is something beside them that only the global prompt decides."""
+BATCH: Final = 5
+"""Pictures of a composition; only their seeds differ."""
+STEPS: Final = 20
+GUIDANCE: Final = 3.0
+REFERENCES: Final = 12
+SHOWN: Final = 6
+COLOURS: Final = ("on a red background", "on a blue background", "on a green background", "on a yellow background")
+OPTIONS: Final[dict[str, dict[str, Any]]] = {
+    "plain": {},
+    "isolate": {"isolate": True},
+    "isolate in 5 steps": {"isolate": 5},
+    "concept_from 5": {"concept_from": 5},
+    "attend 0.05": {"attend": 0.05},
+    "own_weights": {"own_weights": True},
+}
+LEAKING: Final = ("plain", "isolate", "isolate in 5 steps")
+"""Options of which leakage is measured, which takes the pictures once more."""
+
+
+@dataclass(frozen=True)
+class Wide:
+    """Wide pictures with seeds from `seed` on: who stands in them from left to right, and where that is."""
+
+    names: tuple[str, ...]
+    scene: str
+    seed: int
+    count: int = BATCH
+    backgrounds: tuple[str, ...] = ()
+    """What each region's prompt says in the scene's stead, where that is something else."""
+
+
+def wides(count: int) -> list[Wide]:
+    """So many pictures: orders and scenes take turns."""
+    orders, scenes = list(permutations(NAMES)), list(SCENES)
+    return [
+        Wide(orders[k % len(orders)], scenes[5 * k % len(scenes)], seed=BATCH * k, count=min(BATCH, count - BATCH * k))
+        for k in range(-(-count // BATCH))
+    ]
+
+
+def with_backgrounds(wide: Wide) -> Wide:
+    """The same with a plain background asked for in each region, each another."""
+    first = wide.seed // BATCH
+    return replace(wide, backgrounds=tuple(COLOURS[(first + k) % len(COLOURS)] for k in range(len(wide.names))))
+
+
+def caption(words: Sequence[str], scene: str) -> str:
+    """As the generator's own captions are."""
+    return f"a photo of {' and '.join(f'a {word}' for word in words)} {scene}"
+
+
+def region_prompt(wide: Wide, place: int) -> str:
+    """The concept in its place, its class word in the others.
+
+    Emojiland takes from a caption how many things a wide picture shows, and draws them from left to right. Between two
+    class words that another concept shares, one in the middle would become that one: it stands in all places.
+    """
+    name, classes = wide.names[place], [class_word(one) for one in wide.names]
+    shared, between = classes.count(classes[place]) > 1, 0 < place < len(classes) - 1
+    beside = f"<{name}>" if shared and between else classes[place]
+    words = [f"<{name}>" if other == place else beside for other in range(len(wide.names))]
+    return caption(words, wide.backgrounds[place] if wide.backgrounds else wide.scene)
+
+
+def composition(wide: Wide, *, regions: bool = True, concept_from: int | None = None, **settings: Any) -> Composition:
+    """The wide picture as a composition: class words for the whole, and a region for each concept.
+
+    Without regions, one prompt that names the concepts.
+    """
+    entries = tuple(
+        RegionEntry(box=box, prompt=region_prompt(wide, place), concept_from=concept_from)
+        for place, box in enumerate(BOXES)
+    )
+    words = [class_word(name) if regions else f"<{name}>" for name in wide.names]
+    return Composition(
+        prompt=caption(words, wide.scene),
+        regions=entries if regions else (),
+        width=WIDE,
+        height=SIZE,
+        steps=STEPS,
+        guidance_scale=GUIDANCE,
+        seed=wide.seed,
+        num=wide.count,
+        **settings,
+    )
+
+
+def drawn(model: ConceptModel, asked: Sequence[Wide], **how: Any) -> tuple[list[Image.Image], float]:
+    """Pictures, and the processor's seconds for each: those of the clock depend on what else the machine does."""
+    started = time.process_time()
+    images = [image for wide in asked for image in draw(model, composition(wide, **how))]
+    return images, (time.process_time() - started) / len(images)
+
+
+def renders(asked: Sequence[Wide]) -> list[Image.Image]:
+    """The world's own pictures of what is asked for."""
+    images = []
+    for wide in asked:
+        pairs = [(name, SUBJECTS[name].picture()) for name in wide.names]
+        for number in range(wide.count):
+            random = Random(wide.seed + number)
+            laid = places(random, len(pairs), width=WIDE)
+            images.append(compose(pairs, wide.scene, random, width=WIDE, laid=laid).image)
+    return images
+
+
+class Judge:
+    """Emojiland's judge, with the concepts' held-out pictures."""
+
+    def __init__(self) -> None:
+        self.look = judge_scorer().images
+        pictures = {name: concept_pictures(name, REFERENCES, seed=1) for name in NAMES}
+        self.references = {name: self.look([one.image for one in found]) for name, found in pictures.items()}
+
+    def figures(self, images: Sequence[Image.Image], asked: Sequence[Wide]) -> dict[str, Any]:
+        """Of pictures in the order in which they were asked for."""
+        each = [wide for wide in asked for _ in range(wide.count)]
+        names = [name for wide in each for name in wide.names]
+        crops = [image.crop(box) for image in images for box in BOXES]
+        seen = self.look(crops)
+        wanted = torch.tensor([NAMES.index(name) for name in names])
+        judged = nearest_concept(seen, list(self.references.values()))
+        aligned = [image_alignment(row[None], self.references[name]) for row, name in zip(seen, names, strict=True)]
+        outside = [ranked[0] for ranked in rank_scenes([around(image) for image in images])]
+        found: dict[str, Any] = {
+            "region_accuracy": rounded((judged == wanted).double().mean()),
+            "image_alignment": rounded(sum(aligned) / len(aligned)),
+            "scene_accuracy": share(scene == wide.scene for scene, wide in zip(outside, each, strict=True)),
+            "confusion": [[rounded(one) for one in row] for row in interference(wanted, judged, len(NAMES))],
+        }
+        backgrounds = [background for wide in each for background in wide.backgrounds]
+        if backgrounds:
+            named = [ranked[0] for ranked in rank_scenes(crops)]
+            found["binding_accuracy"] = share(one == other for one, other in zip(named, backgrounds, strict=True))
+        return found
+
+
+def around(image: Image.Image) -> Image.Image:
+    """What lies left and right of the boxes and between them, over the whole height, side by side."""
+    edges = [0, *(edge for box in BOXES for edge in (box[0], box[2])), image.width]
+    strips = [np.asarray(image)[:, left:right] for left, right in zip(edges[::2], edges[1::2], strict=True)]
+    return Image.fromarray(np.concatenate(strips, axis=1))
+
+
+def share(hits: Any) -> float:
+    """Of what holds."""
+    values = list(hits)
+    return rounded(sum(values) / len(values))
+
+
+def rounded(value: Any) -> float:
+    """To three digits."""
+    return round(float(value), 3)
+
+
+def models() -> dict[str, ConceptModel]:
+    """The three fused as in the example, and by weights."""
+    made = {}
+    for name, given in (("gradient", {}), ("average", {"method": "average", "options": {}})):
+        job = make_job([EXAMPLE], given)
+        made[name] = fuse(job.concepts, job.pipeline, job.settings).model
+    return made
+
+
+def accuracy(known: dict[str, ConceptModel], judge: Judge, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Figures, and pictures, of each way to draw three concepts together."""
+    plain = wides(count)
+    coloured = [with_backgrounds(wide) for wide in plain]
+    ways = {
+        "renders": (plain, lambda: renders(plain)),
+        "regions": (plain, lambda: drawn(known["gradient"], plain)[0]),
+        "one prompt": (plain, lambda: drawn(known["gradient"], plain, regions=False)[0]),
+        "regions, weight fusion": (plain, lambda: drawn(known["average"], plain)[0]),
+        "regions, a background each": (coloured, lambda: drawn(known["gradient"], coloured)[0]),
+    }
+    figures, pictures = {}, {}
+    for way, (asked, make) in ways.items():
+        pictures[way] = make()
+        figures[way] = judge.figures(pictures[way], asked)
+        report(way, figures[way])
+    return figures, pictures
+
+
+def options(known: dict[str, ConceptModel], judge: Judge, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Figures, and pictures, of each option beyond the paper; cost over that of plain regions."""
+    asked = wides(count)
+    figures, pictures, seconds = {}, {}, {}
+    for way, settings in OPTIONS.items():
+        pictures[way], seconds[way] = drawn(known["gradient"], asked, **settings)
+        figures[way] = judge.figures(pictures[way], asked)
+        figures[way]["cost"] = round(seconds[way] / seconds["plain"], 2)
+        if way in LEAKING:
+            figures[way]["leakage"] = leakage(known["gradient"], asked, pictures[way], settings)
+        report(way, figures[way])
+    return figures, pictures
+
+
+def leakage(
+    model: ConceptModel, asked: Sequence[Wide], images: Sequence[Image.Image], settings: dict[str, Any]
+) -> float:
+    """Mean change of the first and last region's pixels when the middle one's prompt asks for a cat."""
+    changed = [image for wide in asked for image in draw(model, with_a_cat(composition(wide, **settings)))]
+    moved = [
+        np.abs(np.asarray(one.crop(box), np.float32) - np.asarray(other.crop(box), np.float32)).mean() / 255
+        for one, other in zip(images, changed, strict=True)
+        for box in (BOXES[0], BOXES[-1])
+    ]
+    return round(float(np.mean(moved)), 4)
+
+
+def with_a_cat(wanted: Composition) -> Composition:
+    """The composition with a cat in the middle region; all else is as it was."""
+    first, middle, last = wanted.regions
+    cat = middle.model_copy(update={"prompt": re.sub("<.*?>", "cat", middle.prompt)})
+    return wanted.model_copy(update={"regions": (first, cat, last)})
+
+
+def report(way: str, figures: dict[str, Any]) -> None:
+    """A line of the table."""
+    numbers = "  ".join(f"{key} {value:.3f}" for key, value in figures.items() if isinstance(value, float))
+    print(f"{way:<28}{numbers}", flush=True)
+
+
+def side_by_side(pictures: dict[str, list[Image.Image]], count: int) -> Image.Image:
+    """Some pictures of each way, a row for each."""
+    shown = [image for images in pictures.values() for image in images[:: len(images) // count][:count]]
+    return grid(shown, count, row_labels=list(pictures))
+
+
+def main() -> None:
+    """Fuse, draw, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--pictures", type=Path, help="folder for a sheet of pictures of each part")
+    parser.add_argument("--compositions", type=int, default=120, help="wide pictures of each way; of options a quarter")
+    parser.add_argument("--parts", default="accuracy,options")
+    asked = parser.parse_args()
+    torch.set_flush_denormal(True)
+    parts = {"accuracy": (accuracy, asked.compositions), "options": (options, -(-asked.compositions // 4))}
+    known, judge = models(), Judge()
+    result: dict[str, Any] = {"compositions": asked.compositions}
+    for part in asked.parts.split(","):
+        measure, count = parts[part]
+        result[part], pictures = measure(known, judge, count)
+        if asked.pictures:
+            asked.pictures.mkdir(parents=True, exist_ok=True)
+            side_by_side(pictures, min(SHOWN, count)).save(asked.pictures / f"{part}.png")
+    if asked.json:
+        before = json.loads(asked.json.read_text(encoding="utf-8")) if asked.json.is_file() else {}
+        asked.json.write_text(json.dumps(before | result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
