@@ -217,6 +217,13 @@ def require_fit(network: Any, unet: Any, source: str = "control") -> None:
         _require(found == expected, f"{shown(source)}: {name}", found, f"the base model's {expected}")
 
 
+def require_all_fit(controls: Sequence[Any], unet: Any) -> None:
+    """The same for those of some controls that have a network, which are called by their numbers."""
+    for number, control in enumerate(controls):
+        if isinstance(control, PictureControl):
+            require_fit(control.network, unet, f"controls[{number}]")
+
+
 def _facts(network: Any, unet: Any) -> Iterator[tuple[str, object, object]]:
     """What a network and a UNet must agree in: its name, as the network has it, and as the UNet needs it."""
     config, base = network.config, unet.config

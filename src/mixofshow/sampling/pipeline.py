@@ -22,7 +22,7 @@ from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import SettingsError
 from mixofshow.progress import Progress, silent
 from mixofshow.sampling.attend import attend_and_excite
-from mixofshow.sampling.controls import PictureControl, require_fit
+from mixofshow.sampling.controls import require_all_fit
 from mixofshow.sampling.denoising import Control, Predicting, denoise, shared_weights
 from mixofshow.sampling.encoding import EncodedPrompt, encode
 from mixofshow.sampling.latents import decode, initial_latents, picture_latents
@@ -157,9 +157,7 @@ class MixOfShowPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # t
         _require(bool(prompts), "prompt", prompts, "at least one")
         _require(output_type in OUTPUTS, "output_type", output_type, "one of " + ", ".join(OUTPUTS))
         _require(not (own_weights and drawing.attend), "attend", drawing.attend, "0 with own_weights")
-        for number, control in enumerate(controls):
-            if isinstance(control, PictureControl):
-                require_fit(control.network, self.unet, f"controls[{number}]")
+        require_all_fit(controls, self.unet)
         generators = _generators(seed, generator, num_images_per_prompt * len(prompts))
         asked = self._asked(drawing, generators, image)
         encoding = partial(self._encode, prompts, negative_prompt, regions, asked)
