@@ -242,8 +242,7 @@ def test_placeholders_read_like_the_trigger_words(given, metadata, pairs, golden
     count = len(golden_pipeline.tokenizer("man near the beach", add_special_tokens=False).input_ids)
     assert concept.info.words == tuple(f"<my-style{number}>" for number in range(1, count + 1))
     found = encode_prompts(golden_pipeline, ["photo of <my-style>"], vocabulary([concept])).hidden
-    plain = encode_prompts(golden_pipeline, ["photo of man near the beach"], Vocabulary()).hidden
-    torch.testing.assert_close(found, plain, rtol=0, atol=2e-6)
+    assert torch.equal(found, encode_prompts(golden_pipeline, ["photo of man near the beach"], Vocabulary()).hidden)
 
 
 # ---- embeddings

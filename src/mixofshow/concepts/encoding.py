@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -17,7 +18,6 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
-from transformers.models.clip.modeling_clip import eager_attention_forward
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,19 @@ def _attend_in_rows(
         found = F.embedding(nodes, states.flatten(1))
         return rearrange(found, "rows tokens (heads dim) -> rows heads tokens dim", heads=states.shape[1])
 
-    # Spelled out: on a CPU, PyTorch's fused attention takes four times as long there and back on rows so short.
-    later = torch.full((nodes.shape[1],) * 2, float("-inf"), device=query.device).triu(1)
-    seen, _ = eager_attention_forward(
-        module, in_rows(query), in_rows(key), in_rows(value), later, scaling=scaling, dropout=dropout
-    )
-    return rearrange(seen, "rows tokens heads dim -> (rows tokens) 1 heads dim")[origins], None
+    # On a CPU, PyTorch's fused attention takes four times as long there and back on rows so short.
+    slow = query.requires_grad and query.device.type == "cpu"
+    attend = _attend_spelled_out if slow else partial(F.scaled_dot_product_attention, is_causal=True)
+    seen = attend(in_rows(query), in_rows(key), in_rows(value), scale=scaling, dropout_p=dropout)
+    return rearrange(seen, "rows heads tokens dim -> (rows tokens) 1 heads dim")[origins], None
+
+
+def _attend_spelled_out(query: Tensor, key: Tensor, value: Tensor, *, scale: float, dropout_p: float) -> Tensor:
+    """Causal attention, (rows, heads, tokens, dim), its softmax in single precision or better."""
+    tokens = query.shape[-2]
+    later = torch.full((tokens, tokens), float("-inf"), device=query.device).triu(1)
+    weights = (query @ key.mT * scale + later).softmax(-1).to(query.dtype)
+    return F.dropout(weights, dropout_p) @ value
 
 
 _NAME: Final = "mixofshow_rows"
