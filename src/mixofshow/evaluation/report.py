@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from PIL import Image
 
 from mixofshow.evaluation.protocol import Scores
 from mixofshow.files import write_text
+from mixofshow.sampling.pictures import embedded
 
 STYLE: Final = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -43,13 +42,8 @@ class Page:
     def figure(self, image: Image.Image, caption: str, *, scale: int = 2) -> None:
         """A picture, enlarged, with what it shows below it."""
         large = image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
-        data = io.BytesIO()
-        large.save(data, "PNG", optimize=True)
-        source = base64.b64encode(data.getvalue()).decode()
         note = html.escape(caption)
-        self.parts.append(
-            f'<figure><img alt="{note}" src="data:image/png;base64,{source}"><figcaption>{note}</figcaption></figure>'
-        )
+        self.parts.append(f'<figure><img alt="{note}" src="{embedded(large)}"><figcaption>{note}</figcaption></figure>')
 
     def chart(self, svg: str, caption: str) -> None:
         """A drawing from `charts`, with what it shows below it."""

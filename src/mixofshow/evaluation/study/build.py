@@ -5,9 +5,7 @@ Which method stands left is drawn by lot, half of the time each; the page does n
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
@@ -22,6 +20,7 @@ from mixofshow.errors import BadInputError, SettingsError, nearest, shown
 from mixofshow.evaluation.protocol import references_of
 from mixofshow.evaluation.suite.index import Index, read_index
 from mixofshow.files import write_text
+from mixofshow.sampling.pictures import embedded
 from mixofshow.tuning.pictures import read_picture
 
 State = Literal["single", "fused"]
@@ -113,6 +112,4 @@ def _encoded(image: Image.Image) -> str:
     """The picture as a data URI, drawn anew: what a file says about its making would tell the method."""
     image = image.copy()
     image.thumbnail((SIDE, SIDE))
-    data = io.BytesIO()
-    image.save(data, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return embedded(image)
