@@ -15,13 +15,12 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from shapes import sd15, sdxl
+from shapes import save_half
 
 from mixofshow.bases.loading import load_base
 from mixofshow.concepts.model import ConceptModel
@@ -29,22 +28,15 @@ from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.tuning.settings import make_settings
 from mixofshow.tuning.trainer import tune
 
-BASES: dict[str, tuple[Callable[[], Any], int]] = {"sd15": (sd15, 512), "sdxl": (sdxl, 1024)}
-JOBS = [f"{job}-{base}" for base in BASES for job in ("tune", "draw")]
-
-
-def prepare(name: str, folder: Path) -> None:
-    """Write a base of random weights in half precision, as such bases are shared."""
-    torch.set_default_dtype(torch.float16)  # so that the weights are never there in single precision
-    make, _ = BASES[name]
-    make().save_pretrained(folder)
+SIDES = {"sd15": 512, "sdxl": 1024}
+JOBS = [f"{job}-{base}" for base in SIDES for job in ("tune", "draw")]
 
 
 def do(job: str, folder: Path) -> None:
     """One job with the base in a folder, and what it took."""
     torch.set_flush_denormal(True)
     verb, _, name = job.partition("-")
-    pipeline, side = load_base(folder, dtype=torch.bfloat16), BASES[name][1]
+    pipeline, side = load_base(folder, dtype=torch.bfloat16), SIDES[name]
     if verb == "tune":
         _tune(pipeline, name, side)
     else:
@@ -69,7 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.one:
         job, folder = options.one
-        prepare(job.removeprefix("prepare-"), Path(folder)) if job.startswith("prepare-") else do(job, Path(folder))
+        do(job, Path(folder))
         return
     found = {}
     with tempfile.TemporaryDirectory() as bases:
@@ -77,7 +69,7 @@ def main() -> None:
             name = job.partition("-")[2]
             folder = Path(bases) / name
             if not folder.exists():
-                _in_process(f"prepare-{name}", folder)
+                save_half(name, folder)
             found[job] = round(float(_in_process(job, folder).splitlines()[-1]), 2)
             print(f"{job}: {found[job]} GiB", flush=True)
     if options.json:

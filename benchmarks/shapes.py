@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,6 +102,14 @@ def _frozen(pipeline: Any) -> Any:
 BASES = {"sd15": sd15, "emojiland": lambda: load_base("emojiland")}
 
 
+def save_half(name: str, folder: Path) -> None:
+    """Write "sd15" or "sdxl" in half precision, as such bases are shared.
+
+    In a process of its own: those started later inherit the peak of this one's memory.
+    """
+    subprocess.run([sys.executable, __file__, name, str(folder)], check=True)
+
+
 def random_concept(pipeline: Any, name: str, *, rank: int = 4) -> Concept:
     """An ED-LoRA that was never tuned: random words, and a random change of every attention layer."""
     generator = torch.Generator().manual_seed(sum(name.encode()))
@@ -124,3 +135,8 @@ def random_concept(pipeline: Any, name: str, *, rank: int = 4) -> Concept:
             normal(rank, inputs, scale=inputs**-0.5), normal(outputs, rank, scale=0.1 * rank**-0.5)
         )
     return Concept(info, normal(2, layers, token_width(pipeline), scale=0.02), changes)
+
+
+if __name__ == "__main__":
+    torch.set_default_dtype(torch.float16)  # so that the weights are never there in single precision
+    {"sd15": sd15, "sdxl": sdxl}[sys.argv[1]]().save_pretrained(sys.argv[2])

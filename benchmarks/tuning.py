@@ -2,9 +2,10 @@
 
     python benchmarks/tuning.py [--json FILE] [--steps 3] [--bases sd15,emojiland]
 
-Naive is what the paper's published code does every step: encode the pictures, run the text encoder once per
-cross-attention layer and picture, and train the whole vocabulary. Each way runs in a process of its own, one after
-the other, on the same random pictures, batch 2, rank 4; steps after the first count.
+Both of ours have the frozen base in bf16, as `mixofshow tune --precision bf16` loads it. Naive is what the paper's
+published code does every step: keep the base in fp32 and let autocast round it, encode the pictures, run the text
+encoder once per cross-attention layer and picture, and train the whole vocabulary. Each way runs in a process of its
+own, one after the other, on the same random pictures, batch 2, rank 4; steps after the first count.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from shapes import BASES
+from shapes import save_half
 from torch import nn
 
 from mixofshow.bases.layers import cross_attentions
+from mixofshow.bases.loading import load_base
 from mixofshow.concepts.prompts import layerwise
 from mixofshow.tuning.changes import low_rank_layers
 from mixofshow.tuning.dataset import read_folder
@@ -35,13 +37,14 @@ from mixofshow.tuning.settings import TuningSettings, make_settings
 from mixofshow.tuning.trainer import tune
 from mixofshow.tuning.transforms import fit
 
+BASES = ("sd15", "emojiland")
 WAYS = ("ed-lora", "lora", "naive")
 CAPTIONS = ("photo of a <thing>", "a <thing> on the beach, best quality")
 
 
-def settings_for(base: str, folder: Path, method: str, steps: int) -> TuningSettings:
+def settings_for(base: Path, folder: Path, method: str, steps: int) -> TuningSettings:
     """Two pictures at the base's own size, in bf16."""
-    table = {"name": "thing", "class_word": "dog", "data": folder, "base": base, "method": method}
+    table = {"name": "thing", "class_word": "dog", "data": folder, "base": str(base), "method": method}
     return make_settings({**table, "steps": steps, "batch_size": 2, "precision": "bf16", "save_every": 0})
 
 
@@ -53,20 +56,20 @@ def pictures(folder: Path, side: int) -> None:
         (folder / f"{number}.txt").write_text(caption)
 
 
-def ours(base: str, method: str, steps: int, folder: Path) -> list[float]:
+def ours(base: Path, method: str, steps: int, folder: Path) -> list[float]:
     """Seconds of each step."""
     marks: list[float] = []
     tune(
         settings_for(base, folder, method, steps),
-        BASES[base](),
+        load_base(base, dtype=torch.bfloat16),
         progress=lambda *_: marks.append(time.perf_counter()),
     )
     return [after - before for before, after in itertools.pairwise(marks)]
 
 
-def naive(base: str, steps: int, folder: Path) -> list[float]:
+def naive(base: Path, steps: int, folder: Path) -> list[float]:
     """Seconds of each step, done the published way."""
-    pipeline, settings = BASES[base](), settings_for(base, folder, "ed-lora", steps)
+    pipeline, settings = load_base(base), settings_for(base, folder, "ed-lora", steps)
     layers = len(cross_attentions(pipeline.unet))
     first = pipeline.text_encoder.get_input_embeddings().num_embeddings
     pipeline.text_encoder.resize_token_embeddings(first + 2 * layers, mean_resizing=False)
@@ -111,13 +114,13 @@ def _ids(pipeline: Any, caption: str, first: int, layers: int) -> list[list[int]
     return rows
 
 
-def measure(base: str, way: str, steps: int) -> None:
+def measure(base: Path, way: str, steps: int) -> None:
     """Print the fastest step in seconds and the peak of memory in MB."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pictures(folder, 512 if base == "sd15" else 64)
+        pictures(folder, 512 if base.name == "sd15" else 64)
         seconds = naive(base, steps, folder) if way == "naive" else ours(base, way, steps, folder)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"seconds": min(seconds), "megabytes": peak}))
@@ -132,24 +135,34 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("BASE", "WAY"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        measure(*options.one, options.steps)
+        measure(Path(options.one[0]), options.one[1], options.steps)
         return
     figures = {}
-    for base in options.bases.split(","):
-        steps = options.steps if base == "sd15" else 10 * options.steps
-        found = {way: _in_process(base, way, steps) for way in WAYS}
-        figures[base] = {
-            "ed_lora_over_lora": found["ed-lora"]["seconds"] / found["lora"]["seconds"],
-            "naive_over_ours": found["naive"]["seconds"] / found["ed-lora"]["seconds"],
-            "memory_over_naive": found["ed-lora"]["megabytes"] / found["naive"]["megabytes"],
-        }
-        print(base, {key: round(value, 3) for key, value in figures[base].items()}, found, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.bases.split(","):
+            base, steps = Path(name), 10 * options.steps
+            if name == "sd15":
+                base, steps = Path(folder) / name, options.steps
+                save_half(name, base)
+            figures[name] = compare(base, steps)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def _in_process(base: str, way: str, steps: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--one", base, way, "--steps", str(steps)]
+def compare(base: Path, steps: int) -> dict[str, float]:
+    """The three ratios of one base, printed with what they were made of."""
+    found = {way: _in_process(base, way, steps) for way in WAYS}
+    ratios = {
+        "ed_lora_over_lora": found["ed-lora"]["seconds"] / found["lora"]["seconds"],
+        "naive_over_ours": found["naive"]["seconds"] / found["ed-lora"]["seconds"],
+        "memory_over_naive": found["ed-lora"]["megabytes"] / found["naive"]["megabytes"],
+    }
+    print(base.name, {key: round(value, 3) for key, value in ratios.items()}, found, flush=True)
+    return ratios
+
+
+def _in_process(base: Path, way: str, steps: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--one", str(base), way, "--steps", str(steps)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 

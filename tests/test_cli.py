@@ -12,10 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from mixofshow import cli
+from mixofshow.bases.loading import load_base
 from mixofshow.concepts.concept import load_concept
 from mixofshow.errors import MixOfShowError
 from mixofshow.tuning.settings import make_settings, schema
@@ -339,6 +341,33 @@ def test_with_the_variant_only_what_else_is_wrong_is_said(half, arguments, messa
     given = [part.replace("{0}", str(half)) for part in arguments]
     code, error = _run([*given, "--variant", "fp16"], capsys, monkeypatch)
     assert code == 2 and message in error.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_fused_and_drawn_in_half_precision(half, dtype, relative_error, capsys, monkeypatch):
+    def run(*given):
+        return _run([*given, "--dtype", dtype], capsys, monkeypatch)
+
+    base = ["--base", str(half / "half"), "--variant", "fp16"]
+    fuse = ["fuse", str(half / "dogx.safetensors"), *base, "--method", "average", "--out"]
+    assert run(*fuse, str(half / "fused"))[0] == 0
+    assert _run([*fuse, str(half / "exact")], capsys, monkeypatch)[0] == 0
+    found, exact = (load_base(half / name, dtype=kept).unet for name, kept in (("fused", dtype), ("exact", "fp32")))
+    assert found.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    for name, weight in exact.state_dict().items():
+        assert relative_error(found.state_dict()[name].float(), weight) < 2**-7, name
+    drawn, again = half / "drawn.png", half / "again.png"
+    model = ["--model", str(half / "fused")]
+    assert run("sample", *model, "--prompt", "a <dogx>", "--steps", "1", "--size", "16x16", "--out", str(drawn))[0] == 0
+    code, error = _run(["replay", str(drawn), *model, "--out", str(again)], capsys, monkeypatch)
+    assert code == 2 and "another model" in error
+    assert run("replay", str(drawn), *model, "--out", str(again))[0] == 0
+    assert again.read_bytes() == drawn.read_bytes()
+
+
+def test_an_unknown_precision_is_named(capsys, monkeypatch):
+    code, error = _run(["sample", "--prompt", "a dog", "--dtype", "int4"], capsys, monkeypatch)
+    assert code == 2 and error.strip().splitlines()[-1].endswith("expected one of fp32, bf16, fp16, found 'int4'")
 
 
 @pytest.mark.parametrize("download", [[], ["--download"]])

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from mixofshow.bases.checkpoints import SUFFIX, check_weights, load_checkpoint
 from mixofshow.bases.families import family_of, text_encoders
-from mixofshow.errors import BaseModelError, shown
+from mixofshow.errors import BaseModelError, SettingsError, shown
 
 EMBEDDED: Final = {"emojiland": Path(__file__).parent / "emojiland" / "weights"}
 """Base models that ship with the package."""
@@ -25,6 +25,8 @@ EMBEDDED_CONTROLS: Final = {
 USUAL_GUIDANCE: Final = 7.5
 GUIDANCE: Final = {"emojiland": 2.0}
 """How much classifier-free guidance a base is drawn with, where that is not the usual: small ones overdo it soon."""
+DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What weights are kept as, by the names that settings and options have for it."""
 
 FINGERPRINTED: Final = ("conv_in", "conv_out", "mid_block", "final_layer_norm")
 _PLAIN_NAME: Final = re.compile(r"[^/\\.~][^/\\]*(/[^/\\.][^/\\]*)?")
@@ -34,7 +36,7 @@ def load_base(
     name: str | Path,
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     variant: str | None = None,
     config: str | Path | None = None,
     download: bool = False,
@@ -43,9 +45,11 @@ def load_base(
 
     `name` is the name of an embedded base, a diffusers folder, one `.safetensors` file in the original layout (for
     `config` see `load_checkpoint`), or a hub id: one that is already in the local cache, unless `download` is asked for.
-    `variant` is that of the weight files, such as fp16. Raises BaseModelError.
+    `dtype` may also be a name: fp32, bf16 or fp16. `variant` is that of the weight files, such as fp16. Raises
+    BaseModelError, and SettingsError for an unknown dtype.
     """
     _quiet()
+    dtype = _dtype(dtype)
     # bfloat16 has too few digits to tell base models apart: that is done with those of half precision.
     precise = torch.float16 if dtype == torch.bfloat16 else dtype
     try:
@@ -66,6 +70,14 @@ def load_base(
     if precise != dtype:
         pipeline.unet.fingerprint_of_base = fingerprint(pipeline)
     return pipeline.to(device, dtype)
+
+
+def _dtype(named: torch.dtype | str) -> torch.dtype:
+    if isinstance(named, torch.dtype):
+        return named
+    if named not in DTYPES:
+        raise SettingsError(f"dtype: expected one of {', '.join(DTYPES)}, found '{shown(named)}'")
+    return DTYPES[named]
 
 
 def _quiet() -> None:

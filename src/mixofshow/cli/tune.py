@@ -56,13 +56,12 @@ def _tune_one(settings: Any, target: Path, loading: dict[str, Any], *, resume: b
     from mixofshow.bases.loading import load_base
     from mixofshow.evaluation.previews import preview_grids
     from mixofshow.files import refuse_unwritable
-    from mixofshow.tuning.trainer import DTYPES
     from mixofshow.tuning.trainer import tune as run
 
     refuse_unwritable(target)
     state = PartialState(cpu=device == "cpu")
     place = state.device if device == "auto" else device
-    pipeline = load_base(settings.base, device=place, dtype=DTYPES[settings.precision], **loading)
+    pipeline = load_base(settings.base, device=place, **{"dtype": settings.precision, **loading})
     folder = target.with_suffix("")
     preview = preview_grids(pipeline, folder) if settings.preview_every else None
     with terminal_bar(f"tuning {settings.placeholder}", hidden=not state.is_main_process) as progress:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from mixofshow.bases.families import family_of, text_encoders
-from mixofshow.bases.loading import fingerprint
+from mixofshow.bases.loading import DTYPES, fingerprint
 from mixofshow.concepts.concept import Concept, ConceptInfo
 from mixofshow.concepts.prompts import Ids, layerwise, prompt_ids
 from mixofshow.concepts.words import Vocabulary
@@ -33,7 +33,6 @@ from mixofshow.tuning.settings import TuningSettings
 
 logger = logging.getLogger(__name__)
 
-DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """By precision, what the base is best loaded in: nothing of it is trained, and what is trained is fp32 in any case."""
 
 
