@@ -23,14 +23,17 @@ from mixofshow.bases.loading import fingerprint, load_base
 from mixofshow.concepts.concept import Concept, ConceptInfo, LowRank
 
 
-def sd15(tokenizer: Any = None) -> Any:
-    """Stable Diffusion 1.5 at full width, frozen; the tokenizer is Emojiland's, whose ids are all in the vocabulary."""
+def sd15(tokenizer: Any = None, *, side: int = 512) -> Any:
+    """Stable Diffusion 1.5 at full width for pictures of side × side, frozen.
+
+    The tokenizer is Emojiland's, whose ids are all in the vocabulary.
+    """
     torch.manual_seed(0)
     pipeline = StableDiffusionPipeline(
-        vae=_autoencoder(sample_size=512),
+        vae=_autoencoder(sample_size=side),
         text_encoder=CLIPTextModel(_clip_l()),
         tokenizer=tokenizer or load_base("emojiland").tokenizer,
-        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
+        unet=UNet2DConditionModel(sample_size=side // 8, cross_attention_dim=768, attention_head_dim=8),
         scheduler=_scheduler(),
         safety_checker=None,
         feature_extractor=None,

@@ -6,15 +6,9 @@ import gc
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    ControlNetModel,
-    DDIMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import ControlNetModel, StableDiffusionPipeline
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel
+from shapes import sd15
 
 from mixofshow import MixOfShowPipeline, Region
 from mixofshow.bases.layers import count_groups, lora_layers
@@ -32,30 +26,6 @@ SIDE = 256
 ASKED = {"width": SIDE, "height": SIDE, "num_inference_steps": 1, "guidance_scale": 5.0, "output_type": "latent"}
 
 
-def full_width(tokenizer):
-    """Of SD 1.5's sizes in all but the side of the picture that it was trained on."""
-    torch.manual_seed(0)
-    text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    pipeline = StableDiffusionPipeline(
-        unet=UNet2DConditionModel(sample_size=SIDE // 8, cross_attention_dim=768, attention_head_dim=8),
-        vae=AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-        ),
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        part.requires_grad_(False).eval()
-    return pipeline
-
-
 def control_net(unet):
     """A ControlNet of the real size, whose outputs are not zeros."""
     network = ControlNetModel.from_unet(unet)
@@ -71,7 +41,7 @@ def fused_folder(golden_pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("full")
     (folder / "pictures").mkdir()
     Image.effect_noise((SIDE, SIDE), 100).convert("RGB").save(folder / "pictures" / "0.png")
-    base = full_width(golden_pipeline.tokenizer)
+    base = sd15(golden_pipeline.tokenizer, side=SIDE)
     assert (count_groups(base.unet), len(lora_layers(base))) == (16, 12 * 4 + 16 * 8)
     table = {"name": "thing", "class_word": "man", "data": folder / "pictures", "base": "wide", "steps": 1}
     tune(make_settings({**table, "batch_size": 1, "gradient_checkpointing": True}), base).save(
