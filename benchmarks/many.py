@@ -3,9 +3,10 @@
     python benchmarks/many.py [--json FILE] [--folder out/many] [--ways gradient,average] [--counts 2,4,8,12]
                               [--images 2] [--tuning words]
 
-Concepts are tuned once and kept in the folder; a broken-off run goes on. Each is then drawn on eight prompts by its own
-model and by every fused one, with equal seeds. `--tuning words` changes only what cross-attention makes of the words;
-`attention` is ED-LoRA as the paper has it, whose changes of the picture's layers do not fit into one small model.
+Concepts are tuned once and kept in the folder. Each is then drawn on eight prompts by its own model and by every fused
+one, with equal seeds. A broken-off run goes on: what the JSON file has is not measured again. `--tuning words` changes
+only what cross-attention makes of the words; `attention` is ED-LoRA as the paper has it, whose changes of the picture's
+layers do not fit into one small model.
 """
 
 from __future__ import annotations
@@ -74,18 +75,19 @@ def main() -> None:
     concepts = [_concept(name, options.folder, options.tuning, pipeline) for name in CONCEPTS]
     cases = [_case(concept, options.folder) for concept in concepts]
     single = [_scored(case, with_concept(pipeline, case.concept), options.images) for case in cases]
-    figures: dict[str, Any] = {}
+    known = json.loads(options.json.read_text()) if options.json and options.json.is_file() else {}
     for count in map(int, options.counts.split(",")):
-        found = figures[str(count)] = {"single": _mean(single[:count])}
-        for way in options.ways.split(","):
+        found = known.setdefault(options.tuning, {}).setdefault(str(count), {})
+        found["single"] = _mean(single[:count])
+        for way in (way for way in options.ways.split(",") if way not in found):
             started = time.perf_counter()
             model = fuse(concepts[:count], pipeline, make_fusion_settings(WAYS[way])).model
             seconds = round(time.perf_counter() - started)
             found[way] = _mean([_scored(case, model, options.images) for case in cases[:count]])
             image, text = (found[way][key] - found["single"][key] for key in found["single"])
             print(f"{count}, {way}: {found[way]} ({image:+.4f}, {text:+.3f}), fused in {seconds} s", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+            if options.json:
+                options.json.write_text(json.dumps(known, indent=1) + "\n")
 
 
 def _concept(name: str, folder: Path, tuning: str, pipeline: Any) -> Concept:
