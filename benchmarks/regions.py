@@ -9,9 +9,10 @@ every order of the three, every place the generator knows, fixed seeds, boxes al
 
 accuracy: the judge looks at each region's crop alone and names the nearest of the fused concepts (`region_accuracy`;
 `confusion` has a row for each concept asked for). `scene_accuracy` is how often it names the place from what lies
-outside of the boxes. Beside it: one prompt for the whole picture, weight fusion, a background of its own for each
-region (`binding_accuracy`: the judge names it in the region's crop), and `renders`, the world's own pictures of the
-same things, which tell what the judge itself gets wrong.
+outside of the boxes. Beside it: concepts that start in the sixth step, after their class words have laid things out;
+one prompt for the whole picture; weight fusion; a background of its own for each region (`binding_accuracy`: of the
+four colours the judge names it in the region's crop); and `renders`, the world's own pictures of the same things, which
+tell what the judge itself gets wrong.
 
 options: the same for each option on fewer pictures, with its time over that of plain regions. `leakage` is how much
 a region's pixels (0 to 1) change when the prompt of the region beside it does.
@@ -116,6 +117,13 @@ def region_prompt(wide: Wide, place: int) -> str:
     return caption(words, wide.backgrounds[place] if wide.backgrounds else wide.scene)
 
 
+def one_prompt(wide: Wide) -> str:
+    """All concepts, each with its own background where they have one."""
+    backgrounds = wide.backgrounds or ("",) * len(wide.names)
+    words = [f"<{name}> {background}".strip() for name, background in zip(wide.names, backgrounds, strict=True)]
+    return caption(words, wide.scene)
+
+
 def composition(wide: Wide, *, regions: bool = True, concept_from: int | None = None, **settings: Any) -> Composition:
     """The wide picture as a composition: class words for the whole, and a region for each concept.
 
@@ -125,9 +133,8 @@ def composition(wide: Wide, *, regions: bool = True, concept_from: int | None = 
         RegionEntry(box=box, prompt=region_prompt(wide, place), concept_from=concept_from)
         for place, box in enumerate(BOXES)
     )
-    words = [class_word(name) if regions else f"<{name}>" for name in wide.names]
     return Composition(
-        prompt=caption(words, wide.scene),
+        prompt=caption([class_word(name) for name in wide.names], wide.scene) if regions else one_prompt(wide),
         regions=entries if regions else (),
         width=WIDE,
         height=SIZE,
@@ -184,7 +191,7 @@ class Judge:
         }
         backgrounds = [background for wide in each for background in wide.backgrounds]
         if backgrounds:
-            named = [ranked[0] for ranked in rank_scenes(crops)]
+            named = [next(scene for scene in ranked if scene in COLOURS) for ranked in rank_scenes(crops)]
             found["binding_accuracy"] = share(one == other for one, other in zip(named, backgrounds, strict=True))
         return found
 
@@ -223,9 +230,11 @@ def accuracy(known: dict[str, ConceptModel], judge: Judge, count: int) -> tuple[
     ways = {
         "renders": (plain, lambda: renders(plain)),
         "regions": (plain, lambda: drawn(known["gradient"], plain)[0]),
+        "regions, concepts from step 5": (plain, lambda: drawn(known["gradient"], plain, concept_from=5)[0]),
         "one prompt": (plain, lambda: drawn(known["gradient"], plain, regions=False)[0]),
         "regions, weight fusion": (plain, lambda: drawn(known["average"], plain)[0]),
         "regions, a background each": (coloured, lambda: drawn(known["gradient"], coloured)[0]),
+        "one prompt, a background each": (coloured, lambda: drawn(known["gradient"], coloured, regions=False)[0]),
     }
     figures, pictures = {}, {}
     for way, (asked, make) in ways.items():
