@@ -16,7 +16,7 @@ from mixofshow.files import write_text
 from mixofshow.sampling.pictures import embedded
 
 STYLE: Final = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .3rem .9rem; border-bottom: 1px solid #ddd; }
 td + td, th + th { text-align: right; font-variant-numeric: tabular-nums; }
 figure { display: inline-block; margin: .4rem .8rem .8rem 0; vertical-align: top; } figcaption { font-size: .85rem; color: #555; }

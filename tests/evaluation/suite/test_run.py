@@ -124,7 +124,9 @@ def _check_results(results, out):
     )
     page = (out / "report.html").read_text()
     assert set(re.findall(r'(?:src|href)="([a-z]+:)', page)) == {"data:"}
-    assert "<script" not in page and "0.843 → 0.749" in page and page.count("<svg") >= 5
+    assert (
+        "<script" not in page and "0.843\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}0.749" in page and page.count("<svg") >= 5
+    )
 
 
 def test_concepts_are_tuned_once_and_again_when_settings_or_pictures_change(tmp_path, draws, monkeypatch):

@@ -73,7 +73,11 @@ def _tables(page: Page, results: Mapping[str, Any]) -> None:
 
 
 def _arrow(entry: Mapping[str, Any]) -> str:
-    return f"{entry['single']:.3f} → {entry['fused']:.3f}"
+    return _from_to(entry["single"], entry["fused"])
+
+
+def _from_to(first: float | None, second: float | None) -> str:
+    return f"{_number(first)}\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}{_number(second)}"
 
 
 def _change(entry: Mapping[str, Any]) -> str:
@@ -82,7 +86,7 @@ def _change(entry: Mapping[str, Any]) -> str:
 
 
 def _paper(key: str) -> str:
-    return "{:.3f} → {:.3f}".format(*PAPER[key]) if key in PAPER else ""
+    return _from_to(*PAPER[key]) if key in PAPER else ""
 
 
 def _charts(page: Page, results: Mapping[str, Any]) -> None:
@@ -165,7 +169,7 @@ def _words_only(page: Page, suite: Suite, results: Mapping[str, Any], plan: Plan
             method = results["methods"][key]
             full = method["image_alignment"].get(name) or method["by_concept"]["image_alignment"][name]
             words = method["words_only"]["image_alignment"][name]
-            row.append(f"{words:.3f} → {full['single']:.3f}")
+            row.append(_from_to(words, full["single"]))
         rows.append(row)
     page.table(("image alignment, alpha 0 → 1", *plan.words_only), rows)
     columns = [f"{key}, alpha {alpha}" for key in plan.words_only for alpha in (0, 1)]
@@ -221,7 +225,7 @@ def _others(page: Page, results: Mapping[str, Any]) -> None:
     )
     rows = []
     for key, method in results["methods"].items():
-        pairs = [f"{_number(method[name]['single'])} → {_number(method[name]['fused'])}" for name in DISTANCES]
+        pairs = [_arrow(method[name]) for name in DISTANCES]
         cost = [_cost(results["cost"][key][verb]) for verb in ("tune", "fuse")]
         rows.append((key, *pairs, _number(method["prior_drift"]), *cost))
     page.table(("method", "diversity", "distance to training", "prior drift", "tuning", "fusing"), rows)
