@@ -6,10 +6,12 @@ solve   one layer of every shape of Stable Diffusion 1.5, with the rows of 3 con
         seconds of LBFGS over seconds of the closed form (counting the second moments included), and the largest ratio
         of objectives, closed form over LBFGS; on these layers and on those of tests/goldens
 memory  gigabytes that fusing 2 and 4 concepts on that architecture needs above drawing one picture with it
-add     seconds of adding a 15th concept to a fused model over seconds of adding the 2nd
+add     seconds of adding a 15th concept to a fused model over seconds of adding the 2nd, recordings kept; without
+        refinement, which records all concepts anew behind the fused weights
 scale   seconds for each concept, and the process's peak of memory, of fusing 2, 4, … 64 of them on Emojiland
 
-Each measurement of memory runs in a process of its own; all run on the CPU, one after another.
+Each measurement of memory runs in a process of its own; all run on the CPU, one after another. Parts that are run by
+themselves are added to those in the JSON file.
 """
 
 from __future__ import annotations
@@ -163,10 +165,10 @@ def one(what: str, steps: int) -> None:
 
 
 def add(steps: int) -> dict[str, float]:
-    """Seconds of adding the 15th concept over seconds of adding the 2nd, on Emojiland, recordings kept."""
+    """Seconds of adding the 15th concept over seconds of adding the 2nd, on Emojiland."""
     pipeline = BASES["emojiland"]()
     concepts = [random_concept(pipeline, f"c{number}") for number in range(15)]
-    settings = FusionSettings(mode="independent", steps=steps)
+    settings = FusionSettings(mode="independent", refine=0, steps=steps)
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder))
         seconds = [_seconds(lambda n=n: fuse(concepts[:n], pipeline, settings, store=store)) for n in range(1, 16)]  # type: ignore[misc]
@@ -214,12 +216,12 @@ def main() -> None:
     if options.one:
         one(options.one, options.steps)
         return
-    figures: dict[str, float] = {}
+    figures: dict[str, float] = json.loads(options.json.read_text()) if options.json and options.json.is_file() else {}
     for part in options.parts.split(","):
         figures |= PARTS[part](options.steps)
+        if options.json:
+            options.json.write_text(json.dumps(figures, indent=1) + "\n")
     print({key: round(value, 6) for key, value in figures.items()})
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -281,7 +281,7 @@ def with_a_cat(wanted: Composition) -> Composition:
 def report(way: str, figures: dict[str, Any]) -> None:
     """A line of the table."""
     numbers = "  ".join(f"{key} {value:.3f}" for key, value in figures.items() if isinstance(value, float))
-    print(f"{way:<28}{numbers}", flush=True)
+    print(f"{way:<32}{numbers}", flush=True)
 
 
 def side_by_side(pictures: dict[str, list[Image.Image]], count: int) -> Image.Image:
