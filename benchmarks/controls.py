@@ -16,6 +16,7 @@ from random import Random
 from typing import Any
 
 import torch
+from figures import keep
 from PIL import Image
 
 from mixofshow import MixOfShowPipeline
@@ -93,8 +94,7 @@ def main() -> None:
         rows = [[layout.sketch for layout in layouts], *images.values()]
         sheets.append(grid([image for row in rows for image in row[:columns]], columns, row_labels=["sketch", *images]))
     print(json.dumps(result, indent=1))
-    if asked.json:
-        asked.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    keep(result, asked.json)
     if asked.pictures:
         grid(sheets, 1).save(asked.pictures)
 

@@ -17,7 +17,6 @@ themselves are added to those in the JSON file.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from figures import keep, known
 from safetensors.torch import load_file
 from shapes import BASES, random_concept
 from torch import Tensor
@@ -216,11 +216,10 @@ def main() -> None:
     if options.one:
         one(options.one, options.steps)
         return
-    figures: dict[str, float] = json.loads(options.json.read_text()) if options.json and options.json.is_file() else {}
+    figures: dict[str, float] = known(options.json)
     for part in options.parts.split(","):
         figures |= PARTS[part](options.steps)
-        if options.json:
-            options.json.write_text(json.dumps(figures, indent=1) + "\n")
+        keep(figures, options.json)
     print({key: round(value, 6) for key, value in figures.items()})
 
 

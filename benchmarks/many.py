@@ -12,12 +12,12 @@ layers do not fit into one small model.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from figures import keep, known
 
 from mixofshow import fuse, load_base, load_concept, make_settings, tune
 from mixofshow.bases.emojiland.concepts import SCENES, class_word, write_concept
@@ -75,9 +75,9 @@ def main() -> None:
     concepts = [_concept(name, options.folder, options.tuning, pipeline) for name in CONCEPTS]
     cases = [_case(concept, options.folder) for concept in concepts]
     single = [_scored(case, with_concept(pipeline, case.concept), options.images) for case in cases]
-    known = json.loads(options.json.read_text()) if options.json and options.json.is_file() else {}
+    figures = known(options.json)
     for count in map(int, options.counts.split(",")):
-        found = known.setdefault(options.tuning, {}).setdefault(str(count), {})
+        found = figures.setdefault(options.tuning, {}).setdefault(str(count), {})
         found["single"] = _mean(single[:count])
         for way in (way for way in options.ways.split(",") if way not in found):
             started = time.perf_counter()
@@ -86,8 +86,7 @@ def main() -> None:
             found[way] = _mean([_scored(case, model, options.images) for case in cases[:count]])
             image, text = (found[way][key] - found["single"][key] for key in found["single"])
             print(f"{count}, {way}: {found[way]} ({image:+.4f}, {text:+.3f}), fused in {seconds} s", flush=True)
-            if options.json:
-                options.json.write_text(json.dumps(known, indent=1) + "\n")
+            keep(figures, options.json)
 
 
 def _concept(name: str, folder: Path, tuning: str, pipeline: Any) -> Concept:

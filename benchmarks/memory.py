@@ -10,7 +10,6 @@ process's largest resident memory, libraries and Python included, in GiB. `fusio
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from figures import keep
 from PIL import Image
 from shapes import save_half
 
@@ -72,8 +72,7 @@ def main() -> None:
                 save_half(name, folder)
             found[job] = round(float(_in_process(job, folder).splitlines()[-1]), 2)
             print(f"{job}: {found[job]} GiB", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    keep(found, options.json)
 
 
 def _in_process(job: str, folder: Path) -> str:

@@ -21,7 +21,6 @@ a region's pixels (0 to 1) change when the prompt of the region beside it does.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import time
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from figures import keep, known
 from PIL import Image
 
 from mixofshow.bases.emojiland.concepts import SUBJECTS, class_word, concept_pictures
@@ -300,17 +300,15 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_flush_denormal(True)
     parts = {"accuracy": (accuracy, asked.compositions), "options": (options, -(-asked.compositions // 4))}
-    known, judge = models(), Judge()
+    fused, judge = models(), Judge()
     result: dict[str, Any] = {"compositions": asked.compositions}
     for part in asked.parts.split(","):
         measure, count = parts[part]
-        result[part], pictures = measure(known, judge, count)
+        result[part], pictures = measure(fused, judge, count)
         if asked.pictures:
             asked.pictures.mkdir(parents=True, exist_ok=True)
             side_by_side(pictures, min(SHOWN, count)).save(asked.pictures / f"{part}.png")
-    if asked.json:
-        before = json.loads(asked.json.read_text(encoding="utf-8")) if asked.json.is_file() else {}
-        asked.json.write_text(json.dumps(before | result, indent=1) + "\n", encoding="utf-8")
+    keep(known(asked.json) | result, asked.json)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ h[M_i] = softmax(Q(z_i) K_iᵀ/√d) V_i, written out naively on random tensors.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
+from figures import keep, known
 from shapes import BASES
 from torch import Tensor, nn
 
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_flush_denormal(True)
-    figures: dict[str, float] = json.loads(options.json.read_text()) if options.json and options.json.is_file() else {}
+    figures: dict[str, float] = known(options.json)
     figures["max_error"] = max_error()
     print(f"max_error {figures['max_error']:.1e}")
     for base in options.bases.split(","):
@@ -59,8 +59,7 @@ def main() -> None:
         counted = {str(count): ours(pipeline, base, steps, columns_of(count)) for count in COUNTS}
         for count, taken in taking_turns(counted, max(1, options.repeats // 2)).items():
             print(f"  {count:>2} regions × {taken / seconds['plain']:.3f}")
-        if options.json:
-            options.json.write_text(json.dumps(figures, indent=1) + "\n")
+        keep(figures, options.json)
 
 
 def taking_turns(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from figures import keep
 from PIL import Image
 from shapes import save_half
 from torch import nn
@@ -145,8 +146,7 @@ def main() -> None:
                 base, steps = Path(folder) / name, options.steps
                 save_half(name, base)
             figures[name] = compare(base, steps)
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    keep(figures, options.json)
 
 
 def compare(base: Path, steps: int) -> dict[str, float]:

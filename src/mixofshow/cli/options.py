@@ -25,11 +25,7 @@ Base = Annotated[
 LOADING: Final[dict[str, tuple[Any, Any]]] = {
     name: (kind, typer.Option(f"--{name}", help=text, rich_help_panel=BASE_PANEL))
     for name, kind, text in (
-        (
-            "dtype",
-            str,
-            "fp32, bf16 or fp16: what its weights are kept as; default fp32, of tune what --precision says.",
-        ),
+        ("dtype", str, "Its weights as fp32, bf16 or fp16; default fp32, of tune what --precision says."),
         ("variant", str, "Which of its weight files, such as fp16."),
         ("config", str, "Of a .safetensors checkpoint: a diffusers folder, or hub id, of the same kind."),
         ("download", bool, "Fetch what is not in the local cache."),
