@@ -26,6 +26,7 @@ from mixofshow.concepts.model import ConceptModel, with_concept
 from mixofshow.evaluation.prompts import prompts_by_category
 from mixofshow.evaluation.protocol import Case, EvaluationSettings, references_of, score
 from mixofshow.evaluation.scorers import judge_scorer
+from mixofshow.evaluation.suite.settings import read_suite
 from mixofshow.fusion.settings import PAPER, make_fusion_settings
 
 CONCEPTS: Final = (
@@ -41,11 +42,9 @@ TUNING: Final[dict[str, dict[str, Any]]] = {
     },
     "attention": {},
 }
-PLAIN_PROMPTS: Final = (
-    *("", "a photo", "a cat in the desert", "a man in the forest", "a house at night", "a car in the city"),
-    *("a penguin in the snow", "a guitar under the sea", "a dog on the beach", "a frog in the mountains"),
-)
-PRIOR: Final = {"prior": 1.0, "prior_prompts": PLAIN_PROMPTS}
+SUITE: Final = Path(__file__).parents[1] / "examples/suites/emojiland-table1.yaml"
+PRIOR: Final = {key: read_suite(SUITE).methods[-1].fuse[key] for key in ("prior", "prior_prompts")}
+"""As where fourteen are fused; none of these is a prompt that anything is measured on."""
 WAYS: Final[dict[str, dict[str, Any]]] = {
     "gradient": PRIOR,
     "gradient-refitted": {**PRIOR, "refit_words": 240},

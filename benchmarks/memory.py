@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from figures import keep
+from figures import keep, known
 from PIL import Image
 from shapes import save_half
 
@@ -63,7 +63,7 @@ def main() -> None:
         job, folder = options.one
         do(job, Path(folder))
         return
-    found = {}
+    found = known(options.json)
     with tempfile.TemporaryDirectory() as bases:
         for job in options.jobs.split(","):
             name = job.partition("-")[2]
@@ -72,7 +72,7 @@ def main() -> None:
                 save_half(name, folder)
             found[job] = round(float(_in_process(job, folder).splitlines()[-1]), 2)
             print(f"{job}: {found[job]} GiB", flush=True)
-    keep(found, options.json)
+            keep(found, options.json)
 
 
 def _in_process(job: str, folder: Path) -> str:

@@ -32,7 +32,7 @@ def guarded(problem: LayerProblem, solver: Callable[[LayerProblem], Tensor]) -> 
     A loud change is first scaled to the loudest that passes. The weights of all loud ones are then halved until
     together they harm the others by no more than HARM; where no weight is low enough, they are left out: weight 0.
     """
-    wants = _excess([math.sqrt(problem.residual(k, problem.zero())[1]) for k in range(len(problem.changes))])
+    wants = _excess([math.sqrt(energy) for energy in problem.energies()])
     sees = _excess([_input_size(problem.look(k)) for k in range(len(problem.changes))])
     loud = [number for number, times in enumerate(zip(wants, sees, strict=True)) if max(times) > LOUD]
     for number in loud:
@@ -50,7 +50,8 @@ def undone_of_others(problem: LayerProblem, number: int, change: Tensor) -> floa
 
 def _undone(problem: LayerProblem, numbers: Sequence[int], change: Tensor) -> float:
     """What a change leaves undone of what some concepts want."""
-    return sum(problem.weights[k] * problem.residual(k, change)[0] for k in numbers)
+    left = problem.residuals(change)
+    return sum(problem.weights[k] * left[k][0] for k in numbers)
 
 
 def _harmless(problem: LayerProblem, loud: Collection[int], solver: Callable[[LayerProblem], Tensor]) -> LayerProblem:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -33,30 +33,40 @@ class LayerSums:
             base.new_zeros(inputs, inputs, dtype=torch.float64), base.new_zeros(outputs, inputs, dtype=torch.float64)
         )
 
-    def add(self, change: Change | None, seen: Seen, weight: float, base: Tensor) -> None:
-        """Count in one concept's change of this layer (None: it did not change it) and the inputs it saw.
+    @classmethod
+    def of(cls, change: Change | None, seen: Seen, base: Tensor) -> LayerSums:
+        """One concept's, from its change of this layer (None: it did not change it) and the inputs that it saw.
 
         Where they drifted, what is to be met is (W0 + ΔW_i) X_i on the inputs X̃_i, W0 being the `base` weight.
         """
-        self.rows += seen.rows
         if seen.drifted is None or seen.cross is None:
             moments = seen.moments
-            pull, energy = (torch.zeros_like(self.pulls), 0.0) if change is None else _pull(change, moments)
+            pull, energy = (
+                (torch.zeros_like(base, dtype=torch.float64), 0.0) if change is None else _pull(change, moments)
+            )
         else:
             moments, base = seen.drifted, base.double()
             own = base if change is None else base + change.matrix(dtype=base.dtype).to(base)
             reached, aimed = base @ moments, own @ seen.cross
             pull = aimed - reached
             energy = _inner(own @ seen.moments, own) - 2 * _inner(aimed, base) + _inner(reached, base)
-        self.moments.add_(moments, alpha=weight)
-        self.pulls.add_(pull, alpha=weight)
-        self.energy += weight * max(energy, 0.0)
+        return cls(moments, pull, max(energy, 0.0), seen.rows)
 
-    def objective(self, change: Tensor) -> float:
-        """Σ w_i ‖(ΔW_i − change) X_iᵀ‖²_F for a change of the weight (out, in), from the sums alone."""
+    def add(self, other: LayerSums, weight: float) -> None:
+        """Count in another's, `weight` times."""
+        self.moments.add_(other.moments, alpha=weight)
+        self.pulls.add_(other.pulls, alpha=weight)
+        self.energy += weight * other.energy
+        self.rows += other.rows
+
+    def objective(self, change: Tensor, gram: Tensor | None = None) -> float:
+        """Σ w_i ‖(ΔW_i − change) X_iᵀ‖²_F for a change of the weight (out, in), from the sums alone.
+
+        `gram`, changeᵀ change (in, in), is made here unless it is known: one serves all sums of a layer.
+        """
         change = change.double()
-        value = self.energy - 2 * _inner(self.pulls, change) + _inner(change @ self.moments, change)
-        return max(value, 0.0)
+        gram = change.T @ change if gram is None else gram
+        return max(self.energy - 2 * _inner(self.pulls, change) + _inner(gram, self.moments), 0.0)
 
 
 @dataclass(frozen=True)
@@ -79,10 +89,10 @@ class LayerProblem:
     def sums(self) -> LayerSums:
         """Over all concepts in their order, then the prior."""
         sums = LayerSums.zero(self.base)
-        for number, (change, weight) in enumerate(zip(self.changes, self.weights, strict=True)):
-            sums.add(change, self.look(number), weight, self.base)
+        for own, weight in zip(self._each(), self.weights, strict=True):
+            sums.add(own, weight)
         if self.prior is not None:
-            sums.add(None, self.prior, self.prior_weight, self.base)
+            sums.add(LayerSums.of(None, self.prior, self.base), self.prior_weight)
         return sums
 
     def weighed(self, weights: Sequence[float]) -> LayerProblem:
@@ -108,11 +118,18 @@ class LayerProblem:
         zero = self.zero()
         return [zero if one is None else one.matrix(dtype=zero.dtype).to(zero) for one in self.changes]
 
-    def residual(self, number: int, change: Tensor) -> tuple[float, float]:
-        """‖(ΔW_i − change) X_i‖² and ‖ΔW_i X_i‖² of one concept: what is left of what it wants, and all of it."""
-        own = LayerSums.zero(self.base)
-        own.add(self.changes[number], self.look(number), 1.0, self.base)
-        return own.objective(change), own.energy
+    def residuals(self, change: Tensor) -> list[tuple[float, float]]:
+        """For a change (out, in), each concept's ‖(ΔW_i − change) X_i‖² and ‖ΔW_i X_i‖²: what is left of what it wants, and all of it."""
+        gram = change.double().T @ change.double()
+        return [(own.objective(change, gram), own.energy) for own in self._each()]
+
+    def energies(self) -> list[float]:
+        """‖ΔW_i X_i‖² of each concept."""
+        return [own.energy for own in self._each()]
+
+    def _each(self) -> Iterator[LayerSums]:
+        """Each concept's own sums."""
+        return (LayerSums.of(change, self.look(number), self.base) for number, change in enumerate(self.changes))
 
 
 def _pull(change: Change, moments: Tensor) -> tuple[Tensor, float]:

@@ -127,7 +127,7 @@ def _weights(problem: LayerProblem, concepts: Sequence[Concept], settings: Fusio
     if settings.counting == "equal":
         return [1.0] * len(concepts)
     if settings.counting == "energy":
-        energies = [problem.residual(number, problem.zero())[1] for number in range(len(concepts))]
+        energies = problem.energies()
         known = [1 / energy for energy in energies if energy > 0] or [1.0]
         # One that changes nothing here wants it left alone, as much as the others want their change.
         found = [1 / energy if energy > 0 else sum(known) / len(known) for energy in energies]
@@ -154,7 +154,7 @@ def solve(
     change = solver(problem)
     fused = (problem.base.double() + change).to(problem.base.dtype)
     met = fused.double() - problem.base.double()
-    kept = {name: Kept(*asked.residual(number, met)) for number, name in enumerate(names)}
+    kept = {name: Kept(*one) for name, one in zip(names, asked.residuals(met), strict=True)}
     if settings.leave_one_out:
         kept = {name: _beside(one, problem, number, met, solver) for number, (name, one) in enumerate(kept.items())}
     sums = problem.sums

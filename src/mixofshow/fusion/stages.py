@@ -265,8 +265,9 @@ class _Fusion:
     def _solve(self, names: Sequence[str], recordings: Sequence[Recording]) -> None:
         """One layer after another, those with one input together."""
         called = [concept.info.name for concept in self.concepts]
+        device = self.pipeline.device  # looked up once: diffusers goes through all modules for it
         for source, readers in itertools.groupby(names, input_of):
-            look = Looks(recordings, source, self.pipeline.device)
+            look = Looks(recordings, source, device)
             for name in readers:
                 problem = problem_of(name, matrix(layer(self.pipeline, name)), self.concepts, look, self.settings)
                 solver = solver_for(self.settings, stage_of(name))
