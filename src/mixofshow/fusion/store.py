@@ -139,7 +139,7 @@ def _digest(stored: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for kind, tensor in sorted(stored.items()):
         digest.update(f"{kind} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 
