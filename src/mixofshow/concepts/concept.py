@@ -59,6 +59,11 @@ class ConceptInfo(BaseModel):
     author: str | None = None
 
 
+def inner(one: Tensor, other: Tensor) -> float:
+    """⟨A, B⟩: the sum of the products of two matrices' entries, without a third in memory."""
+    return float(torch.dot(one.flatten(), other.flatten()))
+
+
 @dataclass(frozen=True)
 class LowRank:
     """The change of one layer's weight, `up @ down`: down (rank, in), up (out, rank); alpha is already in `up`."""
@@ -73,6 +78,18 @@ class LowRank:
     def scaled(self, strength: float) -> LowRank:
         """The change at another strength."""
         return LowRank(self.down, strength * self.up)
+
+    def times(self, moments: Tensor) -> LowRank:
+        """ΔW C for C (in, in), in its precision."""
+        return LowRank(self.down.to(moments) @ moments, self.up.to(moments))
+
+    def inner(self, matrix: Tensor) -> float:
+        """⟨ΔW, M⟩ for M (out, in) of its precision."""
+        return inner(self.down, self.up.T @ matrix)
+
+    def add_to(self, sums: Tensor, weight: float) -> None:
+        """Add the change, `weight` times, to a matrix (out, in)."""
+        sums.addmm_(self.up.to(sums), self.down.to(sums), alpha=weight)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -97,6 +114,18 @@ class Full:
     def scaled(self, strength: float) -> Full:
         """The change at another strength."""
         return Full(strength * self.change)
+
+    def times(self, moments: Tensor) -> Full:
+        """ΔW C for C (in, in), in its precision."""
+        return Full(self.change.to(moments) @ moments)
+
+    def inner(self, matrix: Tensor) -> float:
+        """⟨ΔW, M⟩ for M (out, in) of its precision."""
+        return inner(self.change, matrix)
+
+    def add_to(self, sums: Tensor, weight: float) -> None:
+        """Add the change, `weight` times, to a matrix (out, in)."""
+        sums.add_(self.change.to(sums), alpha=weight)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -204,7 +204,7 @@ def _total(problem: LayerProblem, weights: Sequence[float]) -> Tensor:
     found = problem.zero()
     for change, weight in zip(problem.changes, weights, strict=True):
         if change is not None:
-            found.add_(change.matrix(dtype=found.dtype).to(found.device), alpha=weight)
+            change.add_to(found, weight)
     return found
 
 

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from mixofshow.concepts.concept import Change, LowRank
+from mixofshow.concepts.concept import Change, LowRank, inner
 from mixofshow.fusion.statistics import Seen
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What one concept wants of a layer: a change ΔW leaves energy − 2 ⟨pull, ΔW⟩ + ⟨ΔWᵀΔW, moments⟩ of it undone.
+
+    The pull is `own` + W0 `shift`. As recorded, moments (in, in) are C_i, own is ΔW_i C_i, None where the concept
+    leaves the layer alone, and nothing is shifted. Where inputs drifted, it is (W0 + ΔW_i) X_i that is to be met on X̃_i:
+    moments are X̃ᵀX̃, own is ΔW_i XᵀX̃, shift (in, in) is XᵀX̃ − X̃ᵀX̃. So nothing of one concept is multiplied at full size.
+    """
+
+    moments: Tensor
+    rows: int
+    energy: float
+    own: Change | None
+    shift: Tensor | None = None
 
 
 @dataclass
@@ -25,48 +41,10 @@ class LayerSums:
     energy: float = 0.0
     rows: int = 0
 
-    @classmethod
-    def zero(cls, base: Tensor) -> LayerSums:
-        """Sums over no concept, for a layer of this weight, (out, in)."""
-        outputs, inputs = base.shape
-        return cls(
-            base.new_zeros(inputs, inputs, dtype=torch.float64), base.new_zeros(outputs, inputs, dtype=torch.float64)
-        )
-
-    @classmethod
-    def of(cls, change: Change | None, seen: Seen, base: Tensor) -> LayerSums:
-        """One concept's, from its change of this layer (None: it did not change it) and the inputs that it saw.
-
-        Where they drifted, what is to be met is (W0 + ΔW_i) X_i on the inputs X̃_i, W0 being the `base` weight.
-        """
-        if seen.drifted is None or seen.cross is None:
-            moments = seen.moments
-            pull, energy = (
-                (torch.zeros_like(base, dtype=torch.float64), 0.0) if change is None else _pull(change, moments)
-            )
-        else:
-            moments, base = seen.drifted, base.double()
-            own = base if change is None else base + change.matrix(dtype=base.dtype).to(base)
-            reached, aimed = base @ moments, own @ seen.cross
-            pull = aimed - reached
-            energy = _inner(own @ seen.moments, own) - 2 * _inner(aimed, base) + _inner(reached, base)
-        return cls(moments, pull, max(energy, 0.0), seen.rows)
-
-    def add(self, other: LayerSums, weight: float) -> None:
-        """Count in another's, `weight` times."""
-        self.moments.add_(other.moments, alpha=weight)
-        self.pulls.add_(other.pulls, alpha=weight)
-        self.energy += weight * other.energy
-        self.rows += other.rows
-
-    def objective(self, change: Tensor, gram: Tensor | None = None) -> float:
-        """Σ w_i ‖(ΔW_i − change) X_iᵀ‖²_F for a change of the weight (out, in), from the sums alone.
-
-        `gram`, changeᵀ change (in, in), is made here unless it is known: one serves all sums of a layer.
-        """
+    def objective(self, change: Tensor) -> float:
+        """Σ w_i ‖(ΔW_i − change) X_iᵀ‖²_F for a change of the weight (out, in), from the sums alone."""
         change = change.double()
-        gram = change.T @ change if gram is None else gram
-        return max(self.energy - 2 * _inner(self.pulls, change) + _inner(gram, self.moments), 0.0)
+        return max(self.energy - 2 * inner(self.pulls, change) + inner(change.T @ change, self.moments), 0.0)
 
 
 @dataclass(frozen=True)
@@ -88,11 +66,19 @@ class LayerProblem:
     @cached_property
     def sums(self) -> LayerSums:
         """Over all concepts in their order, then the prior."""
-        sums = LayerSums.zero(self.base)
-        for own, weight in zip(self._each(), self.weights, strict=True):
-            sums.add(own, weight)
-        if self.prior is not None:
-            sums.add(LayerSums.of(None, self.prior, self.base), self.prior_weight)
+        outputs, inputs = self.base.shape
+        zeros = partial(self.base.new_zeros, dtype=torch.float64)
+        sums, shift = LayerSums(zeros(inputs, inputs), zeros(outputs, inputs)), None
+        for weight, wish in self._weighed():
+            sums.moments.add_(wish.moments, alpha=weight)
+            sums.energy += weight * wish.energy
+            sums.rows += wish.rows
+            if wish.own is not None:
+                wish.own.add_to(sums.pulls, weight)
+            if wish.shift is not None:
+                shift = (zeros(inputs, inputs) if shift is None else shift).add_(wish.shift, alpha=weight)
+        if shift is not None:
+            sums.pulls.addmm_(self.base.double(), shift)
         return sums
 
     def weighed(self, weights: Sequence[float]) -> LayerProblem:
@@ -119,29 +105,54 @@ class LayerProblem:
         return [zero if one is None else one.matrix(dtype=zero.dtype).to(zero) for one in self.changes]
 
     def residuals(self, change: Tensor) -> list[tuple[float, float]]:
-        """For a change (out, in), each concept's ‖(ΔW_i − change) X_i‖² and ‖ΔW_i X_i‖²: what is left of what it wants, and all of it."""
-        gram = change.double().T @ change.double()
-        return [(own.objective(change, gram), own.energy) for own in self._each()]
+        """‖(ΔW_i − change) X_i‖² and ‖ΔW_i X_i‖² of each concept: what is left of what it wants, and all of it."""
+        change = change.double()
+        gram, aligned = change.T @ change, None
+        found = []
+        for wish in self._wishes():
+            pull = 0.0 if wish.own is None else wish.own.inner(change)
+            if wish.shift is not None:
+                aligned = self.base.double().T @ change if aligned is None else aligned
+                pull += inner(wish.shift, aligned)
+            found.append((max(wish.energy - 2 * pull + inner(gram, wish.moments), 0.0), wish.energy))
+        return found
 
     def energies(self) -> list[float]:
         """‖ΔW_i X_i‖² of each concept."""
-        return [own.energy for own in self._each()]
+        return [wish.energy for wish in self._wishes()]
 
-    def _each(self) -> Iterator[LayerSums]:
-        """Each concept's own sums."""
-        return (LayerSums.of(change, self.look(number), self.base) for number, change in enumerate(self.changes))
+    def _weighed(self) -> Iterator[tuple[float, Wish]]:
+        """All that counts, with its weight."""
+        yield from zip(self.weights, self._wishes(), strict=True)
+        if self.prior is not None:
+            yield self.prior_weight, self._wish(None, self.prior)
+
+    def _wishes(self) -> Iterator[Wish]:
+        return (self._wish(change, self.look(number)) for number, change in enumerate(self.changes))
+
+    def _wish(self, change: Change | None, seen: Seen) -> Wish:
+        own = change and change.times(seen.moments)
+        energy = _inner(own, change) if own and change else 0.0
+        if seen.drifted is None or seen.cross is None:
+            return Wish(seen.moments, seen.rows, max(energy, 0.0), own)
+        shift = seen.cross - seen.drifted
+        energy += inner(self._base_gram, seen.moments - seen.cross - shift)
+        met = change and change.times(seen.cross)
+        if own and met:
+            base = self.base.double()
+            energy += 2 * (own.inner(base) - met.inner(base))
+        return Wish(seen.drifted, seen.rows, max(energy, 0.0), met, shift)
+
+    @cached_property
+    def _base_gram(self) -> Tensor:
+        """W0ᵀ W0, (in, in)."""
+        base = self.base.double()
+        return base.T @ base
 
 
-def _pull(change: Change, moments: Tensor) -> tuple[Tensor, float]:
-    """ΔW C and tr(ΔW C ΔWᵀ), through the factors where there are some."""
-    if isinstance(change, LowRank):
-        down, up = change.down.to(moments), change.up.to(moments)
-        seen = down @ moments
-        return up @ seen, _inner(up.T @ up, seen @ down.T)
-    full = change.matrix(dtype=moments.dtype).to(moments)
-    pull = full @ moments
-    return pull, _inner(pull, full)
-
-
-def _inner(one: Tensor, other: Tensor) -> float:
-    return float((one * other).sum())
+def _inner(one: Change, other: Change) -> float:
+    """⟨A, B⟩ for two changes (out, in), A being in double; through the factors where both have some."""
+    if isinstance(one, LowRank) and isinstance(other, LowRank):
+        return inner(one.up.T @ other.up.to(one.up), one.down @ other.down.to(one.down).T)
+    full = one.matrix()
+    return inner(full, other.matrix().to(full))

@@ -52,7 +52,7 @@ class Recording:
         if stored:
             found["moments"] = unpack(stored)
         for kind, tensor in found.items():
-            if not torch.isfinite(tensor).all():
+            if not torch.isfinite(tensor.sum(dtype=torch.float64)):  # the sum of any that is not is not
                 raise ConceptFileError(f"{self.file.path}: {kind} of {shown(name)}: values that are not finite")
             found[kind] = tensor.to(device) if kind == "inputs" else tensor.to(device, torch.float64)
         return Seen(**found, rows=self.rows[name])
@@ -139,7 +139,7 @@ def _digest(stored: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for kind, tensor in sorted(stored.items()):
         digest.update(f"{kind} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
