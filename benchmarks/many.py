@@ -47,7 +47,7 @@ PRIOR: Final = {key: read_suite(SUITE).methods[-1].fuse[key] for key in ("prior"
 """As where fourteen are fused; none of these is a prompt that anything is measured on."""
 WAYS: Final[dict[str, dict[str, Any]]] = {
     "gradient": PRIOR,
-    "gradient-refitted": {**PRIOR, "refit_words": 240},
+    "gradient-refitted": {**PRIOR, "refit": 100},
     "gradient-no-prior": {},
     "gradient-no-refinement": {**PRIOR, "refine": 0},
     "gradient-independent": {**PRIOR, "mode": "independent"},

@@ -225,14 +225,14 @@ def test_record_fuse_edit_and_draw_from_a_delta(golden_concepts, tmp_path, capsy
     run("fuse", "{0}/dogx.safetensors", "--base", GOLDEN_BASE, "--out", "{0}/fused", *found)
     assert len(list((tmp_path / "kept").iterdir())) == 1
     more = ["--add", "{0}/manx.safetensors", "--base", GOLDEN_BASE, "--weights", "dogx=2", "--leave-one-out"]
-    more += ["--refit-words", "1"]
+    more += ["--refit", "1"]
     out = ["--report", "{0}/report.html", "--as-delta", "{0}/fused.safetensors", "--rank", "3"]
     lines = run("fuse", "--model", "{0}/fused", *more, *out, "--statistics", "{0}/kept", "--storage", "low-rank")
     assert "fused: 2 concepts in" in lines and "MB, rank 3: relative error" in lines
-    assert re.search(r"words of <manx> refitted: loss [\d.e-]+ -> [\d.e-]+\n", lines)
+    assert re.search(r"<manx> refitted: loss [\d.e-]+ -> [\d.e-]+\n", lines)
     assert len(list((tmp_path / "kept").iterdir())) == 2
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "costs the others" in page and "Refitted words" in page
+    assert "costs the others" in page and "Refitted" in page
     drawn = ["--prompt", "a <dogx> and a <manx>", "--size", "64x64", "--steps", "1", "--out", "{0}/a.png"]
     run("sample", "--model", "{0}/fused.safetensors", "--base", GOLDEN_BASE, *drawn)
     assert (tmp_path / "a.png").is_file()

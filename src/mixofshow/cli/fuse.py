@@ -141,7 +141,7 @@ def _print_fused(out: Path | None, fused: Fused) -> None:
             f"guard: <{loud}> turned down in {one.layers} of {layers} layers, to a weight of {one.weight:.2g} at least"
         )
     for name, (before, after) in fused.refitted.items():
-        typer.echo(f"words of <{name}> refitted: loss {before:.3g} -> {after:.3g}")
+        typer.echo(f"<{name}> refitted: loss {before:.3g} -> {after:.3g}")
 
 
 def _write_delta(path: Path, model: ConceptModel, rank: int | None) -> None:

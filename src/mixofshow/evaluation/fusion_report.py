@@ -46,7 +46,7 @@ def fusion_page(fused: Fused) -> Page:
             f"layers, to a weight of {one.weight:.2g} at least."
         )
     if fused.refitted:
-        _words(page, fused.refitted)
+        _refitted(page, fused.refitted)
     if fused.layers:
         _layers(page, fused)
     page.heading("Settings")
@@ -54,13 +54,14 @@ def fusion_page(fused: Fused) -> Page:
     return page
 
 
-def _words(page: Page, refitted: Mapping[str, tuple[float, float]]) -> None:
-    page.heading("Refitted words")
+def _refitted(page: Page, refitted: Mapping[str, tuple[float, float]]) -> None:
+    page.heading("Refitted")
     page.paragraph(
-        "The mean squared difference of the fused model's predictions from those of the concept's own model."
+        "The mean squared difference of the fused model's predictions from those of the concept's own model. All other "
+        "numbers here are of the fusion before."
     )
     rows = [(f"<{name}>", f"{before:.3g}", f"{after:.3g}") for name, (before, after) in refitted.items()]
-    page.table(("concept", "with its own words", "refitted"), rows)
+    page.table(("concept", "fused", "refitted"), rows)
 
 
 def _layers(page: Page, fused: Fused) -> None:

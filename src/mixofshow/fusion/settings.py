@@ -86,12 +86,12 @@ class FusionSettings(RecordingSettings):
         "0 for the others.",
     )
     refine_order: Literal["stages", "all"] = Field("stages", description="Stage after stage, or all layers at once.")
-    refit_words: int = Field(
+    refit: int = Field(
         0,
         ge=0,
         le=100_000,
-        description="Steps in which each concept's words then learn to make up for what the fused weights have lost; "
-        "other concepts' words are not touched.",
+        description="Steps for each concept in which the fused weights and all words then learn to make up for what "
+        "fusing has lost.",
     )
     guard: bool = Field(False, description="Turn down concepts that are far louder than the others, and name them.")
     refuse_loud: bool = Field(False, description="End with an error that names them instead.")

@@ -106,9 +106,11 @@ def solver_for(settings: FusionSettings, stage: Stage) -> Solver:
 
 
 def check_method(settings: FusionSettings) -> None:
-    """Raise SettingsError for an unknown method or a setting that it does not have, before anything is recorded."""
+    """Raise SettingsError for an unknown method, or settings that do not go together, before anything is recorded."""
     if settings.method in KEEPS_INPUTS and settings.passes:
         raise SettingsError(f"refine: method '{settings.method}' has no use for drifted inputs; set refine to 0")
+    if settings.guard and settings.refit:
+        raise SettingsError("refit: would teach the model what the guard turns down; give one of the two")
     for stage in STAGES:
         solver_for(settings, stage)
 

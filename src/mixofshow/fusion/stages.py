@@ -25,11 +25,11 @@ from mixofshow.concepts.model import ConceptModel
 from mixofshow.errors import BadInputError
 from mixofshow.fusion.methods import KEEPS_INPUTS
 from mixofshow.fusion.recording import Source, Stage, record, stage_of
+from mixofshow.fusion.refitting import refit
 from mixofshow.fusion.settings import FusionSettings, RecordingSettings
 from mixofshow.fusion.solving import STAGES, LayerReport, check_method, problem_of, solve, solver_for, turned_down
 from mixofshow.fusion.statistics import input_of
 from mixofshow.fusion.store import Looks, Recording, Store
-from mixofshow.fusion.words import refit_words
 from mixofshow.progress import Progress, silent
 
 LOUD_SHARE: Final = 0.25
@@ -38,7 +38,7 @@ LOUD_SHARE: Final = 0.25
 
 @dataclass(frozen=True)
 class Fused:
-    """The fused model and how well each layer was fused; `refitted` is the loss of each concept's words, before and after."""
+    """The fused model and how well each layer was fused; `refitted` is each concept's loss, before and after."""
 
     model: ConceptModel
     layers: dict[str, LayerReport]
@@ -75,9 +75,9 @@ def fuse(
         fusion.run()
     if settings.refuse_loud:
         _refuse_loud(fusion.reports)
-    spoken, refitted = refit_words(pipeline, ordered, fusion.weights, settings, progress=progress)
-    model = ConceptModel(pipeline, vocabulary(spoken), fusion.weights, _manifest(pipeline, ordered, settings), ordered)
-    return Fused(model, fusion.reports, refitted)
+    found = refit(pipeline, ordered, fusion.weights, settings, progress=progress)
+    words, manifest = vocabulary(found.concepts), _manifest(pipeline, ordered, settings)
+    return Fused(ConceptModel(pipeline, words, found.weights, manifest, ordered), fusion.reports, found.losses)
 
 
 def _manifest(pipeline: Any, concepts: Sequence[Concept], settings: FusionSettings) -> dict[str, Any]:
@@ -231,8 +231,8 @@ class _Fusion:
 
     @cached_property
     def identity(self) -> list[Any]:
-        """What this fusion is made from: with the same, every recording is the same. Words are refitted after all."""
-        settings = self.settings.model_dump(mode="json", exclude={"refit_words"})
+        """What this fusion is made from: with the same, every recording is the same. It is refitted after all."""
+        settings = self.settings.model_dump(mode="json", exclude={"refit"})
         return [[concept.hash for concept in self.concepts], settings]
 
     @cached_property

@@ -1,0 +1,212 @@
+"""Refitting: the fused weights and everybody's words learn to make up for what fusing lost of each concept.
+
+Fusing meets what each layer by itself would say; what counts is the picture. So all concepts' own models, one after the
+other, teach the fused one what they predict while they draw (distillation, Hinton et al. 2015, arXiv:1503.02531). The
+pictures are drawn here, too, so that the center needs no training data. Where the fusion has a prior, the base itself
+is one more teacher, of its own prompts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.optim.lr_scheduler import LambdaLR
+
+from mixofshow.bases.families import conditions
+from mixofshow.bases.layers import layer
+from mixofshow.concepts.adapters import replaced
+from mixofshow.concepts.concept import Concept, vocabulary
+from mixofshow.concepts.prompts import EncodedText, encode_prompts, layerwise
+from mixofshow.fusion.recording import Source, draw
+from mixofshow.fusion.settings import FusionSettings
+from mixofshow.progress import Progress, silent
+
+PICTURES: Final = 4
+"""Drawn of each of a concept's prompts; every step of each is a lesson. Of the base's prompts, which are more, one."""
+BATCH: Final = 8
+PLAIN_BATCH: Final = 4
+"""Lessons of a concept in a step, and of the base beside them."""
+WORD_RATE: Final = 0.05
+WEIGHT_RATE: Final = 0.004
+"""Adam's first learning rates, as shares of the root mean square of what learns."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One step of a picture that a teacher drew: latents and its prediction, (channels, rows, columns)."""
+
+    prompt: str
+    latents: Tensor
+    timestep: Tensor
+    prediction: Tensor
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """What a model speaks and weighs, (out, in) by layer, and each concept's loss before and after.
+
+    The loss is the mean squared difference of the model's predictions from those of the concept's own model.
+    """
+
+    concepts: Sequence[Concept]
+    weights: Mapping[str, Tensor]
+    losses: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def refit(
+    pipeline: Any,
+    concepts: Sequence[Concept],
+    weights: Mapping[str, Tensor],
+    settings: FusionSettings,
+    *,
+    progress: Progress = silent,
+) -> Refitted:
+    """Words and fused `weights`, (out, in) by layer, after `settings.refit` steps for each concept.
+
+    Nothing is done in 0 steps, and for one concept alone, whose weights are its own. What does not lower the concepts'
+    mean loss is thrown away. Progress is counted in steps.
+    """
+    before = Refitted(concepts, weights)
+    if not settings.refit or len(concepts) == 1:
+        return before
+    lessons = [own_lessons(pipeline, Source.of(concept, settings), settings) for concept in concepts]
+    after = _learned(pipeline, before, lessons, settings, progress)
+    losses = [_losses(pipeline, one, lessons) for one in (before, after)]
+    if not sum(losses[1]) < sum(losses[0]):
+        after, losses = before, [losses[0]] * 2
+    return replace(after, losses=dict(zip((one.info.name for one in concepts), zip(*losses, strict=True), strict=True)))
+
+
+@torch.no_grad()
+def own_lessons(
+    pipeline: Any, source: Source, settings: FusionSettings, *, pictures: int = PICTURES
+) -> list[list[Lesson]]:
+    """What the source's own model predicts while it draws the settings' prompts, without guidance; by prompt."""
+    with replaced(pipeline, source.weights(pipeline, None)), layerwise(pipeline.unet):
+        return [
+            _lessons_of(pipeline, [prompt] * pictures, source, settings.steps, settings.seed + number)
+            for number, prompt in enumerate(source.texts)
+        ]
+
+
+def _lessons_of(pipeline: Any, prompts: Sequence[str], source: Source, steps: int, seed: int) -> list[Lesson]:
+    """The same for pictures that are drawn together; the pipeline has the source's own weights."""
+    lessons: list[Lesson] = []
+    text = encode_prompts(pipeline, prompts, source.vocabulary)
+
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        made = _predicted(pipeline, latents, timestep, text)
+        lessons.extend(Lesson(*one[:2], timestep, one[2]) for one in zip(prompts, latents, made, strict=True))
+        return made
+
+    draw(pipeline, predict, steps=steps, seed=seed, pictures=len(prompts))
+    return lessons
+
+
+@torch.enable_grad()
+def _learned(
+    pipeline: Any,
+    taught: Refitted,
+    lessons: Sequence[Sequence[Sequence[Lesson]]],
+    settings: FusionSettings,
+    progress: Progress,
+) -> Refitted:
+    """Words and weights after all steps. In each one concept, in turns, teaches some lessons of one of its prompts."""
+    words = [concept.embeddings.clone().requires_grad_() for concept in taught.concepts]
+    weights = {name: weight.detach().float().clone().requires_grad_() for name, weight in taught.weights.items()}
+    plain = _plain_lessons(pipeline, settings)
+    groups = [_group(one, WORD_RATE) for one in words] + [_group(one, WEIGHT_RATE) for one in weights.values()]
+    total = settings.refit * len(words)
+    optimizer = torch.optim.Adam(groups)
+    schedule = LambdaLR(optimizer, lambda step: 1 - step / total)
+    chance = random.Random(settings.seed)
+    with _computing_with(pipeline, weights), layerwise(pipeline.unet):
+        for step in range(total):
+            if step % len(words) == 0:
+                turns = chance.sample(range(len(words)), len(words))
+            number = turns[step % len(words)]
+            prompt = chance.choice(lessons[number])
+            batch = chance.sample(prompt, min(BATCH, len(prompt))) + chance.sample(plain, min(PLAIN_BATCH, len(plain)))
+            loss = _loss(pipeline, replace(taught.concepts[number], embeddings=words[number]), batch)
+            optimizer.zero_grad()
+            loss.backward(inputs=[words[number], *weights.values()])  # and to no parameter of the pipeline's
+            optimizer.step()
+            schedule.step()
+            progress(step + 1, total, {"loss": loss.item()})
+    return Refitted(
+        [replace(one, embeddings=own.detach()) for one, own in zip(taught.concepts, words, strict=True)],
+        {name: weight.detach().to(taught.weights[name].dtype) for name, weight in weights.items()},
+    )
+
+
+def _plain_lessons(pipeline: Any, settings: FusionSettings) -> list[Lesson]:
+    """The base's own, if the fusion has a prior."""
+    if not settings.prior:
+        return []
+    source = Source(None, settings.prior_prompts, settings.prior_prompts)
+    return [lesson for prompt in own_lessons(pipeline, source, settings, pictures=1) for lesson in prompt]
+
+
+def _group(learning: Tensor, rate: float) -> dict[str, Any]:
+    return {"params": [learning], "lr": rate * float(learning.detach().square().mean().sqrt())}
+
+
+class _Given(nn.Module):
+    """In place of a layer's own weight: another, (out, in), in its shape and precision."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight  # a plain attribute, so that it is no parameter of the pipeline
+
+    def forward(self, own: Tensor) -> Tensor:
+        return self.weight.to(own).view_as(own)
+
+
+@contextlib.contextmanager
+def _computing_with(pipeline: Any, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the named layers compute with these weights, and gradients flow to them."""
+    modules = {name: layer(pipeline, name) for name in weights}
+    for name, module in modules.items():
+        parametrize.register_parametrization(module, "weight", _Given(weights[name]))
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+
+
+def _loss(pipeline: Any, concept: Concept, lessons: Sequence[Lesson]) -> Tensor:
+    """How far the pipeline's predictions are from the lessons', with the concept's words as they are now."""
+    text = encode_prompts(pipeline, [one.prompt for one in lessons], vocabulary([concept]))
+    latents, timesteps = (torch.stack([getattr(one, name) for one in lessons]) for name in ("latents", "timestep"))
+    wanted = torch.stack([one.prediction for one in lessons])
+    return F.mse_loss(_predicted(pipeline, latents, timesteps, text).float(), wanted.float())
+
+
+def _predicted(pipeline: Any, latents: Tensor, timesteps: Tensor, text: EncodedText) -> Tensor:
+    told = conditions(pipeline, text.pooled, latents)
+    made: Tensor = pipeline.unet(latents, timesteps, text.hidden, **told).sample
+    return made
+
+
+@torch.no_grad()
+def _losses(pipeline: Any, model: Refitted, lessons: Sequence[Sequence[Sequence[Lesson]]]) -> list[float]:
+    """Each concept's loss, over a batch of each of its prompts' lessons, from the first step to the last."""
+    with replaced(pipeline, model.weights), layerwise(pipeline.unet):
+        return [
+            sum(_loss(pipeline, concept, _spread(prompt)).item() for prompt in prompts) / len(prompts)
+            for concept, prompts in zip(model.concepts, lessons, strict=True)
+        ]
+
+
+def _spread(lessons: Sequence[Lesson]) -> Sequence[Lesson]:
+    """A batch, evenly over all."""
+    return lessons[:: max(1, len(lessons) // BATCH)][:BATCH]

@@ -1,0 +1,208 @@
+"""Refitted models predict more like the concepts' own, and nothing else is touched."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixofshow.bases.layers import layer, matrix
+from mixofshow.concepts.adapters import replaced
+from mixofshow.concepts.concept import vocabulary
+from mixofshow.concepts.model import load_model, load_unfused, with_concept
+from mixofshow.concepts.prompts import encode_prompts, layerwise
+from mixofshow.errors import SettingsError
+from mixofshow.fusion import refitting
+from mixofshow.fusion.recording import Source
+from mixofshow.fusion.refitting import PICTURES, Refitted, own_lessons, refit
+from mixofshow.fusion.settings import PAPER, FusionSettings
+from mixofshow.fusion.stages import fuse
+from mixofshow.fusion.store import open_store
+
+BASE = Path(__file__).parents[1] / "goldens" / "pipeline"
+PLAIN = FusionSettings(**PAPER, method="average", steps=2)
+REFIT = PLAIN.model_copy(update={"refit": 6})
+
+
+@pytest.fixture(scope="module")
+def plain(golden_pipeline, golden_concepts):
+    return fuse(golden_concepts, golden_pipeline, PLAIN)
+
+
+@pytest.fixture(scope="module")
+def refitted(golden_pipeline, golden_concepts):
+    return fuse(golden_concepts, golden_pipeline, REFIT)
+
+
+@torch.no_grad()
+def predictions(model, lessons):
+    """What a model predicts for lessons, one by one."""
+    with model.active(), layerwise(model.pipeline.unet):
+        return [
+            model.pipeline.unet(
+                one.latents[None], one.timestep, encode_prompts(model.pipeline, [one.prompt], model.vocabulary).hidden
+            ).sample[0]
+            for one in lessons
+        ]
+
+
+def equal_words(first, second):
+    assert list(first.embeddings) == list(second.embeddings)
+    return all(torch.equal(vector, second.embeddings[word]) for word, vector in first.embeddings.items())
+
+
+def equal_weights(first, second):
+    assert first.keys() == second.keys()
+    return all(torch.equal(weight, second[name]) for name, weight in first.items())
+
+
+def test_lessons_are_the_concepts_own_models(golden_pipeline, golden_concepts):
+    for concept in golden_concepts:
+        lessons = own_lessons(golden_pipeline, Source.of(concept, PLAIN), PLAIN)
+        assert [len(prompt) for prompt in lessons] == [PICTURES * PLAIN.steps] * len(PLAIN.prompts)
+        for prompt, ours in zip(PLAIN.prompts, lessons, strict=True):
+            assert {one.prompt for one in ours} == {prompt.replace("{}", concept.prompt)}
+            found = predictions(with_concept(golden_pipeline, concept), ours)
+            torch.testing.assert_close(torch.stack(found), torch.stack([one.prediction for one in ours]))
+
+
+def test_the_loss_falls_and_is_what_it_says(golden_pipeline, golden_concepts, plain, refitted):
+    assert refitted.refitted.keys() == {concept.info.name for concept in golden_concepts}
+    for concept in golden_concepts:
+        # So few that all of them are looked at.
+        lessons = [one for prompt in own_lessons(golden_pipeline, Source.of(concept, PLAIN), PLAIN) for one in prompt]
+        wanted = torch.stack([one.prediction for one in lessons])
+        measured = [
+            float((torch.stack(predictions(one.model, lessons)) - wanted).square().mean()) for one in (plain, refitted)
+        ]
+        assert refitted.refitted[concept.info.name] == pytest.approx(measured, rel=1e-4)
+        assert measured[1] < 0.95 * measured[0]
+
+
+def test_words_and_weights_learn_and_the_concepts_stay(plain, refitted):
+    assert not equal_words(plain.model.vocabulary, refitted.model.vocabulary)
+    assert not equal_weights(plain.model.weights, refitted.model.weights)
+    assert plain.model.vocabulary.aliases == refitted.model.vocabulary.aliases
+    assert refitted.model.concepts == plain.model.concepts
+
+
+def test_with_a_prior_the_base_teaches_too(golden_pipeline, golden_concepts, plain):
+    """Its own prompt is then predicted more like the base does than without."""
+    settings = REFIT.model_copy(update={"refit": 20, "prior_prompts": ("a house",)})
+    wanted = [
+        one for prompt in own_lessons(golden_pipeline, Source(None, ("a house",), ()), settings) for one in prompt
+    ]
+
+    def drift(prior: float) -> float:
+        found = refit(
+            golden_pipeline, golden_concepts, plain.model.weights, settings.model_copy(update={"prior": prior})
+        )
+        made = predictions(replace(plain.model, weights=found.weights), wanted)
+        return float((torch.stack(made) - torch.stack([one.prediction for one in wanted])).square().mean())
+
+    assert drift(1.0) < 0.8 * drift(0.0)
+
+
+def test_gradients_are_those_of_the_weights_themselves(golden_pipeline, golden_concepts, plain):
+    """One step against plain autograd on a copy that has the weights as its own parameters."""
+    lessons = own_lessons(golden_pipeline, Source.of(golden_concepts[0], PLAIN), PLAIN)[0][:2]
+    weights = {name: weight.clone().requires_grad_() for name, weight in plain.model.weights.items()}
+    with refitting._computing_with(golden_pipeline, weights), layerwise(golden_pipeline.unet):
+        found = torch.autograd.grad(refitting._loss(golden_pipeline, golden_concepts[0], lessons), [*weights.values()])
+    pipeline = copy.deepcopy(golden_pipeline)
+    with replaced(pipeline, plain.model.weights), layerwise(pipeline.unet):
+        own = [layer(pipeline, name).weight.requires_grad_() for name in weights]
+        expected = torch.autograd.grad(refitting._loss(pipeline, golden_concepts[0], lessons), own)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs.view_as(ours))
+
+
+def test_the_order_of_the_files_does_not_matter(golden_pipeline, golden_concepts, refitted):
+    turned = fuse(golden_concepts[::-1], golden_pipeline, REFIT)
+    assert equal_words(turned.model.vocabulary, refitted.model.vocabulary)
+    assert equal_weights(turned.model.weights, refitted.model.weights)
+    assert turned.refitted == refitted.refitted
+
+
+def test_the_pipeline_is_left_as_it_was_without_gradients(golden_pipeline, golden_concepts, plain):
+    pipeline = copy.deepcopy(golden_pipeline)
+    parts = (pipeline.unet.requires_grad_(True), pipeline.text_encoder.requires_grad_(True))
+    before = [{name: value.clone() for name, value in part.state_dict().items()} for part in parts]
+    kinds = [[type(module) for module in part.modules()] for part in parts]
+    kept = {name: weight.clone() for name, weight in plain.model.weights.items()}
+    refit(pipeline, golden_concepts, plain.model.weights, REFIT.model_copy(update={"refit": 1, "prior": 1.0}))
+    for part, state, kind in zip(parts, before, kinds, strict=True):
+        assert part.state_dict().keys() == state.keys()
+        assert all(torch.equal(value, state[name]) for name, value in part.state_dict().items())
+        assert all(parameter.grad is None and parameter.requires_grad for parameter in part.parameters())
+        assert [type(module) for module in part.modules()] == kind
+    assert equal_weights(kept, plain.model.weights)
+    assert not any(concept.embeddings.requires_grad for concept in golden_concepts)
+
+
+@pytest.mark.parametrize(("steps", "count"), [(0, 2), (5, 1)])
+def test_without_steps_or_company_all_stays(steps, count, golden_pipeline, golden_concepts):
+    concepts = golden_concepts[:count]
+    fused = fuse(concepts, golden_pipeline, PLAIN.model_copy(update={"refit": steps}))
+    assert fused.refitted == {}
+    assert equal_words(fused.model.vocabulary, vocabulary(fused.model.concepts))
+    assert equal_weights(fused.model.weights, fuse(concepts, golden_pipeline, PLAIN).model.weights)
+
+
+def test_what_gets_no_better_stays(golden_pipeline, golden_concepts, plain, monkeypatch):
+    monkeypatch.setattr(refitting, "WEIGHT_RATE", 1e3)
+    found = refit(golden_pipeline, golden_concepts, plain.model.weights, REFIT)
+    assert found == Refitted(golden_concepts, plain.model.weights, found.losses)
+    assert all(before == after > 0 for before, after in found.losses.values())
+
+
+def test_half_precision_learns_in_single(golden_pipeline, golden_concepts, plain):
+    """Steps far smaller than bf16 resolves add up."""
+    pipeline = copy.deepcopy(golden_pipeline).to(torch.bfloat16)
+    weights = {name: weight.bfloat16() for name, weight in plain.model.weights.items()}
+    found = refit(pipeline, golden_concepts, weights, REFIT)
+    assert all(weight.dtype is torch.bfloat16 for weight in found.weights.values())
+    assert sum(after for _, after in found.losses.values()) < 0.95 * sum(before for before, _ in found.losses.values())
+
+
+def test_a_vector_for_all_layers_stays_one(golden_pipeline, golden_concepts, plain):
+    shared = [replace(concept, embeddings=concept.embeddings[:, :1]) for concept in golden_concepts]
+    found = refit(golden_pipeline, shared, plain.model.weights, REFIT)
+    assert all(after < before for before, after in found.losses.values())
+    assert [one.embeddings.shape for one in found.concepts] == [one.embeddings.shape for one in shared]
+
+
+def test_what_the_guard_turns_down_is_not_taught(golden_pipeline, golden_concepts):
+    with pytest.raises(SettingsError, match="^refit: would teach the model what the guard turns down"):
+        fuse(golden_concepts, golden_pipeline, REFIT.model_copy(update={"guard": True}))
+
+
+def test_a_saved_model_is_the_refitted_one_and_has_the_concepts_as_they_were(refitted, tmp_path):
+    refitted.model.save(tmp_path / "fused")
+    refitted.model.save_delta(tmp_path / "fused.safetensors")
+    for loaded in (load_model(tmp_path / "fused"), load_model(tmp_path / "fused.safetensors", base=BASE)):
+        assert equal_words(loaded.vocabulary, refitted.model.vocabulary)
+        for name, weight in refitted.model.weights.items():
+            found = loaded.weights.get(name, matrix(layer(loaded.pipeline, name)))
+            torch.testing.assert_close(found, weight, rtol=1e-5, atol=1e-6)
+    kept = load_unfused(tmp_path / "fused", base=BASE)
+    assert {one.hash for one in kept.concepts} == {one.hash for one in refitted.model.concepts}
+
+
+def test_refitting_needs_no_new_recording_and_tells_how_far_it_is(golden_pipeline, golden_concepts, recorded, tmp_path):
+    settings = FusionSettings(**{**PAPER, "refine": 1}, steps=1)
+    fuse(golden_concepts, golden_pipeline, settings, store=open_store(tmp_path))
+    recorded.clear()
+    told = []
+    fuse(
+        golden_concepts,
+        golden_pipeline,
+        settings.model_copy(update={"refit": 2}),
+        store=open_store(tmp_path),
+        progress=lambda step, total, info: told.append((step, total, *info)),
+    )
+    assert not recorded
+    assert told[-4:] == [(step, 4, "loss") for step in range(1, 5)]
