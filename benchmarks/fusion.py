@@ -38,7 +38,7 @@ from mixofshow.concepts.model import ConceptModel
 from mixofshow.fusion.methods import gradient, lbfgs, solve_ridge
 from mixofshow.fusion.problem import LayerProblem
 from mixofshow.fusion.recording import Source
-from mixofshow.fusion.settings import FusionSettings
+from mixofshow.fusion.settings import PAPER, FusionSettings
 from mixofshow.fusion.stages import fuse, record_concept
 from mixofshow.fusion.statistics import Moments
 from mixofshow.fusion.store import Store
@@ -51,6 +51,8 @@ TEXT_ROWS = 16 * (7 + 5)
 """Of one concept: the tokens of "photo of a <a> <b>" and of "<a> <b>", in 16 variants."""
 WORD_ROWS = 2 * 3
 """Two words and the end of two prompts."""
+MEMORY_SETTINGS = FusionSettings(**{**PAPER, "refine": 1}, steps=1)
+"""All stages and a pass of refinement, over few prompts and steps: what is kept does not grow with these."""
 ADD_STEPS = 4
 """Recording 20 takes many minutes without a GPU, and would make what grows, reading the others', a smaller share."""
 LAYERS = {
@@ -160,7 +162,7 @@ def one(what: str, steps: int) -> None:
         draw = MixOfShowPipeline.of(ConceptModel(pipeline))
         seconds = _seconds(
             lambda: (
-                fuse(concepts, pipeline, FusionSettings(steps=2))
+                fuse(concepts, pipeline, MEMORY_SETTINGS)
                 if does == "fusing"
                 else draw("photo of a dog", num_inference_steps=2)
             )
