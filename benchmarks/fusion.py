@@ -51,7 +51,7 @@ TEXT_ROWS = 16 * (7 + 5)
 """Of one concept: the tokens of "photo of a <a> <b>" and of "<a> <b>", in 16 variants."""
 WORD_ROWS = 2 * 3
 """Two words and the end of two prompts."""
-MEMORY_SETTINGS = FusionSettings(**{**PAPER, "refine": 1}, steps=1)
+MEMORY_SETTINGS = FusionSettings(**{**PAPER, "refine": 1}, steps=1, max_memory=0.7)
 """All stages and a pass of refinement, over few prompts and steps: what is kept does not grow with these."""
 ADD_STEPS = 4
 """Recording 20 takes many minutes without a GPU, and would make what grows, reading the others', a smaller share."""

@@ -98,3 +98,31 @@ def test_what_is_no_such_file_is_refused(what, tmp_path):
 def test_a_tensor_that_is_not_there_is_an_error_that_names_the_file(path):
     with pytest.raises(ConceptFileError, match="some.safetensors: tensor 'something else'"):
         TensorFile(path).read("something else")
+
+
+def test_files_are_byte_for_byte_the_librarys_but_for_the_order_of_metadata(tmp_path):
+    kinds = (
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        torch.int64,
+        torch.int32,
+        torch.uint8,
+        torch.bool,
+    )
+    tensors = {f"{name}{kind}": torch.arange(size).to(kind) for kind in kinds for name, size in (("b", 3), ("a", 8))}
+    tensors |= {
+        "empty": torch.zeros(0, 4),
+        "turned": torch.arange(6.0).view(2, 3).T.contiguous(),
+        "one": torch.tensor(2.0),
+    }
+    save_file(tensors, tmp_path / "theirs.safetensors", {"format": "pt"})
+    write_tensors(tmp_path / "ours.safetensors", tensors, {"format": "pt"})
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+
+
+def test_tensors_that_lie_scattered_are_written_in_order(tmp_path):
+    turned = torch.arange(6.0).view(2, 3).T
+    write_tensors(tmp_path / "ours.safetensors", {"turned": turned}, {})
+    assert torch.equal(load_file(tmp_path / "ours.safetensors")["turned"], turned)

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import safetensors
 import safetensors.torch
+import torch
 import yaml
 from torch import Tensor
 
@@ -25,6 +26,19 @@ MAX_TENSORS: Final = 4096
 MAX_DIMENSIONS: Final = 4
 MAX_YAML_BYTES: Final = 100_000
 MAX_JSON_BYTES: Final = 100_000_000
+DTYPES: Final = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
+"""Precisions by their names in safetensors files; in these, the last come first."""
 PICKLE_MAGICS: Final = (b"PK\x03\x04", b"\x80")
 
 
@@ -91,19 +105,27 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file whole or not at all; the same content gives the same bytes."""
-    with writing(path) as temporary:
-        temporary.write_bytes(_tensor_bytes(tensors, metadata))
+    """Write a safetensors file whole or not at all; the same content gives the same bytes.
 
-
-def _tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Safetensors bytes with the metadata in order of their names; the library writes them in a random one."""
-    data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(metadata))
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length]) | {"__metadata__": dict(sorted(metadata.items()))}
+    The library would hold all of it in memory twice, and writes metadata in a random order; else it is as its own.
+    """
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-list(DTYPES).index(item[1].dtype), item[0])))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name, tensor in ordered.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+    with writing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in ordered.values():
+            file.write(raw(tensor))
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """A tensor's bytes, without copying those of one that lies on the CPU in one piece."""
+    return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data
 
 
 def read_table(path: Path) -> dict[str, Any]:

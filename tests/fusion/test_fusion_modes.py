@@ -490,3 +490,21 @@ def test_refining_leaves_alone_what_nothing_drifts_into(refined):
     moved = {name: float((new[name] - old[name]).norm() / old[name].norm()) for name in first}
     assert all(moved[name] < 1e-9 for name in first if not name.endswith("out_proj"))
     assert moved["text_encoder.text_model.encoder.layers.0.self_attn.out_proj"] > 1e-3
+
+
+@pytest.mark.parametrize("refine_order", ["stages", "all"])
+def test_less_memory_means_more_recordings_of_fewer_layers_and_the_same_model(
+    refine_order, golden_pipeline, three, tmp_path
+):
+    settings = FusionSettings(steps=1, prompts=("a {}",), picture_prompts=("a {}",), refine_order=refine_order)
+    whole = fuse(three, golden_pipeline, settings, store=Store(tmp_path / "whole"))
+    limit = 3 * 8 * 32**2 * 4  # bytes: four of the widest inputs, drifted
+    little = settings.model_copy(update={"max_memory": limit / 2**30})
+    told = []
+    found = fuse(three, golden_pipeline, little, store=Store(tmp_path / "little"), progress=lambda *it: told.append(it))
+    assert same(found, whole)
+    sizes = [[path.stat().st_size for path in (tmp_path / kind).iterdir()] for kind in ("whole", "little")]
+    assert len(sizes[1]) > len(sizes[0])
+    assert max(sizes[0]) > limit + 10_000
+    assert max(sizes[1]) < limit + 10_000  # and what the file says of itself
+    assert told[-1][0] == told[-1][1]

@@ -15,20 +15,16 @@ from mixofshow.concepts.concept import Concept
 
 @contextlib.contextmanager
 def replaced(pipeline: Any, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, the named layers have these weights, (out, in); afterwards their own again."""
-    own = {name: matrix(layer(pipeline, name)).clone() for name in weights}
+    """Inside, the named layers have these weights, (out, in); afterwards their own again. Nothing is copied meanwhile."""
+    parameters: dict[str, Any] = {name: layer(pipeline, name).weight for name in weights}
+    own = {name: parameter.data for name, parameter in parameters.items()}
     try:
-        set_weights(pipeline, weights)
+        for name, parameter in parameters.items():
+            parameter.data = weights[name].detach().to(parameter).view_as(parameter)
         yield
     finally:
-        set_weights(pipeline, own)
-
-
-@torch.no_grad()
-def set_weights(pipeline: Any, weights: Mapping[str, Tensor]) -> None:
-    """Overwrite the named layers' weights, (out, in), for good."""
-    for name, weight in weights.items():
-        matrix(layer(pipeline, name)).copy_(weight)
+        for name, parameter in parameters.items():
+            parameter.data = own[name]
 
 
 @contextlib.contextmanager

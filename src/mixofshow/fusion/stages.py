@@ -28,7 +28,7 @@ from mixofshow.fusion.recording import Source, Stage, record, stage_of
 from mixofshow.fusion.refitting import refit
 from mixofshow.fusion.settings import FusionSettings, RecordingSettings
 from mixofshow.fusion.solving import STAGES, LayerReport, check_method, problem_of, solve, solver_for, turned_down
-from mixofshow.fusion.statistics import input_of
+from mixofshow.fusion.statistics import input_of, parts
 from mixofshow.fusion.store import Looks, Recording, Store
 from mixofshow.progress import Progress, silent
 
@@ -147,9 +147,9 @@ class _Recorder:
         """The source's whole own model: nothing of it depends on other concepts."""
         return self._recorded(source, names, {"mode": "independent"})
 
-    def staged(self, source: Source, names: Sequence[str], behind: Any) -> Recording:
-        """Own are the named layers only; `behind` tells what the pipeline has in the others."""
-        return self._recorded(source, names, {"mode": "staged", "behind": behind}, own=set(names))
+    def staged(self, source: Source, names: Sequence[str], behind: Any, own: Collection[str]) -> Recording:
+        """Only the `own` layers are its own; `behind` tells what the pipeline has in the others."""
+        return self._recorded(source, names, {"mode": "staged", "behind": behind}, own=own)
 
     def drifted(self, source: Source, names: Sequence[str], behind: Any, fused: Mapping[str, Tensor]) -> Recording:
         """The source's whole own model beside the fused one; `behind` tells how that came about."""
@@ -211,9 +211,8 @@ class _Fusion:
                 names = self._names([stage])
                 # The text encoder comes first: nothing is fused behind it, whoever the other concepts are.
                 behind = None if stage == "text" else [stage, self.identity]
-                with replaced(self.pipeline, self.weights):
-                    recordings = self._record(partial(self.recorder.staged, names=names, behind=behind))
-                self._solve(names, recordings)
+                with replaced(self.pipeline, dict(self.weights)):
+                    self._in_parts(names, partial(self.recorder.staged, own=set(names)), behind, moments=1)
         for number in range(self._passes):
             self._refine(number)
 
@@ -225,9 +224,18 @@ class _Fusion:
     def _refine(self, number: int) -> None:
         """Solve all layers again, for the inputs that they have in the fused model."""
         for stages in [[stage] for stage in STAGES] if self.settings.refine_order == "stages" else [STAGES]:
-            names, behind = self._names(stages), [number, stages, self.identity]
-            drifted = partial(self.recorder.drifted, names=names, behind=behind, fused=dict(self.weights))
-            self._solve(names, self._record(drifted))
+            drifted = partial(self.recorder.drifted, fused=dict(self.weights))
+            self._in_parts(self._names(stages), drifted, [number, stages, self.identity], moments=3)
+
+    def _in_parts(
+        self, names: Sequence[str], record_one: Callable[..., Recording], behind: Any, *, moments: int
+    ) -> None:
+        """Record and solve layers: at once, or so many at a time that their moments fit into the memory allowed."""
+        widths = {name: matrix(layer(self.pipeline, name)).shape[1] for name in names}
+        groups = parts(names, widths, self.recorder.budget and self.recorder.budget / moments)
+        for group in groups:
+            told = behind if len(groups) == 1 else [behind, group]
+            self._solve(group, self._record(partial(record_one, names=group, behind=told), counts=group is groups[-1]))
 
     @cached_property
     def identity(self) -> list[Any]:
@@ -251,14 +259,14 @@ class _Fusion:
         of_base = [Source(None, settings.prior_prompts, settings.prior_prompts)] if settings.prior else []
         return [*(Source.of(concept, settings) for concept in self.concepts), *of_base]
 
-    def _record(self, record_one: Callable[[Source], Recording]) -> list[Recording]:
+    def _record(self, record_one: Callable[[Source], Recording], *, counts: bool = True) -> list[Recording]:
         recordings = []
         rounds = (1 if self.settings.mode == "independent" else len(STAGES)) + self._passes * (
             1 if self.settings.refine_order == "all" else len(STAGES)
         )
         for source in self._sources:
             recordings.append(record_one(source))
-            self.recorded += 1
+            self.recorded += counts
             self.progress(self.recorded, rounds * len(self._sources), {})
         return recordings
 

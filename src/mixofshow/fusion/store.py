@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mixofshow.errors import BadInputError, ConceptFileError, SettingsError, shown
-from mixofshow.files import TensorFile, write_tensors
+from mixofshow.files import TensorFile, raw, write_tensors
 from mixofshow.fusion.statistics import TENSORS, Seen
 
 Storage = Literal["fp64", "fp32", "fp16", "low-rank"]
@@ -139,7 +139,7 @@ def _digest(stored: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for kind, tensor in sorted(stored.items()):
         digest.update(f"{kind} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy().data)
+        digest.update(raw(tensor))
     return digest.hexdigest()[:16]
 
 
