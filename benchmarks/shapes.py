@@ -93,7 +93,9 @@ def _clip_l() -> CLIPTextConfig:
 
 
 def _scheduler() -> Any:
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
+    )
 
 
 def _frozen(pipeline: Any) -> Any:
