@@ -129,6 +129,7 @@ def _mask(folder: Path) -> None:
     sea = Image.new("L", (160, 64))
     sea.paste(255, (0, 40, 160, 64))
     sea.save(folder / "sea.png")
+    _sketch(folder)
 
 
 def _sketch(folder: Path) -> None:
