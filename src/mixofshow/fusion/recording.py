@@ -33,7 +33,7 @@ from mixofshow.concepts.prompts import (
     unprompted,
 )
 from mixofshow.concepts.words import Vocabulary
-from mixofshow.fusion.settings import RecordingSettings
+from mixofshow.fusion.settings import FusionSettings, RecordingSettings
 from mixofshow.fusion.statistics import Moments, Seen, holding, input_of, parts
 
 Stage = Literal["text", "keys-and-values", "picture"]
@@ -63,6 +63,11 @@ class Source:
             for prompts in (settings.prompts, settings.picture_prompts)
         )
         return cls(concept, texts, pictures)
+
+    @classmethod
+    def of_base(cls, settings: FusionSettings) -> Source:
+        """The base model with the settings' own prompts, which it reads and draws."""
+        return cls(None, settings.prior_prompts, settings.prior_prompts)
 
     @property
     def name(self) -> str:

@@ -104,7 +104,8 @@ def _lessons_of(pipeline: Any, prompts: Sequence[str], source: Source, steps: in
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
         made = _predicted(pipeline, latents, timestep, text)
-        lessons.extend(Lesson(*one[:2], timestep, one[2]) for one in zip(prompts, latents, made, strict=True))
+        for prompt, noisy, its in zip(prompts, latents, made, strict=True):
+            lessons.append(Lesson(prompt, noisy, timestep, its))
         return made
 
     draw(pipeline, predict, steps=steps, seed=seed, pictures=len(prompts))
@@ -151,8 +152,8 @@ def _plain_lessons(pipeline: Any, settings: FusionSettings) -> list[Lesson]:
     """The base's own, if the fusion has a prior."""
     if not settings.prior:
         return []
-    source = Source(None, settings.prior_prompts, settings.prior_prompts)
-    return [lesson for prompt in own_lessons(pipeline, source, settings, pictures=1) for lesson in prompt]
+    by_prompt = own_lessons(pipeline, Source.of_base(settings), settings, pictures=1)
+    return [lesson for lessons in by_prompt for lesson in lessons]
 
 
 def _group(learning: Tensor, rate: float) -> dict[str, Any]:

@@ -211,7 +211,7 @@ class _Fusion:
                 names = self._names([stage])
                 # The text encoder comes first: nothing is fused behind it, whoever the other concepts are.
                 behind = None if stage == "text" else [stage, self.identity]
-                with replaced(self.pipeline, dict(self.weights)):
+                with replaced(self.pipeline, self.weights):
                     self._in_parts(names, partial(self.recorder.staged, own=set(names)), behind, moments=1)
         for number in range(self._passes):
             self._refine(number)
@@ -256,7 +256,7 @@ class _Fusion:
     def _sources(self) -> list[Source]:
         """The concepts, and behind them the base if its own prompts count."""
         settings = self.settings
-        of_base = [Source(None, settings.prior_prompts, settings.prior_prompts)] if settings.prior else []
+        of_base = [Source.of_base(settings)] if settings.prior else []
         return [*(Source.of(concept, settings) for concept in self.concepts), *of_base]
 
     def _record(self, record_one: Callable[[Source], Recording], *, counts: bool = True) -> list[Recording]:
