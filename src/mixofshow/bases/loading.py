@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from mixofshow.bases.checkpoints import SUFFIX, check_weights, load_checkpoint
 from mixofshow.bases.families import family_of, text_encoders
 from mixofshow.errors import BaseModelError, SettingsError, shown
+from mixofshow.files import raw
 
 EMBEDDED: Final = {"emojiland": Path(__file__).parent / "emojiland" / "weights"}
 """Base models that ship with the package."""
@@ -163,7 +164,7 @@ def fingerprint(pipeline: Any) -> str:
         for name, tensor in sorted(part.state_dict().items()):
             if any(mark in name for mark in FINGERPRINTED):
                 digest.update(f"{name.removeprefix('text_model.')} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().half().cpu().contiguous().numpy().tobytes())
+                digest.update(raw(tensor.half()))
     return digest.hexdigest()[:16]
 
 

@@ -22,7 +22,7 @@ from mixofshow.bases.layers import count_groups, matrix, tunable_layers
 from mixofshow.bases.loading import fingerprint
 from mixofshow.concepts.words import Vocabulary, check_word
 from mixofshow.errors import ConceptFileError, TokenError, shown
-from mixofshow.files import parse_tensors, read_bytes, write_tensors
+from mixofshow.files import parse_tensors, raw, read_bytes, write_tensors
 
 FORMAT_VERSION: Final = 1
 METADATA_KEY: Final = "mixofshow"
@@ -162,7 +162,7 @@ class Concept:
         digest = hashlib.sha256(" ".join(self.info.words).encode())
         for name, tensor in sorted(self.tensors().items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().numpy().tobytes())
+            digest.update(raw(tensor))
         return digest.hexdigest()
 
     def tensors(self) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from mixofshow.bases.loading import fingerprint
 from mixofshow.concepts.concept import METADATA_KEY as CONCEPT_KEY
 from mixofshow.concepts.concept import Change, Full, LowRank, layer_problems, raise_if, read_changes, value_problems
 from mixofshow.errors import ConceptFileError, SettingsError, field_problem, shown
-from mixofshow.files import parse_tensors, read_bytes, write_tensors
+from mixofshow.files import parse_tensors, raw, read_bytes, write_tensors
 
 FORMAT_VERSION: Final = 1
 METADATA_KEY: Final = "mixofshow_delta"
@@ -162,5 +162,5 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.float().numpy().tobytes())
+        digest.update(raw(tensor.float()))
     return digest.hexdigest()

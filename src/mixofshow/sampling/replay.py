@@ -20,7 +20,7 @@ from torch import Tensor
 from mixofshow.bases.families import family_of
 from mixofshow.bases.loading import base_name
 from mixofshow.errors import BadInputError, SettingsError, field_problem, shown
-from mixofshow.files import writing
+from mixofshow.files import raw, writing
 from mixofshow.progress import Progress, silent
 from mixofshow.sampling.composition import compose, make_composition
 from mixofshow.sampling.pipeline import MixOfShowPipeline
@@ -64,7 +64,7 @@ def model_hash(pipeline: MixOfShowPipeline) -> str:
 
     def take(name: str, tensor: Tensor) -> None:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(raw(tensor))
 
     with pipeline.model.active():
         for part in (*(part for part, _ in family_of(pipeline).text_encoders), "unet", "vae"):
