@@ -104,14 +104,6 @@ def test_recordings_from_different_places_are_as_good_as_recording_here(
     assert recorded == []
 
 
-def test_less_memory_gives_the_same_recording(golden_pipeline, three, tmp_path):
-    files = [
-        record_concept(three[2], golden_pipeline, APART, Store(tmp_path / name), budget=budget).file.path
-        for name, budget in (("much", None), ("little", 8 * 32**2 * 20.0))
-    ]
-    assert files[0].read_bytes() == files[1].read_bytes()
-
-
 def test_adding_a_concept_is_fusing_from_scratch(golden_pipeline, three, apart, recorded, tmp_path):
     store = Store(tmp_path)
     fuse(three[:2], golden_pipeline, APART, store=store)

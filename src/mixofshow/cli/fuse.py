@@ -32,7 +32,6 @@ def record(
     ],
     base: Base = "emojiland",
     storage: Storage = "fp64",
-    max_memory: Annotated[float | None, typer.Option(help="Gigabytes for what is being recorded.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Concepts recorded at a time, each in a process (by Ray).")] = 1,
     device: Device = "cpu",
     loading: dict[str, Any],
@@ -44,7 +43,7 @@ def record(
     from mixofshow.fusion.workers import RecordingJob, record_all
 
     settings, store = make_recording_settings(given, "options"), open_store(out.absolute(), storage)
-    job = RecordingJob(base, settings, store, max_memory and max_memory * 2**30, device, loading)
+    job = RecordingJob(base, settings, store, device, loading)
     with terminal_bar("recording") as progress:
         for number, made in enumerate(record_all(files, job, workers=workers)):
             progress(number + 1, len(files), {})

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mixofshow.bases.families import conditions, text_encoders
-from mixofshow.bases.layers import count_groups, kind_of, layer, matrix, text_groups
+from mixofshow.bases.layers import count_groups, kind_of, layer, text_groups
 from mixofshow.concepts.adapters import replaced, tuned_weights
 from mixofshow.concepts.concept import Concept, vocabulary
 from mixofshow.concepts.encoding import encode_fully, encode_shared
@@ -34,7 +34,7 @@ from mixofshow.concepts.prompts import (
 )
 from mixofshow.concepts.words import Vocabulary
 from mixofshow.fusion.settings import FusionSettings, RecordingSettings
-from mixofshow.fusion.statistics import Moments, Seen, holding, input_of, parts
+from mixofshow.fusion.statistics import Moments, Seen, holding, input_of
 
 Stage = Literal["text", "keys-and-values", "picture"]
 _KEYS_AND_VALUES: Final = re.compile(r"attn2\.to_[kv]$")
@@ -97,22 +97,16 @@ def record(
     own: Collection[str] | None = None,
     fused: Mapping[str, Tensor] | None = None,
     keep_inputs: bool = False,
-    budget: float | None = None,
 ) -> dict[str, Seen]:
     """What the named layers see while the source's own model draws its prompts, by input name.
 
     Layers that are not in `own` (None: all are) stay as the pipeline has them. With `fused`, weights by layer, what
-    the fused model sees on the same latents and time steps is recorded beside it, row by row (drift refinement). With
-    a `budget` in bytes the prompts are drawn again for every group of layers that fits into it.
+    the fused model sees on the same latents and time steps is recorded beside it, row by row (drift refinement).
     """
-    widths = {name: matrix(layer(pipeline, name)).shape[1] for name in names}
-    seen: dict[str, Seen] = {}
+    recorder = _Recorder(pipeline, source, settings, names, Moments(keep_inputs=keep_inputs), fused)
     with replaced(pipeline, source.weights(pipeline, own)):
-        for group in parts(names, widths, budget):
-            recorder = _Recorder(pipeline, source, settings, group, Moments(keep_inputs=keep_inputs), fused)
-            recorder.run()
-            seen |= recorder.moments.seen()
-    return seen
+        recorder.run()
+    return recorder.moments.seen()
 
 
 @dataclass(frozen=True)

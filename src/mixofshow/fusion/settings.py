@@ -97,7 +97,10 @@ class FusionSettings(RecordingSettings):
     refuse_loud: bool = Field(False, description="End with an error that names them instead.")
     leave_one_out: bool = Field(False, description="Also report how much each concept costs the others.")
     max_memory: float | None = Field(
-        None, gt=0, description="Gigabytes for what is being recorded; less means more passes, with equal results."
+        None,
+        gt=0,
+        description="Gigabytes for what stages and refinement record at a time; less means more passes, with equal "
+        "results.",
     )
 
     @property

@@ -69,8 +69,7 @@ def fuse(
     with contextlib.ExitStack() as stack:
         if store is None:
             store = Store(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mixofshow-"))))
-        budget = settings.max_memory and settings.max_memory * 2**30
-        recorder = _Recorder(pipeline, settings, store, budget, settings.method in KEEPS_INPUTS)
+        recorder = _Recorder(pipeline, settings, store, settings.method in KEEPS_INPUTS)
         fusion = _Fusion(pipeline, ordered, settings, recorder, progress)
         fusion.run()
     if settings.refuse_loud:
@@ -97,14 +96,12 @@ def _manifest(pipeline: Any, concepts: Sequence[Concept], settings: FusionSettin
     }
 
 
-def record_concept(
-    concept: Concept, pipeline: Any, settings: RecordingSettings, store: Store, *, budget: float | None = None
-) -> Recording:
+def record_concept(concept: Concept, pipeline: Any, settings: RecordingSettings, store: Store) -> Recording:
     """Record a concept's whole own model for independent fusions, or find it recorded in the store.
 
     Recorded are the layers that it changes, and all attention: what other concepts are likely to change.
     """
-    recorder = _Recorder(pipeline, settings, store, budget)
+    recorder = _Recorder(pipeline, settings, store)
     return recorder.independent(Source.of(concept, settings), recorder.usual(concept.deltas))
 
 
@@ -135,7 +132,6 @@ class _Recorder:
     pipeline: Any
     settings: RecordingSettings
     store: Store
-    budget: float | None = None
     keep_inputs: bool = False
 
     def usual(self, changed: Collection[str]) -> list[str]:
@@ -171,15 +167,7 @@ class _Recorder:
         found = self.store.find(key, name, {input_of(layer_name) for layer_name in names})
         if found is not None:
             return found
-        seen = record(
-            self.pipeline,
-            source,
-            names,
-            self.settings,
-            keep_inputs=self.keep_inputs,
-            budget=self.budget,
-            **options,
-        )
+        seen = record(self.pipeline, source, names, self.settings, keep_inputs=self.keep_inputs, **options)
         return self.store.keep(key, name, seen)
 
     @cached_property
@@ -232,7 +220,8 @@ class _Fusion:
     ) -> None:
         """Record and solve layers: at once, or so many at a time that their moments fit into the memory allowed."""
         widths = {name: matrix(layer(self.pipeline, name)).shape[1] for name in names}
-        groups = parts(names, widths, self.recorder.budget and self.recorder.budget / moments)
+        allowed = self.settings.max_memory and self.settings.max_memory * 2**30 / moments
+        groups = parts(names, widths, allowed)
         for group in groups:
             told = behind if len(groups) == 1 else [behind, group]
             self._solve(group, self._record(partial(record_one, names=group, behind=told), counts=group is groups[-1]))

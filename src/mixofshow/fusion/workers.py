@@ -26,7 +26,6 @@ class RecordingJob:
     base: str
     settings: RecordingSettings
     store: Store
-    budget: float | None = None
     device: str = "cpu"
     loading: Mapping[str, Any] = field(default_factory=dict)
     """Further options of `load_base`."""
@@ -38,7 +37,7 @@ class RecordingJob:
     def record(self, path: Path, pipeline: Any) -> Path:
         """Record one file's concept, and say where the recording is. Raises BadInputError."""
         concept = load_concept(path, pipeline)
-        return record_concept(concept, pipeline, self.settings, self.store, budget=self.budget).file.path
+        return record_concept(concept, pipeline, self.settings, self.store).file.path
 
 
 def record_all(files: Sequence[Path], job: RecordingJob, *, workers: int = 1) -> Iterator[Recording]:
