@@ -36,6 +36,7 @@ class Golden:
 def _same_every_time() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    torch.set_flush_denormal(False)  # as some commands, which tests call in this process, leave it
 
 
 @pytest.fixture(scope="session")
