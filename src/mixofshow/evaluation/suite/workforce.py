@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -28,7 +29,7 @@ def workforce(workers: int) -> Iterator[Each]:
         return
     # Forked processes would share locks of torch's threads, and hang.
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_share_cores, initargs=(workers,))
+    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start, initargs=(workers,))
 
     def each(function: Callable[[Any], None], jobs: Sequence[Any]) -> Iterator[Any]:
         running = {pool.submit(function, job): job for job in jobs}
@@ -50,6 +51,14 @@ def _one_by_one(function: Callable[[Any], None], jobs: Sequence[Any]) -> Iterato
         yield job
 
 
-def _share_cores(workers: int) -> None:
+def _start(workers: int) -> None:
+    """Share the cores, and leave when the process that gives the jobs is gone, however it was stopped."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     torch.set_flush_denormal(True)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)  # in the midst of a job; what it writes appears whole or not at all
