@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from mixofshow.errors import ResourceError, shown
+from mixofshow.processes import end_with_parent
 from mixofshow.tuning.dataset import Beside, Finding, Reading, read_one
 from mixofshow.tuning.pictures import label
 
@@ -61,6 +62,7 @@ def _started(memory: int) -> ProcessPoolExecutor:
 
 def _prepare(memory: int) -> None:
     """Limit this process to `memory` more bytes than it has, where the system can (Linux); let Ctrl-C end it quietly."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     with contextlib.suppress(ImportError, OSError, ValueError):  # Windows; macOS; a lower limit is set already
         import resource

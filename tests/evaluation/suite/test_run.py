@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -192,20 +190,6 @@ def test_jobs_are_done_in_any_number_of_processes_and_errors_come_through(tmp_pa
         assert list(each(done.append, [1, 2, 3])) == done == [1, 2, 3]
     with pytest.raises(SettingsError, match="workers"), workforce(0):
         pass
-
-
-def test_workers_leave_when_the_run_is_killed(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import time\n"
-        "from mixofshow.evaluation.suite.workforce import workforce\n"
-        "def job(number):\n    print(number, flush=True)\n    time.sleep(600)\n"
-        "if __name__ == '__main__':\n    with workforce(2) as each:\n        list(each(job, [1, 2]))\n"
-    )
-    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE) as run:
-        assert {run.stdout.readline(), run.stdout.readline()} == {b"1\n", b"2\n"}
-        run.kill()
-        run.communicate(timeout=60)  # ends when nobody is left who could write
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from mixofshow.errors import ResourceError, SettingsError
+from mixofshow.processes import end_with_parent
 
 Each = Callable[[Callable[[Any], None], Sequence[Any]], Iterator[Any]]
 """Does every job and yields it when it is done, in any order."""
@@ -52,13 +52,6 @@ def _one_by_one(function: Callable[[Any], None], jobs: Sequence[Any]) -> Iterato
 
 
 def _start(workers: int) -> None:
-    """Share the cores, and leave when the process that gives the jobs is gone, however it was stopped."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     torch.set_flush_denormal(True)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)  # in the midst of a job; what it writes appears whole or not at all
+    end_with_parent()
