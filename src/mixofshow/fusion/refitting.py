@@ -24,7 +24,9 @@ from mixofshow.bases.families import conditions
 from mixofshow.bases.layers import layer
 from mixofshow.concepts.adapters import replaced
 from mixofshow.concepts.concept import Concept, vocabulary
-from mixofshow.concepts.prompts import EncodedText, encode_prompts, layerwise
+from mixofshow.concepts.model import ConceptModel
+from mixofshow.concepts.prompts import EncodedText, encode_prompts, layerwise, unprompted
+from mixofshow.concepts.words import Vocabulary
 from mixofshow.fusion.recording import Source, draw
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.progress import Progress, silent
@@ -41,19 +43,24 @@ WEIGHT_RATE: Final = 0.004
 
 @dataclass(frozen=True)
 class Lesson:
-    """One step of a picture that a teacher drew: latents and its prediction, (channels, rows, columns)."""
+    """One step of a picture that a teacher drew: latents and its prediction, (channels, rows, columns).
+
+    Above a `guidance` of 1 both are the guided ones, for pictures are drawn with guidance.
+    """
 
     prompt: str
     latents: Tensor
     timestep: Tensor
     prediction: Tensor
+    guidance: float
 
 
 @dataclass(frozen=True)
 class Refitted:
     """What a model speaks and weighs, (out, in) by layer, and each concept's loss before and after.
 
-    The loss is the mean squared difference of the model's predictions from those of the concept's own model.
+    The loss is the mean squared difference of the model's predictions from those that would, with guidance, give what
+    the concept's own model gives.
     """
 
     concepts: Sequence[Concept]
@@ -89,23 +96,34 @@ def refit(
 def own_lessons(
     pipeline: Any, source: Source, settings: FusionSettings, *, pictures: int = PICTURES
 ) -> list[list[Lesson]]:
-    """What the source's own model predicts while it draws the settings' prompts, without guidance; by prompt."""
+    """What the source's own model predicts while it draws the settings' prompts; by prompt.
+
+    A concept's pictures are drawn with the base's usual guidance. The base's are not, since its empty prompt, which
+    guidance builds on, is a lesson itself.
+    """
+    guidance = ConceptModel(pipeline).usual_guidance if source.concept else 1.0
     with replaced(pipeline, source.weights(pipeline, None)), layerwise(pipeline.unet):
         return [
-            _lessons_of(pipeline, [prompt] * pictures, source, settings.steps, settings.seed + number)
+            _lessons_of(
+                pipeline, [prompt] * pictures, source, guidance, steps=settings.steps, seed=settings.seed + number
+            )
             for number, prompt in enumerate(source.texts)
         ]
 
 
-def _lessons_of(pipeline: Any, prompts: Sequence[str], source: Source, steps: int, seed: int) -> list[Lesson]:
+def _lessons_of(
+    pipeline: Any, prompts: Sequence[str], source: Source, guidance: float, *, steps: int, seed: int
+) -> list[Lesson]:
     """The same for pictures that are drawn together; the pipeline has the source's own weights."""
     lessons: list[Lesson] = []
     text = encode_prompts(pipeline, prompts, source.vocabulary)
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
         made = _predicted(pipeline, latents, timestep, text)
+        if guidance > 1:
+            made = torch.lerp(_unprompted(pipeline, latents, timestep), made, guidance)
         for prompt, noisy, its in zip(prompts, latents, made, strict=True):
-            lessons.append(Lesson(prompt, noisy, timestep, its))
+            lessons.append(Lesson(prompt, noisy, timestep, its, guidance))
         return made
 
     draw(pipeline, predict, steps=steps, seed=seed, pictures=len(prompts))
@@ -185,11 +203,23 @@ def _computing_with(pipeline: Any, weights: Mapping[str, Tensor]) -> Iterator[No
 
 
 def _loss(pipeline: Any, concept: Concept, lessons: Sequence[Lesson]) -> Tensor:
-    """How far the pipeline's predictions are from the lessons', with the concept's words as they are now."""
+    """How far the pipeline's predictions are from the lessons', with the concept's words as they are now.
+
+    The empty prompt is the same for all concepts, so each has to make up for what differs from its own model there.
+    """
     text = encode_prompts(pipeline, [one.prompt for one in lessons], vocabulary([concept]))
     latents, timesteps = (torch.stack([getattr(one, name) for one in lessons]) for name in ("latents", "timestep"))
-    wanted = torch.stack([one.prediction for one in lessons])
-    return F.mse_loss(_predicted(pipeline, latents, timesteps, text).float(), wanted.float())
+    guided = torch.stack([one.prediction for one in lessons]).float()
+    shares = guided.new_tensor([1 / one.guidance for one in lessons]).view(-1, 1, 1, 1)
+    wanted = torch.lerp(_unprompted(pipeline, latents, timesteps).float(), guided, shares)
+    return F.mse_loss(_predicted(pipeline, latents, timesteps, text).float(), wanted)
+
+
+@torch.no_grad()
+def _unprompted(pipeline: Any, latents: Tensor, timesteps: Tensor) -> Tensor:
+    """What is predicted of the empty prompt, which guidance leads away from."""
+    text = unprompted(pipeline, "", encode_prompts(pipeline, [""] * len(latents), Vocabulary()))
+    return _predicted(pipeline, latents, timesteps, text)
 
 
 def _predicted(pipeline: Any, latents: Tensor, timesteps: Tensor, text: EncodedText) -> Tensor:
