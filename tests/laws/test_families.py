@@ -264,6 +264,12 @@ def test_one_concept_fused_alone_is_that_concept(base, concepts):
     assert all(one.rows for one in fused.layers.values())
 
 
+def test_refitting_brings_every_family_nearer_to_its_concepts(base, concepts):
+    losses = fuse(concepts, base, SHORT.model_copy(update={"method": "average", "prior": 1.0, "refit": 24})).refitted
+    assert losses.keys() == {one.info.name for one in concepts}
+    assert sum(after for _, after in losses.values()) < 0.9 * sum(before for before, _ in losses.values())
+
+
 def test_strength_counts_for_every_text_encoder(base, concepts):
     for name, weight in with_concept(base, concepts[0], text_encoder=0.0).weights.items():
         own = matrix(layer(base, name))

@@ -36,7 +36,7 @@ from mixofshow.sampling.settings import Composition
 from mixofshow.tuning.settings import TuningSettings
 from mixofshow.tuning.trainer import tune
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Of how things are made, as far as no setting tells; another one makes everything anew."""
 
 
