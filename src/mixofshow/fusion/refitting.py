@@ -116,12 +116,12 @@ def _lessons_of(
 ) -> list[Lesson]:
     """The same for pictures that are drawn together; the pipeline has the source's own weights."""
     lessons: list[Lesson] = []
-    text = encode_prompts(pipeline, prompts, source.vocabulary)
+    text, empty = encode_prompts(pipeline, prompts, source.vocabulary), _empty(pipeline, len(prompts))
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
         made = _predicted(pipeline, latents, timestep, text)
         if guidance > 1:
-            made = torch.lerp(_unprompted(pipeline, latents, timestep), made, guidance)
+            made = torch.lerp(_predicted(pipeline, latents, timestep, empty), made, guidance)
         for prompt, noisy, its in zip(prompts, latents, made, strict=True):
             lessons.append(Lesson(prompt, noisy, timestep, its, guidance))
         return made
@@ -211,15 +211,15 @@ def _loss(pipeline: Any, concept: Concept, lessons: Sequence[Lesson]) -> Tensor:
     latents, timesteps = (torch.stack([getattr(one, name) for one in lessons]) for name in ("latents", "timestep"))
     guided = torch.stack([one.prediction for one in lessons]).float()
     shares = guided.new_tensor([1 / one.guidance for one in lessons]).view(-1, 1, 1, 1)
-    wanted = torch.lerp(_unprompted(pipeline, latents, timesteps).float(), guided, shares)
+    with torch.no_grad():
+        empty = _predicted(pipeline, latents, timesteps, _empty(pipeline, len(lessons)))
+    wanted = torch.lerp(empty.float(), guided, shares)
     return F.mse_loss(_predicted(pipeline, latents, timesteps, text).float(), wanted)
 
 
-@torch.no_grad()
-def _unprompted(pipeline: Any, latents: Tensor, timesteps: Tensor) -> Tensor:
-    """What is predicted of the empty prompt, which guidance leads away from."""
-    text = unprompted(pipeline, "", encode_prompts(pipeline, [""] * len(latents), Vocabulary()))
-    return _predicted(pipeline, latents, timesteps, text)
+def _empty(pipeline: Any, count: int) -> EncodedText:
+    """The empty prompt, so many times, which guidance leads away from."""
+    return unprompted(pipeline, "", encode_prompts(pipeline, [""] * count, Vocabulary()))
 
 
 def _predicted(pipeline: Any, latents: Tensor, timesteps: Tensor, text: EncodedText) -> Tensor:
