@@ -40,6 +40,7 @@ from mixofshow.sampling.composition import compose
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.replay import maker_of, save_picture
 from mixofshow.sampling.settings import Composition, RegionEntry
+from mixofshow.terminal import say
 from mixofshow.tuning.settings import make_settings
 from mixofshow.tuning.trainer import tune
 
@@ -85,7 +86,7 @@ def run_demo(out: Path, *, quick: bool = False) -> None:
     _overview(out, pictures).save(out / "overview.png")
     _write_report(out, gradient, scores, pictures, facts)
     print_alignments(alignments)
-    print("\n".join([*facts, str(out / "report.html"), str(out / "summary.json")]))
+    say(*facts, out / "report.html", out / "summary.json")
 
 
 def _tuned(name: str, out: Path, pipeline: Any) -> Concept:

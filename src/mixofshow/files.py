@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and read once into memory before anything trusts them."""
+"""Files that are written whole or not at all, and tensors, which are checked before anything trusts them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,14 @@ from typing import Any, Final
 import safetensors
 import safetensors.torch
 import torch
-import yaml
 from torch import Tensor
 
-from mixofshow.errors import BadInputError, ConceptFileError, ResourceError, SettingsError, shown
+from mixofshow.errors import BadInputError, ConceptFileError, ResourceError, shown
+from mixofshow.reading import opened, parse_json
 
-MAX_FILE_BYTES: Final = 256 * 2**20
 MAX_HEADER_BYTES: Final = 2**20
 MAX_TENSORS: Final = 4096
 MAX_DIMENSIONS: Final = 4
-MAX_YAML_BYTES: Final = 100_000
-MAX_JSON_BYTES: Final = 100_000_000
 DTYPES: Final = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -128,42 +125,6 @@ def raw(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data
 
 
-def read_table(path: Path) -> dict[str, Any]:
-    """The top-level table of a YAML file. Raises SettingsError."""
-    try:
-        if path.stat().st_size > MAX_YAML_BYTES:
-            raise SettingsError(f"{path}: over {MAX_YAML_BYTES} bytes")
-        table = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: not valid YAML ({shown(error)})") from error
-    if not isinstance(table, dict):
-        raise SettingsError(f"{path}: expected a table of settings, found {type(table).__name__}")
-    return table
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises BadInputError."""
-    try:
-        return json.loads(read_bytes(path, MAX_JSON_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise BadInputError(f"{path}: not valid JSON ({shown(error)})") from error
-
-
-def read_bytes(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
-    """The whole of a regular file; never waits on a pipe or device. Raises ConceptFileError."""
-    try:
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode):
-            raise ConceptFileError(f"{path}: not a regular file")
-        if info.st_size > limit:
-            raise ConceptFileError(f"{path}: {info.st_size} bytes, at most {limit} are read")
-        return path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise ConceptFileError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from error
-
-
 def is_pickle(data: bytes) -> bool:
     """Whether these are the bytes of a pickle, or of the zip archive that torch makes of one."""
     # A good safetensors file may begin with a pickle's 0x80 too, when that is the low byte of its header's length.
@@ -203,16 +164,14 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            info = path.stat()
-            if not stat.S_ISREG(info.st_mode):
-                raise ConceptFileError(f"{path}: not a regular file")
-            with path.open("rb") as file:
+            with opened(path) as file:
+                size = os.fstat(file.fileno()).st_size
                 start = file.read(8)
                 length = int.from_bytes(start, "little")
                 beginning = start + file.read(min(length, MAX_HEADER_BYTES))
-        except OSError as error:
-            raise ConceptFileError(f"{path}: cannot be read ({error.strerror})") from error
-        self._entries = _header(beginning, str(path), info.st_size)
+        except (OSError, ValueError) as error:
+            raise ConceptFileError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from error
+        self._entries = _header(beginning, str(path), size)
         self._start = 8 + length
         metadata = self._entries.pop("__metadata__", {})
         self.metadata: dict[str, str] = metadata if isinstance(metadata, dict) else {}
@@ -252,10 +211,7 @@ def _header(data: bytes, name: str, size: int | None = None) -> dict[str, Any]:
         raise ConceptFileError(f"{name}: not safetensors, or its header of {length} bytes is over {MAX_HEADER_BYTES}")
     if len(data) < 8 + length:
         raise ConceptFileError(f"{name}: the file is cut: header needs {8 + length} bytes, found {len(data)}")
-    try:
-        header = json.loads(data[8 : 8 + length], object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise ConceptFileError(f"{name}: header is not valid JSON ({shown(error)})") from error
+    header = parse_json(data[8 : 8 + length], f"{name}: header", ConceptFileError)
     if not isinstance(header, dict):
         raise ConceptFileError(f"{name}: header is not a table")
     _check_length(size, 8 + length, header, name)
@@ -277,13 +233,6 @@ def _check_length(size: int, start: int, header: dict[str, Any], name: str) -> N
         raise ConceptFileError(f"{name}: the file is cut: expected {expected} bytes, found {size}")
     if size > expected:
         raise ConceptFileError(f"{name}: {size - expected} surplus bytes after the last tensor")
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("duplicate key")
-    return table
 
 
 def _umask() -> int:

@@ -215,7 +215,7 @@ def test_hostile_metadata(name, good, golden_pipeline, tmp_path):
 def test_metadata_that_is_no_table(text, good, golden_pipeline, tmp_path):
     path = tmp_path / "evil.safetensors"
     path.write_bytes(pack({"__metadata__": {"mixofshow": text}}))
-    refused(path, golden_pipeline, ConceptFileError, "metadata is not the expected table|made in format")
+    refused(path, golden_pipeline, ConceptFileError, "metadata is not the expected table|metadata: not valid JSON|made in format")
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_hostile_tensor_names(key, good, golden_pipeline, tmp_path):
     header, body = unpack(path.read_bytes())
     header[key] = entry([2], len(body), len(body) + 4)
     path.write_bytes(pack(header, body + b"\0" * 4))
-    refused(path, golden_pipeline, ConceptFileError, "is not known|stands alone|not a valid safetensors")
+    refused(path, golden_pipeline, ConceptFileError, "is not known|stands alone|not a valid safetensors|not valid JSON")
 
 
 class Bomb:

@@ -104,7 +104,7 @@ def test_the_reference_implementations_list(folder, golden_pipeline, golden_conc
         ("[]", "at least 1"),
         ("{}", "valid list"),
         ('[{"lora_path": 3}]', "'0.lora_path'"),
-        ('[{"lora_path": "a", "unet_alpha": NaN}]', "'0.unet_alpha'"),
+        ('[{"lora_path": "a", "unet_alpha": NaN}]', "NaN is no number"),
         ('[{"lora_path": "a", "unet_alpa": 1}]', "unknown key '0.unet_alpa'"),
         ('[{"lora_path": "a", "unet_alpha": -1}]', "'0.unet_alpha'"),
         ('[{"lora_path": "nowhere.pth"}]', "nowhere.pth: cannot be read"),

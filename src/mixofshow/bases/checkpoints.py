@@ -7,15 +7,15 @@ weights alone: configurations and tokenizer come from a diffusers folder of the 
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from mixofshow.bases.families import FAMILIES
-from mixofshow.errors import BaseModelError, ConceptFileError, shown
+from mixofshow.errors import BadInputError, BaseModelError, ConceptFileError, shown
 from mixofshow.files import TensorFile
+from mixofshow.reading import read_json
 
 SUFFIX: Final = ".safetensors"
 _ORIGINAL: Final = "model.diffusion_model.input_blocks.0.0.weight"
@@ -46,8 +46,8 @@ def check_weights(folder: Path, name: str | Path, variant: str | None = None) ->
 
 def _shards(listing: Path, name: str | Path) -> list[str]:
     try:
-        return sorted(set(json.loads(listing.read_bytes())["weight_map"].values()))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        return sorted(set(read_json(listing)["weight_map"].values()))
+    except (BadInputError, TypeError, KeyError, AttributeError) as error:
         raise BaseModelError(f"{name}: {listing.parent.name}/{listing.name} is no list of shards") from error
 
 
@@ -114,8 +114,8 @@ def _config_folder(path: Path, config: str | Path, *, download: bool) -> Path:
 def _pipeline_class(folder: Path, path: Path) -> str:
     known = [family.pipeline_class for family in FAMILIES]
     try:
-        found = json.loads((folder / _INDEX).read_bytes())["_class_name"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        found = read_json(folder / _INDEX)["_class_name"]
+    except (BadInputError, TypeError, KeyError) as error:
         raise BaseModelError(f"{path}: its config {folder} is no diffusers folder ({_INDEX})") from error
     if found not in known:
         raise BaseModelError(f"{path}: its config is of {shown(found)}; known are {', '.join(known)}")

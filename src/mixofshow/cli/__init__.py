@@ -7,33 +7,60 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
+from typing import Final
 
 import typer
 
 from mixofshow.cli import convert, evaluate, fuse, sample, study, tune
-from mixofshow.errors import MixOfShowError, ResourceError
+from mixofshow.errors import ours, printable
+
+DEBUG: Final = "--debug"
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Tune concepts on your pictures, fuse any number of them, draw them together, each where you put it.",
+    epilog=f"{DEBUG}, anywhere in a command: errors in full length, with where they arose.",
 )
 for part in (tune, fuse, sample, convert, evaluate, study):
     app.add_typer(part.app)
 
 
+LONGEST: Final = 300
+"""Characters of an error's line, without --debug."""
+
+
+class _OneLine(logging.Formatter):
+    """Notices in one line, whatever stands in the names that they mention."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(record.getMessage())
+
+
 def main() -> None:
     """Run a command; a foreseen error is one line, exit code 2 (input) or 3 (machine)."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    debug = DEBUG in sys.argv[1:]
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != DEBUG]
     try:
         app()
-    except MixOfShowError as error:
-        _fail(error)
-    except MemoryError:
-        _fail(ResourceError("out of memory; use a smaller batch or size"))
+    except Exception as error:
+        if (known := ours(error)) is None:
+            raise
+        if debug:
+            traceback.print_exception(error)
+        sys.stderr.write(f"error: {str(known) if debug else shortened(str(known))}\n")
+        sys.exit(known.exit_code)
 
 
-def _fail(error: MixOfShowError) -> None:
-    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-    sys.exit(error.exit_code)
+def shortened(message: str) -> str:
+    """The message with its middle left out if it is long: what was found stands first, and the way out last."""
+    if len(message) <= LONGEST:
+        return message
+    note = f" … ({DEBUG} says all) … "
+    half = (LONGEST - len(note)) // 2
+    return f"{message[:half]}{note}{message[-half:]}"

@@ -10,6 +10,7 @@ import typer
 
 from mixofshow.cli.options import Base, with_loading, with_settings
 from mixofshow.concepts.interchange.settings import ConvertSettings, make_convert_settings
+from mixofshow.terminal import say
 
 app = typer.Typer()
 
@@ -41,4 +42,4 @@ def convert(
     from mixofshow.concepts.interchange.convert import convert as run
 
     settings = make_convert_settings(given)
-    typer.echo("\n".join(run(source, target, load_base(base, **loading), settings)))
+    say(*run(source, target, load_base(base, **loading), settings))

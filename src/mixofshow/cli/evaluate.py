@@ -10,6 +10,7 @@ import typer
 from mixofshow.cli.options import BASE_PANEL, Device, with_loading
 from mixofshow.errors import SettingsError
 from mixofshow.progress import terminal_bar
+from mixofshow.terminal import say
 
 app = typer.Typer()
 
@@ -60,7 +61,7 @@ def evaluate(
     suite = read_suite(path, {key: value for key, value in over.items() if value is not None})
     target = out or Path("out") / path.stem
     print_alignments(suite_means(run_suite(suite, target, workers=workers, device=device, bars=terminal_bar)))
-    typer.echo(f"{target / 'report.html'}\n{target / 'results.json'}\n{target / 'results.csv'}")
+    say(target / "report.html", target / "results.json", target / "results.csv")
 
 
 def _evaluate_files(

@@ -11,6 +11,7 @@ from mixofshow.cli.options import BASE_PANEL, Base, Device, Storage, assignments
 from mixofshow.errors import SettingsError
 from mixofshow.fusion.settings import FusionSettings, RecordingSettings
 from mixofshow.progress import terminal_bar
+from mixofshow.terminal import say
 
 if TYPE_CHECKING:
     from mixofshow.concepts.model import ConceptModel
@@ -47,7 +48,7 @@ def record(
     with terminal_bar("recording") as progress:
         for number, made in enumerate(record_all(files, job, workers=workers)):
             progress(number + 1, len(files), {})
-            typer.echo(f"{made.file.path}: {files[number]}, {_megabytes(made.file.path)}, {storage}{_lost(made)}")
+            say(f"{made.file.path}: {files[number]}, {_megabytes(made.file.path)}, {storage}{_lost(made)}")
 
 
 def _lost(recording: Recording) -> str:
@@ -123,7 +124,7 @@ def _write_fused(fused: Fused, out: Path | None, as_delta: Path | None, rank: in
         from mixofshow.evaluation.fusion_report import fusion_page
 
         fusion_page(fused).save(report)
-        typer.echo(str(report))
+        say(report)
 
 
 def _print_fused(out: Path | None, fused: Fused) -> None:
@@ -134,16 +135,16 @@ def _print_fused(out: Path | None, fused: Fused) -> None:
     if layers:
         name, worst = max(fused.layers.items(), key=lambda item: item[1].residual)
         line += f"; largest residual {worst.residual:.2g} in {name}"
-    typer.echo(line)
+    say(line)
     for loud, one in turned_down(fused.layers.values()).items():
-        typer.echo(
+        say(
             f"guard: <{loud}> turned down in {one.layers} of {layers} layers, to a weight of {one.weight:.2g} at least"
         )
     for name, (before, after) in fused.refitted.items():
-        typer.echo(f"<{name}> refitted: loss {before:.3g} -> {after:.3g}")
+        say(f"<{name}> refitted: loss {before:.3g} -> {after:.3g}")
 
 
 def _write_delta(path: Path, model: ConceptModel, rank: int | None) -> None:
     lost = model.save_delta(path, rank)
     error = f"relative error {lost.overall:.2g}, at most {lost.worst:.2g} in {lost.layer}" if lost.worst else "exact"
-    typer.echo(f"{path}: {_megabytes(path)}, {f'rank {rank}' if rank else 'in full'}: {error}")
+    say(f"{path}: {_megabytes(path)}, {f'rank {rank}' if rank else 'in full'}: {error}")

@@ -38,17 +38,14 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps …")]
 
 def assignments(pairs: list[str] | None) -> dict[str, Any]:
     """KEY=VALUE options as a table; values are read as YAML. Raises SettingsError."""
-    import yaml
+    from mixofshow.reading import parse_value
 
     table = {}
     for pair in pairs or []:
         key, found, value = pair.partition("=")
         if not found:
             raise SettingsError(f"'{shown(pair)}': expected KEY=VALUE")
-        try:
-            table[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise SettingsError(f"'{shown(pair)}': not a value ({shown(error)})") from error
+        table[key] = parse_value(value, f"'{shown(pair)}'")
     return table
 
 

@@ -10,6 +10,7 @@ import typer
 from mixofshow.cli.options import BASE_PANEL, Device, with_loading, with_settings
 from mixofshow.progress import terminal_bar
 from mixofshow.sampling.settings import Composition
+from mixofshow.terminal import say
 
 app = typer.Typer()
 Model = Annotated[str, typer.Option(help="Fused folder, delta file, or base model.", rich_help_panel=BASE_PANEL)]
@@ -72,7 +73,7 @@ def sample(
             draw_grid(pipeline, wanted, vary, grid, progress=progress)
         else:
             draw_pictures(pipeline, wanted, targets, layout=show_layout, progress=progress)
-    typer.echo("\n".join(map(str, [*targets, *filter(None, [show_layout])])))
+    say(*targets, *filter(None, [show_layout]))
 
 
 @app.command()
@@ -101,4 +102,4 @@ def replay(
     pipeline = open_pipeline(model, base=base, concept=concept, strength=strength, **how)
     with terminal_bar("replaying") as progress:
         run(pipeline, picture, out, progress=progress)
-    typer.echo(str(out))
+    say(out)

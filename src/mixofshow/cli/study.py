@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from mixofshow.terminal import print_table, say
+
+if TYPE_CHECKING:
+    from mixofshow.evaluation.study import Preference
 
 app = typer.Typer()
 study = typer.Typer(no_args_is_help=True, help="Ask people which of two methods' pictures they prefer.")
@@ -28,7 +33,7 @@ def build(
     """Write one HTML page with pairs of pictures to choose from; it needs no server and sends nothing anywhere."""
     from mixofshow.evaluation.study import build_study
 
-    typer.echo(f"{out}: {build_study(folder, pairs, out, count=count, seed=seed, state=state)} pairs of pictures")
+    say(f"{out}: {build_study(folder, pairs, out, count=count, seed=seed, state=state)} pairs of pictures")
 
 
 @study.command()
@@ -37,18 +42,16 @@ def score(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Count what people answered: preferences with 95 % intervals, and how far people agree (Fleiss' kappa)."""
-    from rich.console import Console
-    from rich.table import Table
-
     from mixofshow.evaluation.study import score_study
     from mixofshow.files import write_text
 
     found = score_study(answers)
-    table = Table("preferred", "to", "question", "share", "95 %", "answers", "kappa")
-    for one in found:
-        low, high = one.interval
-        kappa = "" if one.agreement is None else f"{one.agreement:.2f}"
-        table.add_row(*one.pair, one.question, f"{one.share:.1%}", f"{low:.1%}–{high:.1%}", str(one.answers), kappa)
-    Console().print(table)
+    print_table(("preferred", "to", "question", "share", "95 %", "answers", "kappa"), map(_row, found))
     if json_file:
         write_text(json_file, json.dumps([asdict(one) for one in found], indent=1) + "\n")
+
+
+def _row(one: Preference) -> tuple[str, ...]:
+    low, high = one.interval
+    kappa = "" if one.agreement is None else f"{one.agreement:.2f}"
+    return (*one.pair, one.question, f"{one.share:.1%}", f"{low:.1%}–{high:.1%}", str(one.answers), kappa)

@@ -9,6 +9,7 @@ import typer
 
 from mixofshow.cli.options import with_loading, with_settings
 from mixofshow.progress import terminal_bar
+from mixofshow.terminal import say
 from mixofshow.tuning.settings import TuningSettings
 
 app = typer.Typer()
@@ -33,7 +34,7 @@ def tune(
     given: dict[str, Any],
 ) -> None:
     """Tune a concept on a folder of pictures. Every key of the YAML is an option too, on top of it."""
-    from mixofshow.files import read_table
+    from mixofshow.reading import read_table
     from mixofshow.tuning import settings as tuning
 
     if print_schema:
@@ -69,7 +70,7 @@ def _tune_one(settings: Any, target: Path, loading: dict[str, Any], *, resume: b
     if state.is_main_process:
         concept.save(target)
         steps, size = concept.info.settings["steps"], target.stat().st_size / 2**20
-        typer.echo(f"{target}: {settings.placeholder}, {settings.method}, {steps} steps, {size:.2f} MB")
+        say(f"{target}: {settings.placeholder}, {settings.method}, {steps} steps, {size:.2f} MB")
 
 
 @app.command()

@@ -6,7 +6,6 @@ A file is read once into memory; those bytes are checked, and only those bytes a
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +21,8 @@ from mixofshow.bases.layers import count_groups, matrix, tunable_layers
 from mixofshow.bases.loading import fingerprint
 from mixofshow.concepts.words import Vocabulary, check_word
 from mixofshow.errors import ConceptFileError, TokenError, shown
-from mixofshow.files import parse_tensors, raw, read_bytes, write_tensors
+from mixofshow.files import parse_tensors, raw, write_tensors
+from mixofshow.reading import parse_json, read_bytes
 
 FORMAT_VERSION: Final = 1
 METADATA_KEY: Final = "mixofshow"
@@ -224,7 +224,7 @@ def _read_info(metadata: Mapping[str, str], name: str) -> ConceptInfo:
     if len(text) > MAX_METADATA_BYTES:
         raise ConceptFileError(f"{name}: metadata of {len(text)} characters, at most {MAX_METADATA_BYTES} are read")
     try:
-        table = json.loads(text)
+        table = parse_json(text, f"{name}: metadata", ConceptFileError)
         version = table["format_version"]
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise ConceptFileError(f"{name}: made in format {shown(version)}, this version reads <= {FORMAT_VERSION}")
@@ -233,7 +233,7 @@ def _read_info(metadata: Mapping[str, str], name: str) -> ConceptInfo:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         raise ConceptFileError(f"{name}: metadata field '{shown(field)}': {shown(first['msg'])}") from error
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ConceptFileError(f"{name}: metadata is not the expected table ({shown(error)})") from error
     if len(info.initializers) != len(info.words):
         raise ConceptFileError(

@@ -6,7 +6,6 @@ In it are the layers' changes W − W0, in full or cut to a rank, and the words.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from mixofshow.bases.loading import fingerprint
 from mixofshow.concepts.concept import METADATA_KEY as CONCEPT_KEY
 from mixofshow.concepts.concept import Change, Full, LowRank, layer_problems, raise_if, read_changes, value_problems
 from mixofshow.errors import ConceptFileError, SettingsError, field_problem, shown
-from mixofshow.files import parse_tensors, raw, read_bytes, write_tensors
+from mixofshow.files import parse_tensors, raw, write_tensors
+from mixofshow.reading import parse_json, read_bytes
 
 FORMAT_VERSION: Final = 1
 METADATA_KEY: Final = "mixofshow_delta"
@@ -149,12 +149,10 @@ def _read_info(metadata: Mapping[str, str], name: str) -> DeltaInfo:
     if text is None:
         raise ConceptFileError(f"{name}: not a delta file, its metadata has no '{METADATA_KEY}'")
     try:
-        return DeltaInfo.model_validate(json.loads(text))
+        return DeltaInfo.model_validate(parse_json(text, f"{name}: metadata", ConceptFileError))
     except ValidationError as error:
         problem = field_problem(error.errors()[0], DeltaInfo.model_fields)
         raise ConceptFileError(f"{name}: metadata field {problem}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConceptFileError(f"{name}: metadata is not the expected table ({shown(error)})") from error
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:

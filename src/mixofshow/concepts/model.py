@@ -23,7 +23,8 @@ from mixofshow.concepts.concept import Concept, load_concept, raise_if, value_pr
 from mixofshow.concepts.delta import Compression, Delta, DeltaInfo, compressed, load_delta
 from mixofshow.concepts.words import Vocabulary, check_word
 from mixofshow.errors import ConceptFileError, shown
-from mixofshow.files import parse_tensors, read_bytes, write_tensors, write_text, writing_folder
+from mixofshow.files import parse_tensors, write_tensors, write_text, writing_folder
+from mixofshow.reading import parse_json, read_bytes
 
 MANIFEST: Final = "concepts.json"
 VECTORS: Final = "concepts.safetensors"
@@ -221,10 +222,10 @@ def _read_vocabulary(folder: Path, pipeline: Any) -> tuple[Vocabulary, dict[str,
     path, listing = folder / VECTORS, folder / MANIFEST
     vectors, _ = parse_tensors(read_bytes(path), str(path))
     try:
-        manifest = json.loads(read_bytes(listing))
+        manifest = parse_json(read_bytes(listing), str(listing), ConceptFileError)
         found = _Words.model_validate(manifest)
         _listed(manifest, str(listing))
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError) as error:
         raise ConceptFileError(f"{listing}: not the expected table ({shown(error)})") from error
     return _checked_vocabulary(found, vectors, pipeline, f"{folder} ({MANIFEST}, {VECTORS})"), manifest
 

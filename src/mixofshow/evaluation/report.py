@@ -14,6 +14,7 @@ from PIL import Image
 from mixofshow.evaluation.protocol import Scores
 from mixofshow.files import write_text
 from mixofshow.sampling.pictures import embedded
+from mixofshow.terminal import print_table
 
 STYLE: Final = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -75,13 +76,7 @@ def alignment_rows(means: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
 
 def print_alignments(means: Mapping[str, Mapping[str, float]]) -> None:
     """The table of alignments, on the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("model", "image alignment", "text alignment")
-    for row in alignment_rows(means):
-        table.add_row(*row)
-    Console().print(table)
+    print_table(("model", "image alignment", "text alignment"), alignment_rows(means))
 
 
 def write_figures(path: Path, means: Mapping[str, Mapping[str, float]], scores: Scores) -> None:

@@ -6,7 +6,6 @@ are fused again; what was recorded and kept is not recorded again.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from pydantic import BaseModel, Field, ValidationError
 from mixofshow.concepts.concept import Concept, load_concept
 from mixofshow.concepts.model import CONCEPTS, MANIFEST
 from mixofshow.errors import BadInputError, ConceptFileError, field_problem, nearest, shown
-from mixofshow.files import read_bytes
 from mixofshow.fusion.settings import FusionSettings, make_fusion_settings, on_top, parse_weights
+from mixofshow.reading import parse_json, read_bytes
 
 
 class _Entry(BaseModel):
@@ -39,12 +38,10 @@ def read_manifest(folder: Path) -> Manifest:
     """What a fused folder says it was made from. Raises ConceptFileError."""
     listing = folder / MANIFEST
     try:
-        return Manifest.model_validate(json.loads(read_bytes(listing)))
+        return Manifest.model_validate(parse_json(read_bytes(listing), str(listing), ConceptFileError))
     except ValidationError as error:
         problem = field_problem(error.errors()[0], Manifest.model_fields)
         raise ConceptFileError(f"{listing}: not written by a fusion of this version ({problem})") from error
-    except (ValueError, RecursionError) as error:
-        raise ConceptFileError(f"{listing}: not the expected table ({shown(error)})") from error
 
 
 def fused_from(folder: Path, pipeline: Any) -> tuple[list[Concept], FusionSettings]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,10 @@ from mixofshow.concepts.concept import Concept, load_concept
 from mixofshow.concepts.interchange.importing import open_concept
 from mixofshow.concepts.interchange.settings import ImportSettings
 from mixofshow.errors import SettingsError, field_problem, shown
-from mixofshow.files import MAX_YAML_BYTES, read_bytes, read_table
 from mixofshow.fusion.editing import edited, edited_settings, fused_from, read_manifest
 from mixofshow.fusion.settings import FusionSettings, make_fusion_settings, on_top
 from mixofshow.fusion.solving import check_method
+from mixofshow.reading import MAX_YAML_BYTES, parse_json, read_bytes, read_table
 
 BASE: Final = "emojiland"
 """The base of those who name none."""
@@ -95,11 +94,9 @@ def _job_of_list(source: Path, settings: FusionSettings, base: str | None, loadi
 
 def _read_list(source: Path) -> list[_Listed]:
     try:
-        return _LISTING.validate_python(json.loads(read_bytes(source, MAX_YAML_BYTES)))
+        return _LISTING.validate_python(parse_json(read_bytes(source, MAX_YAML_BYTES, SettingsError), str(source)))
     except ValidationError as error:
         raise SettingsError(f"{source}: {field_problem(error.errors()[0], _Listed.model_fields)}") from error
-    except (ValueError, RecursionError) as error:
-        raise SettingsError(f"{source}: not valid JSON ({shown(error)})") from error
 
 
 def _job_of_table(

@@ -19,6 +19,7 @@ from torch import Tensor
 from mixofshow.errors import BadInputError, ConceptFileError, SettingsError, shown
 from mixofshow.files import TensorFile, raw, write_tensors
 from mixofshow.fusion.statistics import TENSORS, Seen
+from mixofshow.reading import parse_json
 
 Storage = Literal["fp64", "fp32", "fp16", "low-rank"]
 METADATA_KEY: Final = "mixofshow_recording"
@@ -159,7 +160,7 @@ def open_recording(path: Path) -> Recording:
     """Open a file and check what it says of itself. Raises ConceptFileError."""
     file = TensorFile(path)
     try:
-        about = json.loads(file.metadata[METADATA_KEY])
+        about = parse_json(file.metadata[METADATA_KEY], str(path), ConceptFileError, finite=False)
         if file.metadata != _metadata(file.metadata[METADATA_KEY]):
             raise ValueError("damaged: its description does not match the digest written in it")
         rows = {str(name): int(count) for name, count in about["rows"].items()}
@@ -168,7 +169,7 @@ def open_recording(path: Path) -> Recording:
             isinstance(about[it], dict) for it in ("key", "digests")
         ):
             raise ValueError(f"format {about['format_version']}")
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ConceptFileError(f"{path}: not a recording of this version ({shown(error)})") from error
     return Recording(file, rows, about, (mean, largest))
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
 from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from mixofshow.errors import RegionError, SettingsError, field_problem, nearest, shown
-from mixofshow.files import read_table, refuse_unwritable
+from mixofshow.files import refuse_unwritable
 from mixofshow.progress import Progress, silent
+from mixofshow.reading import parse_table, read_table
 from mixofshow.sampling.pictures import embedded, is_embedded, read_picture
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.regions import Region, entry_region
@@ -73,10 +73,7 @@ def region_entry(text: str) -> dict[str, Any]:
 
 def control_entry(text: str) -> dict[str, Any]:
     """A control as a table, from "network: NAME, picture: FILE, strength: 0.8": keys as in YAML. Raises SettingsError."""
-    try:
-        table = yaml.safe_load(f"{{{text}}}")
-    except yaml.YAMLError as error:
-        raise SettingsError(f"control '{shown(text)}': expected \"network: NAME, picture: FILE\"") from error
+    table = parse_table(f"{{{text}}}", f"control '{shown(text)}'")
     # Files are named from here, but the composition's are named from beside its YAML.
     files = {key: Path(table[key]) for key in ("network", "picture", "strength_map") if isinstance(table.get(key), str)}
     # A network's name is a folder's, or is known without one.

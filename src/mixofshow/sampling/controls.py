@@ -8,7 +8,6 @@ control is one class in CONTROLS.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixofshow.bases.loading import EMBEDDED_CONTROLS
-from mixofshow.errors import SettingsError, nearest, shown
+from mixofshow.errors import BadInputError, SettingsError, nearest, shown
+from mixofshow.reading import read_json
 from mixofshow.sampling.pictures import Source, read_picture
 
 logger = logging.getLogger(__name__)
@@ -175,9 +175,9 @@ def _found(source: str | Path) -> tuple[Path, str]:
     """The folder of a control's network, and the class in CONTROLS that it says it is. Raises SettingsError."""
     folder = Path(EMBEDDED_CONTROLS.get(str(source), source))
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG)
         name = config["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (BadInputError, KeyError, TypeError) as error:
         known = ", ".join(EMBEDDED_CONTROLS)
         raise SettingsError(
             f"control '{shown(source)}': no folder with the config.json of a network; known by name are {known}"

@@ -22,6 +22,7 @@ from mixofshow.bases.loading import base_name
 from mixofshow.errors import BadInputError, SettingsError, field_problem, shown
 from mixofshow.files import raw, writing
 from mixofshow.progress import Progress, silent
+from mixofshow.reading import parse_json
 from mixofshow.sampling.composition import compose, make_composition
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.settings import Composition
@@ -97,11 +98,11 @@ def read_note(path: Path) -> tuple[Composition, Maker]:
     if text is None:
         raise SettingsError(f"{path}: carries no composition")
     try:
-        about = json.loads(text)
+        about = parse_json(text, str(path), SettingsError)
         return make_composition(about["composition"], str(path)), Maker.model_validate(about["maker"])
     except ValidationError as error:
         raise SettingsError(f"{path}: {field_problem(error.errors()[0], Maker.model_fields)}") from error
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise SettingsError(f"{path}: what it carries is not the expected table ({shown(error)})") from error
 
 

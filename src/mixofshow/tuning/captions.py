@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Final
 
 from mixofshow.errors import DatasetError, nearest, shown
+from mixofshow.reading import parse_json
 from mixofshow.tuning.pictures import label
 
 if TYPE_CHECKING:  # reading captions needs neither, and `mixofshow check` does nothing else
@@ -160,11 +160,9 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def _entry(line: bytes, pictures: Collection[str]) -> tuple[str, str]:
     """A line's picture and caption. Raises DatasetError."""
     try:
-        entry: Any = json.loads(line.decode("utf-8"))
+        entry: Any = parse_json(line.decode("utf-8"), "the line", DatasetError)
     except UnicodeDecodeError as error:
         raise DatasetError(f"not UTF-8 at its byte {error.start}; save the file as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise DatasetError(f"not JSON ({shown(error)})") from error
     if not isinstance(entry, dict):
         raise DatasetError(f'expected {{"file_name": …, "text": …}}, found {shown(entry)}')
     name, text = (_text(entry, key) for key in ("file_name", "text"))

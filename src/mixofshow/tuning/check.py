@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from mixofshow.errors import DatasetError
+from mixofshow.terminal import print_table, say
 from mixofshow.tuning.apart import ChildReader
 from mixofshow.tuning.dataset import Finding, readings
 from mixofshow.tuning.pictures import Alpha
@@ -51,12 +52,7 @@ def report(findings: Sequence[Finding], json_file: Path | None = None) -> None:
 
 def print_findings(findings: Sequence[Finding]) -> None:
     """The table of findings, one row each, on standard output; a line if there are none."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("file", "", "what")
-    for finding in findings:
-        # Text, not str: rich would take what stands in brackets in a file's name for a colour.
-        table.add_row(Text(finding.file), Text(finding.level, COLOURS[finding.level]), Text(finding.message))
-    Console().print(table if findings else "nothing to say: every picture is used as it is")
+    if not findings:
+        say("nothing to say: every picture is used as it is")
+        return
+    print_table(("file", "", "what"), [(one.file, (one.level, COLOURS[one.level]), one.message) for one in findings])

@@ -7,7 +7,6 @@ so that a prompt with the placeholders is, to the last bit, the prompt with the 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -36,7 +35,8 @@ from mixofshow.concepts.interchange.keys import Half, layer_names, split_key
 from mixofshow.concepts.interchange.pickles import read_pickle
 from mixofshow.concepts.interchange.settings import ImportSettings
 from mixofshow.errors import ConceptFileError, shown
-from mixofshow.files import is_pickle, parse_tensors, read_bytes
+from mixofshow.files import is_pickle, parse_tensors
+from mixofshow.reading import parse_json, read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -219,10 +219,7 @@ def _balanced(down: Tensor, up: Tensor) -> LowRank:
 
 def _adapter_configs(texts: Mapping[str, str], file: str) -> dict[str, dict[str, Any]]:
     """What diffusers noted of peft's configuration, by part of the pipeline."""
-    try:
-        table = json.loads(texts.get(ADAPTER_METADATA, "{}"))
-    except (ValueError, RecursionError) as error:
-        raise ConceptFileError(f"{file}: metadata '{ADAPTER_METADATA}' is not valid JSON ({shown(error)})") from error
+    table = parse_json(texts.get(ADAPTER_METADATA, "{}"), f"{file}: metadata '{ADAPTER_METADATA}'", ConceptFileError)
     configs: dict[str, dict[str, Any]] = {}
     for key, value in table.items() if isinstance(table, dict) else ():
         part, _, field = key.partition(".")

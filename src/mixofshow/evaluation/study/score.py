@@ -13,7 +13,7 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mixofshow.errors import BadInputError, field_problem
-from mixofshow.files import read_json
+from mixofshow.reading import read_json
 
 Question = Literal["image", "text"]
 QUESTIONS: Final[tuple[Question, ...]] = ("image", "text")

@@ -10,9 +10,9 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, Validati
 
 from mixofshow.errors import SettingsError, field_problem, nearest, shown
 from mixofshow.evaluation.prompts import ByCategory, prompts_by_category, prompts_without_concepts
-from mixofshow.files import read_table
 from mixofshow.fusion.settings import FusionSettings, make_fusion_settings
 from mixofshow.fusion.solving import check_method
+from mixofshow.reading import read_table
 from mixofshow.sampling.settings import STEPS
 from mixofshow.tuning.methods import METHODS
 from mixofshow.tuning.settings import Group, TuningSettings, make_settings, merged, nested

@@ -1,0 +1,230 @@
+"""What comes from outside is read once, with limits, and told of in one line that can be printed.
+
+Covers F1, F2, F24 (YAML), F38, F39 (merges, infinite numbers, half characters, brackets in tables), F11, F14, F9 and F13
+(foreign errors at the door), and the length of messages.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+
+from mixofshow import cli
+from mixofshow.cli.options import assignments
+from mixofshow.errors import BadInputError, MixOfShowError, ResourceError, SettingsError, ours, shown
+from mixofshow.reading import MAX_YAML_BYTES, parse_json, parse_table, parse_value, read_bytes, read_table
+from mixofshow.terminal import print_table, say
+
+MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{k}: &a{k} {{<<: [*a{k - 1}, *a{k - 1}]}}\n" for k in range(1, 26))
+ALIASES = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 8)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+HOSTILE_YAML = {
+    "aliases": (ALIASES, "over 20000 values"),
+    "merges": (MERGES, "over 20000 values"),
+    "lists in lists": ("[" * 20_000, "nested deeper than 16"),
+    "tables in tables": ("{a: " * 5_000, "nested deeper than 16"),
+    "itself": ("a: &a [*a]", "stands for nothing before it"),
+    "a date": ('a: !!timestamp "2001-99-99"', "timestamp"),
+    "no number": ('a: !!int "abc"', "'abc' is no int"),
+    "an empty number": ('a: !!int ""', "'' is no int"),
+    "no number with a point": ("a: !!float x", "is no float"),
+    "no switch": ("a: !!bool x", "is no bool"),
+    "a long number": ("a: " + "9" * 5_000, "is too large"),
+    "a large number": ("a: " + "9" * 40, "is too large"),
+    "without end": ("a: .inf", "not a finite number"),
+    "no number at all": ("a: .nan", "not a finite number"),
+    "over all numbers": ("a: 1e400", "not a finite number"),
+    "half a character": (r'a: "\ud800"', "half a character"),
+    "no character": (r'a: "\UFFFFFFFF"', "not valid YAML"),
+    "a version": ("%YAML " + "9" * 5_000 + ".1\n---\na: 1", "not valid YAML"),
+    "an object": ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
+    "a key twice": ("steps: 3\nsteps: 4", "line 2: the key 'steps' stands here twice"),
+    "a list as a key": ("{[a]: 1}", "expected a text as a key"),
+    "two documents": ("a: 1\n---\nb: 2", "not valid YAML"),
+    "a list": ("[1]", "expected a table of settings, found list"),
+    "nothing": ("", "expected a table of settings, found NoneType"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_YAML)
+def test_hostile_yaml_is_refused_in_one_line_at_once(name, tmp_path):
+    text, message = HOSTILE_YAML[name]
+    (tmp_path / "a.yaml").write_text(text)
+    started = time.monotonic()
+    with pytest.raises(SettingsError, match=message) as error:
+        read_table(tmp_path / "a.yaml")
+    assert time.monotonic() - started < 1
+    assert str(error.value).isprintable() and len(str(error.value).removeprefix(str(tmp_path))) < 200
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-6", 1e-6),  # a text in YAML 1.1
+        ("no", "no"),  # not a switch: it is a word of prompts
+        ("1:30", "1:30"),
+        ("2001-01-01", "2001-01-01"),
+        ("010", 10),
+        ("0x1F", 31),
+        ("~", None),
+        ("True", True),
+        (".5", 0.5),
+        ("-3.", -3.0),
+        ("'3'", "3"),
+        ("!!str 3", "3"),
+        ("{1: a, no: b, ~: c}", {"1": "a", "no": "b", "~": "c"}),
+        ("{a: &a {x: 1, y: 2}, b: {<<: *a, y: 3}}", {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}}),
+        ("{a: &a [1], b: *a}", {"a": [1], "b": [1]}),
+        ("{a: &a 5, *a : b}", {"a": 5, "5": "b"}),
+    ],
+)
+def test_yaml_is_its_core_schema(text, value):
+    assert parse_value(text, "here") == value
+
+
+def test_switches_may_still_be_yes_or_no():
+    assert [TypeAdapter(bool).validate_python(parse_value(text, "here")) for text in ("yes", "off")] == [True, False]
+
+
+def test_values_on_the_command_line_are_read_the_same():
+    assert assignments(["ridge=1e-6"]) == {"ridge": 1e-6}
+    with pytest.raises(SettingsError, match="'a=!!int x': not valid YAML"):
+        assignments(["a=!!int x"])
+
+
+@pytest.mark.parametrize("read", [read_table, read_bytes])
+def test_only_regular_files_are_read_and_no_more_than_is_allowed(read, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for name in ("pipe", "link"):
+        with pytest.raises(MixOfShowError, match="not a regular file"):
+            read(tmp_path / name)
+    with pytest.raises(MixOfShowError, match="not a regular file"):
+        read(tmp_path)
+    with pytest.raises(MixOfShowError, match="cannot be read"):
+        read(tmp_path / ("n" * 300))
+    (tmp_path / "large").write_bytes(bytes(MAX_YAML_BYTES + 1))
+    with pytest.raises(SettingsError, match=f"{MAX_YAML_BYTES + 1} bytes, at most {MAX_YAML_BYTES} are read"):
+        read_table(tmp_path / "large")
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": NaN}', '{"a": Infinity}', '{"a": 1e999}', '{"a": 1, "a": 2}', '"\\ud800"', "[" * 9999, "9" * 5000]
+)
+def test_json_is_finite_and_can_be_written_again(text):
+    with pytest.raises(BadInputError, match="here: not valid JSON") as error:
+        parse_json(text, "here")
+    assert len(str(error.value)) < 200
+    assert parse_json("-Infinity", "here", finite=False) == float("-inf")  # as diffusers' schedulers have it
+    assert parse_json(r'"\ud83d\ude00"', "here") == "😀"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("a\x1b[31mb\nc", r"a\x1b[31mb\nc"),
+        ("\u202egnp", r"\u202egnp"),
+        ("犬 é", "犬 é"),
+        ("n" * 100, "n" * 79 + "…"),
+        (Path("/a" * 100 + "/the end"), "…" + "a/" * 35 + "a/the end"),
+        ([1] * 10_000, "[" + "1, " * 20 + "...]"),
+        pytest.param(10**5_000, "a number of 16610 bits", id="a long number"),
+    ],
+)
+def test_strangers_text_is_escaped_and_cut(value, text):
+    assert shown(value) == text
+
+
+def test_every_error_is_one_line_that_can_be_printed():
+    for path in ("a\x1b[31mb", "a\nb", "\u202egnp.exe", "\ud800"):
+        assert str(SettingsError(f"{path}: no such thing")).isprintable()
+
+
+def test_notices_and_results_are_lines_that_can_be_printed(capsys):
+    record = logging.LogRecord("a", logging.WARNING, "", 0, "%s is odd", ("a\x1b[2Jb\nc",), None)
+    assert cli._OneLine().format(record) == r"a\x1b[2Jb\nc is odd"
+    say(Path("a\x1b[2J"), "b")
+    assert capsys.readouterr().out == "a\\x1b[2J\nb\n"
+
+
+@pytest.mark.parametrize("name", ["[/]", "[/nope]", "[bold]", "a\x1b[31m", "\u202eb", "\a"])
+def test_tables_show_names_as_they_are(name, capsys):
+    print_table(("a", "b"), [(name, ("loud", "red"))])
+    assert shown(name) in capsys.readouterr().out
+
+
+FOREIGN = {
+    "a full disk": (OSError(errno.ENOSPC, "No space left on device", "/x/y"), ResourceError, "/x/y: No space left"),
+    "a forbidden file": (PermissionError(errno.EACCES, "Permission denied", "/x"), ResourceError, "/x: Permission"),
+    "a name too long": (OSError(errno.ENAMETOOLONG, "File name too long", "n" * 9000), BadInputError, "too long"),
+    "a full disk, says safetensors": (
+        SafetensorError('I/O error: IoError(Os { code: 28, message: "No space left on device" })'),
+        ResourceError,
+        "No space left",
+    ),
+    "no memory": (MemoryError(), ResourceError, "out of memory"),
+    "no memory, says torch": (
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+        ResourceError,
+        "out of memory",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_errors_become_ours_at_the_door(name, monkeypatch, capsys):
+    error, kind, message = FOREIGN[name]
+    assert type(ours(error)) is kind
+
+    def broken() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", broken)
+    monkeypatch.setattr(sys, "argv", ["mixofshow"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    line = capsys.readouterr().err
+    assert stopped.value.code == kind.exit_code
+    assert line.startswith("error: ") and message in line and line.count("\n") == 1 and len(line) <= 310
+
+
+def test_a_model_of_pydantic_tells_its_field():
+    with pytest.raises(ValidationError) as error:
+        TypeAdapter(dict[str, int]).validate_python({"a": "x\x1b"})
+    assert "'a': input should be a valid integer" in str(ours(error.value))
+
+
+def test_what_is_a_bug_is_not_ours():
+    assert ours(ZeroDivisionError()) is None and ours(RuntimeError("shapes")) is None and ours(OSError("odd")) is None
+
+
+def test_long_messages_are_cut_in_the_middle_unless_asked_for(monkeypatch, capsys):
+    message = "/a" * 30_000 + ": not a regular file"
+
+    def broken() -> None:
+        assert "--debug" not in sys.argv
+        raise SettingsError(message)
+
+    monkeypatch.setattr(cli, "app", broken)
+    for arguments, length in ((["sample"], 308), (["sample", "--debug"], 60_000)):
+        monkeypatch.setattr(sys, "argv", ["mixofshow", *arguments])
+        with pytest.raises(SystemExit):
+            cli.main()
+        *above, line = capsys.readouterr().err.splitlines()
+        assert line.endswith(": not a regular file")
+        assert (len(line) > length, bool(above)) == ("--debug" in arguments,) * 2
+
+
+def test_a_table_keeps_what_json_can_hold():
+    table = parse_table("{prompt: 'a dog', seed: 3, regions: [{box: [0, 0, 1.5, 2]}], image: ~}", "here")
+    assert json.loads(json.dumps(table)) == table
