@@ -12,14 +12,15 @@ from typing import Any, Final
 
 import torch
 
+from mixofshow.bases.configs import INDEX, check_configs
 from mixofshow.bases.families import FAMILIES
 from mixofshow.errors import BadInputError, BaseModelError, ConceptFileError, shown
 from mixofshow.files import TensorFile
 from mixofshow.reading import read_json
 
 SUFFIX: Final = ".safetensors"
+PICKLES: Final = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _ORIGINAL: Final = "model.diffusion_model.input_blocks.0.0.weight"
-_INDEX: Final = "model_index.json"
 _LEFT_OUT: Final = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
 _PARTS: Final = {"unet", "vae", *(part for family in FAMILIES for part, _ in family.text_encoders)}
 
@@ -33,8 +34,12 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def check_weights(folder: Path, name: str | Path, variant: str | None = None) -> None:
-    """Raise BaseModelError that names a weight file which is cut (expected and found size) or missing from a shard list."""
-    for part in sorted(_PARTS):
+    """Raise BaseModelError that names a weight file which is cut (expected and found size) or missing from a shard list.
+
+    Also where a part has none of this variant, or none but pickles, which are not opened.
+    """
+    for part in sorted(one for one in _PARTS if (folder / one).is_dir()):
+        _require_weights(folder / part, name, variant)
         ending = f"{SUFFIX}.index.{variant}.json" if variant else f"{SUFFIX}.index.json"
         for listing in folder.glob(f"{part}/*{ending}"):
             if lost := [one for one in _shards(listing, name) if not (folder / part / one).is_file()]:
@@ -42,6 +47,22 @@ def check_weights(folder: Path, name: str | Path, variant: str | None = None) ->
         for path in sorted(folder.glob(f"{part}/*{SUFFIX}")):
             if _variant(path) == variant:
                 _open(path, f"{name}: {part}/{path.name}")
+
+
+def _require_weights(folder: Path, name: str | Path, variant: str | None) -> None:
+    found = sorted({_variant(path) or "" for path in folder.glob(f"*{SUFFIX}")})
+    if "" in found or variant in found:
+        return
+    where = f"{name}: {folder.name}: "
+    if found:
+        way_out = f"give --variant {shown(found[0], 20)}"
+        raise BaseModelError(f"{where}there are only weights of the variant {shown(', '.join(found), 60)}; {way_out}")
+    if pickles := sorted(path for path in folder.iterdir() if path.suffix in PICKLES):
+        raise BaseModelError(
+            f"{where}{shown(pickles[0].name, 60)} is a pickle, which is not opened; save the model as safetensors "
+            "(diffusers: pipe.save_pretrained(folder, safe_serialization=True))"
+        )
+    raise BaseModelError(f"{where}no weights ({SUFFIX}) in it")
 
 
 def _shards(listing: Path, name: str | Path) -> list[str]:
@@ -88,7 +109,7 @@ def load_checkpoint(path: Path, config: str | Path | None, *, dtype: torch.dtype
 
 
 def _usual_config(path: Path, file: TensorFile) -> str | Path:
-    if (path.with_suffix("") / _INDEX).is_file():
+    if (path.with_suffix("") / INDEX).is_file():
         return path.with_suffix("")
     from diffusers.loaders.single_file_utils import fetch_diffusers_config
 
@@ -112,11 +133,7 @@ def _config_folder(path: Path, config: str | Path, *, download: bool) -> Path:
 
 
 def _pipeline_class(folder: Path, path: Path) -> str:
-    known = [family.pipeline_class for family in FAMILIES]
     try:
-        found = read_json(folder / _INDEX)["_class_name"]
-    except (BadInputError, TypeError, KeyError) as error:
-        raise BaseModelError(f"{path}: its config {folder} is no diffusers folder ({_INDEX})") from error
-    if found not in known:
-        raise BaseModelError(f"{path}: its config is of {shown(found)}; known are {', '.join(known)}")
-    return str(found)
+        return check_configs(folder, path).pipeline_class
+    except BaseModelError as error:
+        raise BaseModelError(f"{path}: its config {folder}: {str(error).removeprefix(f'{path}: ')}") from error

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError
 
 from mixofshow.bases.checkpoints import SUFFIX, check_weights, load_checkpoint
+from mixofshow.bases.configs import check_configs
 from mixofshow.bases.families import family_of, text_encoders
-from mixofshow.errors import BaseModelError, SettingsError, shown
+from mixofshow.errors import BaseModelError, MixOfShowError, ResourceError, SettingsError, ours, shown
 from mixofshow.files import raw
 
 EMBEDDED: Final = {"emojiland": Path(__file__).parent / "emojiland" / "weights"}
@@ -30,6 +32,7 @@ DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 """What weights are kept as, by the names that settings and options have for it."""
 
 FINGERPRINTED: Final = ("conv_in", "conv_out", "mid_block", "final_layer_norm")
+REHEARSED_STEPS: Final = 4
 _PLAIN_NAME: Final = re.compile(r"[^/\\.~][^/\\]*(/[^/\\.][^/\\]*)?")
 
 
@@ -53,15 +56,13 @@ def load_base(
     dtype = _dtype(dtype)
     # bfloat16 has too few digits to tell base models apart: that is done with those of half precision.
     precise = torch.float16 if dtype == torch.bfloat16 else dtype
-    try:
+    with _strangers_model(name):
         if Path(name).suffix == SUFFIX:
             pipeline = load_checkpoint(Path(name), config, dtype=precise, download=download)
         else:
             pipeline = _from_folder(name, dtype=precise, variant=variant, download=download)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BaseModelError(f"{name}: could not be loaded as a base model ({reason})") from error
-    _require_whole(pipeline, name)
+        _require_whole(pipeline, name)
+        _rehearse(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline, pipeline.unet, pipeline.vae):
         # diffusers notes the folder here, and would write it into every model saved from this one.
@@ -71,6 +72,20 @@ def load_base(
     if precise != dtype:
         pipeline.unet.fingerprint_of_base = fingerprint(pipeline)
     return pipeline.to(device, dtype)
+
+
+@contextlib.contextmanager
+def _strangers_model(name: str | Path) -> Iterator[None]:
+    """Whatever a library raises inside is the model's fault: it believes configurations, and fails in any way there is."""
+    try:
+        yield
+    except (MixOfShowError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers' panics are no Exception
+        if isinstance(machine := ours(error), ResourceError):
+            raise machine from error
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise BaseModelError(f"{name}: could not be loaded as a base model ({shown(reason, 140)})") from error
 
 
 def _dtype(named: torch.dtype | str) -> torch.dtype:
@@ -102,18 +117,69 @@ def _from_folder(name: str | Path, *, dtype: torch.dtype, variant: str | None, d
         raise BaseModelError(f"{name}: no such folder; give a diffusers folder or one of {', '.join(EMBEDDED)}")
     which = {"variant": variant, "local_files_only": not download}
     if not folder.exists():
-        folder = Path(DiffusionPipeline.download(str(name), safety_checker=None, **which))
+        folder = _from_hub(str(name), which)
+    check_configs(folder, name)
     check_weights(folder, name, variant)
     return DiffusionPipeline.from_pretrained(
-        str(folder), dtype=dtype, safety_checker=None, requires_safety_checker=False, **which
+        str(folder),
+        dtype=dtype,
+        safety_checker=None,
+        requires_safety_checker=False,
+        use_safetensors=True,  # a pickle could run code
+        **which,
     )
 
 
+def _from_hub(name: str, which: dict[str, Any]) -> Path:
+    """The folder in the local cache, of safetensors alone."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(name, safety_checker=None, use_safetensors=True, **which))
+    except (OSError, ValueError) as error:
+        if which["local_files_only"]:
+            raise BaseModelError(f"{name}: not in the local cache, or not whole; --download fetches it") from error
+        raise
+
+
 def _require_whole(pipeline: Any, name: str | Path) -> None:
-    """Raise BaseModelError unless the pipeline is of a known family and has all that we use of it."""
+    """Raise BaseModelError unless the pipeline has all that we use of it, with all its weights, and the parts fit."""
+    encoders = text_encoders(pipeline)
     needed = ("unet", "vae", "scheduler", *(part for pair in family_of(pipeline).text_encoders for part in pair))
     if missing := [part for part in needed if getattr(pipeline, part, None) is None]:
         raise BaseModelError(f"{name}: the base model has no {', '.join(missing)}")
+    for part in ("unet", "vae", *(one.part for one in encoders)):
+        for key, tensor in getattr(pipeline, part).state_dict().items():
+            if tensor.is_meta:
+                raise BaseModelError(f"{name}: {part}: its file has no tensor '{shown(key)}', which its config.json asks for")
+    unet, vae = pipeline.unet.config, pipeline.vae.config
+    for what, found, expected in (
+        ("unet: cross_attention_dim", unet.cross_attention_dim, sum(one.width for one in encoders)),
+        ("unet: in_channels", unet.in_channels, vae.latent_channels),
+        ("unet: out_channels", unet.out_channels, vae.latent_channels),
+        ("vae: in_channels", vae.in_channels, 3),
+        ("vae: out_channels", vae.out_channels, 3),
+    ):
+        if found != expected:
+            raise BaseModelError(f"{name}: {what}: expected {expected}, as the other parts have it, found {shown(found)}")
+    for one in encoders:
+        if (last := max(one.tokenizer.get_vocab().values(), default=0)) >= one.first_id:
+            raise BaseModelError(f"{name}: its tokenizer knows a token {last}, {one.part} only {one.first_id}")
+
+
+def _rehearse(pipeline: Any) -> None:
+    """Draw a few steps without the networks: what the scheduler's configuration and the tokenizers say works together."""
+    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(REHEARSED_STEPS)
+    latents = torch.ones(1, 1, 8, 8)
+    with torch.random.fork_rng(devices=[]):  # some schedulers add noise
+        for time in scheduler.timesteps:
+            scheduler.scale_model_input(latents, time)
+            latents = scheduler.step(torch.ones_like(latents), time, latents).prev_sample
+    if not torch.isfinite(latents).all():
+        raise ValueError("its scheduler makes latents that are not finite")
+    for one in text_encoders(pipeline):
+        one.tokenizer("a photo", padding="max_length", max_length=one.length, truncation=True)
 
 
 def load_named_base(name: str, given: str | Path | None, source: str, **options: Any) -> Any:

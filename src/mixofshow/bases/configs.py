@@ -1,0 +1,177 @@
+"""A base folder's configurations, checked before a library builds from them what they say.
+
+The libraries believe what stands there: a thousand million steps of training, a million layers in a block, a word where
+a number belongs, are found out while memory fills, or in the midst of drawing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Final
+
+from mixofshow.bases.families import FAMILIES, Family
+from mixofshow.errors import BadInputError, BaseModelError, shown
+from mixofshow.reading import MAX_JSON_BYTES, parse_json, read_bytes
+
+INDEX: Final = "model_index.json"
+CONFIGS: Final = ("config.json", "scheduler_config.json")
+CLASSES: Final = {
+    "unet": ("diffusers", ("UNet2DConditionModel",)),
+    "vae": ("diffusers", ("AutoencoderKL", "AutoencoderTiny")),
+    "scheduler": ("diffusers", ("*Scheduler",)),
+    "text_encoder": ("transformers", ("CLIPTextModel", "CLIPTextModelWithProjection")),
+    "tokenizer": ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
+}
+"""Library and classes of a part of a pipeline; a second text encoder's and tokenizer's are the first one's."""
+LARGEST: Final = {
+    "layers_per_block": 16,
+    "transformer_layers_per_block": 64,
+    "reverse_transformer_layers_per_block": 64,
+    "num_hidden_layers": 128,
+    "num_attention_heads": 1024,
+    "attention_head_dim": 1024,
+    "addition_embed_type_num_heads": 1024,
+    "block_out_channels": 2**13,
+    "norm_num_groups": 2**13,
+    "hidden_size": 2**14,
+    "projection_dim": 2**14,
+    "intermediate_size": 2**16,
+    "cross_attention_dim": 2**14,
+    "encoder_hid_dim": 2**14,
+    "time_embedding_dim": 2**14,
+    "time_cond_proj_dim": 2**14,
+    "addition_time_embed_dim": 2**14,
+    "projection_class_embeddings_input_dim": 2**16,
+    "num_class_embeds": 2**14,
+    "max_position_embeddings": 2**13,
+    "vocab_size": 2**20,
+    "in_channels": 64,
+    "out_channels": 64,
+    "latent_channels": 64,
+    "conv_in_kernel": 15,
+    "conv_out_kernel": 15,
+    "sample_size": 2**13,
+    "num_train_timesteps": 10_000,
+    "solver_order": 3,
+}
+"""Whole numbers from 1 on, and lists of such: what a library makes so many of, or so large. Models in use are well below."""
+LISTS: Final = {
+    "layers_per_block",
+    "transformer_layers_per_block",
+    "reverse_transformer_layers_per_block",
+    "num_attention_heads",
+    "attention_head_dim",
+    "cross_attention_dim",
+    "only_cross_attention",
+    "trained_betas",
+    "latents_mean",
+    "latents_std",
+}
+"""What may be a list though its default is none."""
+MAX_LIST: Final = 16
+MAX_BETAS: Final = LARGEST["num_train_timesteps"]
+MAX_NUMBER: Final = 10**6
+BETAS: Final = {"beta_start", "beta_end", "trained_betas"}
+
+
+def check_configs(folder: Path, name: str | Path) -> Family:
+    """The family of the pipeline in a folder. Raises BaseModelError unless its parts say what can be built."""
+    index = _table(folder / INDEX, name)
+    family = _family(index, name)
+    for part in ("unet", "vae", "scheduler", *(one for pair in family.text_encoders for one in pair)):
+        found = _class(index, part, name)
+        for path in sorted((folder / part).glob("*.json")):
+            table = _table(path, name)
+            problems = _problems(table, found) if path.name in CONFIGS else ()
+            for problem in problems:
+                raise BaseModelError(f"{name}: {part}/{path.name}: {problem}")
+    return family
+
+
+def _family(index: Mapping[str, Any], name: str | Path) -> Family:
+    found = index.get("_class_name")
+    for family in FAMILIES:
+        if family.pipeline_class == found:
+            return family
+    known = ", ".join(family.pipeline_class for family in FAMILIES)
+    raise BaseModelError(f"{name}: {shown(found)} is a kind of base model that is not supported; known are {known}")
+
+
+def _class(index: Mapping[str, Any], part: str, name: str | Path) -> Any:
+    """The class that a part is of; None of transformers', which checks configurations by itself."""
+    library, classes = CLASSES[part.removesuffix("_2")]
+    entry = index.get(part)
+    if entry is None or entry == [None, None]:
+        raise BaseModelError(f"{name}: the base model has no {part}")
+    if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(one, str) for one in entry):
+        raise BaseModelError(f"{name}: {INDEX}: '{part}': expected a library and a class, found {shown(entry)}")
+    if entry[0] != library or not any(fnmatchcase(entry[1], one) for one in classes):
+        expected = f"{' or '.join(classes)} of {library}"
+        raise BaseModelError(f"{name}: {INDEX}: '{part}': expected {expected}, found {shown(' of '.join(entry[::-1]))}")
+    if library == "transformers":
+        return None
+    import diffusers
+
+    if not inspect.isclass(found := getattr(diffusers, entry[1], None)):
+        raise BaseModelError(f"{name}: {INDEX}: '{part}': diffusers has no {shown(entry[1])}")
+    return found
+
+
+def _table(path: Path, name: str | Path) -> dict[str, Any]:
+    where = f"{name}: {path.name if path.name == INDEX else f'{path.parent.name}/{path.name}'}"
+    try:
+        table = parse_json(read_bytes(path, MAX_JSON_BYTES, BadInputError), where, BaseModelError, finite=False)
+    except BaseModelError:
+        raise
+    except BadInputError as error:
+        raise BaseModelError(f"{where}: {str(error).removeprefix(f'{path}: ')}") from error
+    if not isinstance(table, dict):
+        raise BaseModelError(f"{where}: expected a table, found {type(table).__name__}")
+    return table
+
+
+def _problems(table: Mapping[str, Any], kind: Any) -> Iterator[str]:
+    """What is wrong with a configuration; of a class of diffusers, also what is of another type than its default."""
+    parameters = inspect.signature(kind.__init__).parameters if kind else {}
+    for key, value in table.items():
+        if key.startswith("_") or value is None:
+            continue
+        values = list(_flat(value))
+        most = MAX_BETAS if key == "trained_betas" else MAX_LIST
+        default = parameters[key].default if key in parameters else None
+        if kind and isinstance(value, list) and (
+            not 1 <= len(values) <= most or not (key in LISTS or isinstance(default, tuple))
+        ):
+            yield f"'{shown(key)}': not to be a list of {len(values)}"
+        for one in values:
+            if problem := _problem(key, one, next(_flat(default), None)):
+                yield f"'{shown(key)}': {problem}, found {shown(value)}"
+
+
+def _problem(key: str, value: Any, default: Any) -> str | None:
+    """What is wrong with a value, or one of a list."""
+    if key in LARGEST and not (type(value) is int and 1 <= value <= LARGEST[key]):
+        return f"expected whole numbers from 1 to {LARGEST[key]}"
+    if key in BETAS and not (_is_number(value) and 0 < value <= 1):
+        return "expected numbers above 0, at most 1"
+    if _is_number(value) and MAX_NUMBER < abs(value) < math.inf:
+        return f"expected numbers up to {MAX_NUMBER}"
+    if default is not None and not (type(value) is type(default) or (_is_number(value) and _is_number(default))):
+        return f"expected such as {shown(default)}"
+    return None
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        for one in value:
+            yield from _flat(one)
+    else:
+        yield value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
