@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from shapes import BASES, random_concept
 from torch import Tensor
 
-from mixofshow.concepts.concept import LowRank
+from mixofshow.concepts.changes import LowRank
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.fusion.methods import gradient, lbfgs, solve_ridge
 from mixofshow.fusion.problem import LayerProblem

@@ -20,7 +20,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from mixofshow.bases.families import family_of, text_encoders, token_width
 from mixofshow.bases.layers import count_groups, lora_layers, matrix
 from mixofshow.bases.loading import fingerprint, load_base
-from mixofshow.concepts.concept import Concept, ConceptInfo, LowRank
+from mixofshow.concepts.changes import LowRank
+from mixofshow.concepts.concept import Concept, ConceptInfo
 
 
 def sd15(tokenizer: Any = None, *, side: int = 512) -> Any:

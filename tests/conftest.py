@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mixofshow.bases.loading import fingerprint, load_base
-from mixofshow.concepts.concept import DOWN, EMBEDDINGS, UP, Concept, ConceptInfo, LowRank, vocabulary
+from mixofshow.concepts.changes import DOWN, UP, LowRank
+from mixofshow.concepts.concept import EMBEDDINGS, Concept, ConceptInfo, vocabulary
 from mixofshow.concepts.model import ConceptModel
 
 GOLDENS = Path(__file__).parent / "goldens"

@@ -188,7 +188,7 @@ INFO: dict[str, tuple[Any, str]] = {
     "layers of text": ({"layers": "many"}, "'layers'"),
     "10^9 layers": ({"layers": 10**9}, "'layers'"),
     "nested settings": ({"settings": {"a": {"b": 1}}}, "'settings"),
-    "a newer format": ({"format_version": 3}, "made in format 3, this version reads <= 1"),
+    "a newer format": ({"format_version": 3}, "made in format 3, this version reads <= 2"),
     "a format of text": ({"format_version": "x\ny"}, "made in format"),
     "no format": ({"format_version": ...}, "format_version"),
     "a lone surrogate": ({"class_word": "\ud800"}, "class_word|metadata"),
@@ -351,14 +351,14 @@ TENSORS: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
     "rank over the layer's own": (pair(UNET, (25, 32), (24, 25)), "rank 25 is more than the layer's own 24"),
     "int8": (pair(UNET, (4, 32), (24, 4), torch.int8), "expected fp16, bf16 or fp32, found torch.int8"),
     "float64": (pair(UNET, (4, 32), (24, 4), torch.float64), "found torch.float64"),
-    "convolution for linear": (pair(UNET, (4, 32, 1, 1), (24, 4, 1, 1)), "do not fit together"),
+    "convolution for linear": (pair(UNET, (4, 32, 1, 1), (24, 4, 1, 1)), r"expected \(4, 32\), found \(4, 32, 1, 1\)"),
     "another input size": (pair(UNET, (4, 64), (24, 4)), r"expected \(out, in\) = \(24, 32\), found \(24, 64\)"),
-    "another output size": (pair(UNET, (4, 32), (0, 4)), r"expected \(out, in\) = \(24, 32\), found \(0, 32\)"),
+    "another output size": (pair(UNET, (4, 32), (23, 4)), r"expected \(out, in\) = \(24, 32\), found \(23, 32\)"),
     "a layer of no base": (pair("unet.nowhere", (4, 32), (24, 4)), "layer 'unet.nowhere' is not in this base"),
     "a layer without part": (pair("nowhere\n", (4, 32), (24, 4)), r"layer 'nowhere\\n' is not in this base"),
-    "a layer that is not attention": (
-        pair("unet.conv_in", (4, 32), (24, 4)),
-        "layer 'unet.conv_in' is not in this base",
+    "a layer without a matrix": (
+        pair("unet.conv_norm_out", (4, 32), (24, 4)),
+        "layer 'unet.conv_norm_out' is not in this base",
     ),
 }
 

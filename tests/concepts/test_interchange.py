@@ -23,7 +23,8 @@ from torch import Tensor
 
 from mixofshow.bases.layers import TEXT_PREFIX, layer, matrix
 from mixofshow.concepts.adapters import applied, tuned_weights
-from mixofshow.concepts.concept import Concept, Full, LowRank, load_concept, vocabulary
+from mixofshow.concepts.changes import Full, LowRank
+from mixofshow.concepts.concept import Concept, load_concept, vocabulary
 from mixofshow.concepts.interchange.convert import convert, half_precision_error
 from mixofshow.concepts.interchange.exporting import low_rank_changes, mean_vectors
 from mixofshow.concepts.interchange.importing import open_concept
@@ -196,15 +197,16 @@ def test_what_peft_trained_and_diffusers_saved(golden_pipeline, tmp_path):
     assert {one.down.shape[0] for one in concept.deltas.values()} == {2, 4}
 
 
-def test_convolutions_are_left_out_with_a_notice(pairs, golden_pipeline, tmp_path, caplog):
-    conv = "lora_unet_down_blocks_0_resnets_0_conv1"
-    tensors = {f"{conv}.lora_down.weight": torch.ones(4, 16, 3, 3), f"{conv}.lora_up.weight": torch.ones(16, 4, 1, 1)}
-    save_file(tensors | kohya()(TO_K, *pairs[TO_K]), tmp_path / "lora.safetensors")
+def test_layers_that_no_concept_can_change_are_left_out_with_a_notice(pairs, xl_pipeline, tmp_path, caplog):
+    other = "lora_te2_text_projection"
+    tensors = {f"{other}.lora_down.weight": torch.ones(4, 24), f"{other}.lora_up.weight": torch.ones(12, 4)}
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
+    save_file(tensors | kohya()(name, torch.ones(4, 16), torch.ones(16, 4)), tmp_path / "lora.safetensors")
     with caplog.at_level(logging.WARNING):
-        concept = open_concept(tmp_path / "lora.safetensors", golden_pipeline, ImportSettings(words="man"))
-    assert list(concept.deltas) == [TO_K]
+        concept = open_concept(tmp_path / "lora.safetensors", xl_pipeline, ImportSettings(words="man"))
+    assert list(concept.deltas) == [name]
     assert "1 layers left out" in caplog.text
-    assert "conv1" in caplog.text
+    assert "projection" in caplog.text
 
 
 def test_a_rank_above_the_layers_own_is_kept_in_full(golden_pipeline, tmp_path):
@@ -404,13 +406,7 @@ K = kohya()(TO_K, torch.ones(4, 32), torch.ones(24, 4))
 KEY = next(iter(K)).removesuffix(".lora_down.weight")
 MAN = ImportSettings(words="man")
 REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, str], ImportSettings, str]] = {
-    "nothing": ({}, {"a": "b"}, MAN, "neither a LoRA of attention layers nor an embedding"),
-    "only convolutions": (
-        {"lora_unet_conv_in.lora_down.weight": torch.ones(1, 1), "lora_unet_conv_in.lora_up.weight": torch.ones(1, 1)},
-        {},
-        MAN,
-        "neither a LoRA of attention layers nor",
-    ),
+    "nothing": ({}, {"a": "b"}, MAN, "neither a LoRA nor an embedding"),
     "no trigger words": (K, {}, ImportSettings(), "names no trigger words"),
     "two folders of training": (K, {"ss_tag_frequency": '{"1_a": 1, "2_b": 1}'}, ImportSettings(), "no trigger words"),
     "a special token": (K, {}, ImportSettings(words="<|endoftext|>"), "does not know the words '<|endoftext|>'"),

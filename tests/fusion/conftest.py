@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from mixofshow.concepts.concept import Concept, LowRank
+from mixofshow.concepts.changes import LowRank
+from mixofshow.concepts.concept import Concept
 from mixofshow.fusion import stages
 
 MakeConcept = Callable[..., Concept]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from mixofshow.bases.layers import layer, matrix
-from mixofshow.concepts.concept import LowRank
+from mixofshow.concepts.changes import LowRank
 from mixofshow.concepts.interchange.importing import open_concept
 from mixofshow.concepts.prompts import encode_prompts, layerwise
 from mixofshow.fusion import recording

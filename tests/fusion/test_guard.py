@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixofshow.concepts.concept import Change, Concept, Full, LowRank
+from mixofshow.concepts.changes import Change, Full, LowRank
+from mixofshow.concepts.concept import Concept
 from mixofshow.fusion.guard import HARM, LOUD, guarded
 from mixofshow.fusion.methods import METHODS
 from mixofshow.fusion.problem import LayerProblem

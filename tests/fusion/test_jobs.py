@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mixofshow.concepts.concept import Full
+from mixofshow.concepts.changes import Full
 from mixofshow.errors import BadInputError, MixOfShowError, SettingsError
 from mixofshow.fusion.jobs import make_job
 from mixofshow.fusion.settings import FusionSettings, make_fusion_settings, on_top

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from mixofshow.concepts.concept import LowRank
+from mixofshow.concepts.changes import LowRank
 from mixofshow.concepts.model import load_model, with_concept
 from mixofshow.errors import BadInputError, SettingsError, TokenError
 from mixofshow.fusion.methods import METHODS, gradient, method_settings, solve_ridge

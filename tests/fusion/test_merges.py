@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixofshow.concepts.concept import Change, Full, LowRank
+from mixofshow.concepts.changes import Change, Full, LowRank
 from mixofshow.errors import SettingsError
 from mixofshow.fusion.methods import (
     METHODS,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixofshow.concepts.concept import Change, Full, LowRank
+from mixofshow.concepts.changes import Change, Full, LowRank
 from mixofshow.fusion.methods import gradient
 from mixofshow.fusion.problem import LayerProblem
 from mixofshow.fusion.statistics import Seen

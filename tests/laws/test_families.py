@@ -15,7 +15,8 @@ from mixofshow import MixOfShowPipeline, Region
 from mixofshow.bases.families import conditions, family_of, text_encoders, token_width
 from mixofshow.bases.layers import count_groups, cross_attentions, layer, lora_layers, matrix, text_groups
 from mixofshow.bases.loading import fingerprint, load_base
-from mixofshow.concepts.concept import Concept, ConceptInfo, LowRank, check_fits, load_concept, vocabulary
+from mixofshow.concepts.changes import LowRank
+from mixofshow.concepts.concept import Concept, ConceptInfo, check_fits, load_concept, vocabulary
 from mixofshow.concepts.interchange.embeddings import file_words, trigger_words
 from mixofshow.concepts.interchange.exporting import export_concept
 from mixofshow.concepts.interchange.importing import open_concept

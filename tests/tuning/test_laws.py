@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from mixofshow.bases.layers import cross_attentions, layer, lora_layers, matrix
-from mixofshow.concepts.concept import Full, LowRank, load_concept
+from mixofshow.concepts.changes import Full, LowRank
+from mixofshow.concepts.concept import load_concept
 from mixofshow.concepts.model import with_concept
 from mixofshow.errors import SettingsError, TokenError
 from mixofshow.fusion.settings import FusionSettings

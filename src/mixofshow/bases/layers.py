@@ -7,6 +7,7 @@ carry the prefix `text_model.` there, whether or not the installed transformers 
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any, Final, Literal
 
 from torch import Tensor, nn
@@ -15,20 +16,29 @@ from mixofshow.bases.families import text_encoders
 from mixofshow.errors import BaseModelError
 
 BLOCK_ORDER: Final = ("down_blocks", "mid_block", "up_blocks")
+_BEFORE, _BEHIND = ("conv_in", "time_embedding", "add_embedding"), ("conv_out",)
 _ATTENTION: Final = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$"
 _FEED_FORWARD: Final = r"\.ff\.net\.(0\.proj|2)$"
+_PROJECTIONS: Final = rf"{_ATTENTION}|{_FEED_FORWARD}|attentions\.\d+\.proj_(in|out)$"
+_CONVOLUTIONS: Final = (
+    rf"{_PROJECTIONS}|\.resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)$|samplers\.\d+\.conv$"
+)
 _SELF_ATTENTION: Final = r"\.self_attn\.(q_proj|k_proj|v_proj|out_proj)$"
 UNET_TARGETS: Final = {
     "keys-and-values": re.compile(r"\.attn2\.to_[kv]$"),
     "attention": re.compile(_ATTENTION),
     "feed-forward": re.compile(f"{_ATTENTION}|{_FEED_FORWARD}"),
-    "projections": re.compile(rf"{_ATTENTION}|{_FEED_FORWARD}|attentions\.\d+\.proj_(in|out)$"),
+    "projections": re.compile(_PROJECTIONS),
+    "convolutions": re.compile(_CONVOLUTIONS),
+    "all": re.compile(rf"{_CONVOLUTIONS}|^conv_(in|out)$|^(time|add)_embedding\.linear_\d$"),
 }
 TEXT_TARGETS: Final = {
     "attention": re.compile(_SELF_ATTENTION),
     "layers": re.compile(rf"{_SELF_ATTENTION}|\.mlp\.fc[12]$"),
 }
 """Sets of layers that a concept may change, each holding the one before."""
+_PLACE: Final = re.compile(r"^(?:down_blocks|mid_block|up_blocks)\.(?:(\d+)\.)?(\w+)\.(\d+)\.")
+_TURNS: Final = ("resnets", "attentions")
 TEXT_PREFIX: Final = "text_model."
 _IN_BLOCK: Final = ".transformer_blocks."
 
@@ -58,21 +68,30 @@ def count_groups(unet: nn.Module) -> int:
 
 
 def lora_layers(pipeline: Any, *, unet: str = "attention", text_encoder: str = "attention") -> dict[str, nn.Module]:
-    """The linear layers and 1×1 convolutions in sets of targets, by our name, in forward order."""
+    """The linear layers and convolutions in sets of targets, by our name, in forward order."""
     layers = {}
     for encoder in text_encoders(pipeline):
         for path, module in encoder.model.named_modules():
             if TEXT_TARGETS[text_encoder].search(path):
                 layers[f"{encoder.part}.{TEXT_PREFIX}{path.removeprefix(TEXT_PREFIX)}"] = module
     found = {path: module for path, module in pipeline.unet.named_modules() if UNET_TARGETS[unet].search(path)}
-    for block in BLOCK_ORDER:
-        layers |= {f"unet.{path}": module for path, module in found.items() if path.startswith(block)}
+    for block in (*_BEFORE, *BLOCK_ORDER, *_BEHIND):
+        inside = sorted((path for path in found if path.startswith(block)), key=_place)
+        layers |= {f"unet.{path}": found[path] for path in inside}
     return layers
+
+
+def _place(path: str) -> tuple[int, int, int]:
+    """Where a picture passes a layer: in each block resnets and attentions take turns, and the samplers come last."""
+    if (found := _PLACE.match(path)) is None:
+        return (0, 0, 0)
+    block, kind, number = int(found[1] or 0), found[2], int(found[3])
+    return (block, number, _TURNS.index(kind)) if kind in _TURNS else (block, sys.maxsize, number)
 
 
 def tunable_layers(pipeline: Any) -> dict[str, nn.Module]:
     """Every layer that some method or setting can change, by our name, in forward order."""
-    return lora_layers(pipeline, unet="projections", text_encoder="layers")
+    return lora_layers(pipeline, unet="all", text_encoder="layers")
 
 
 def kind_of(name: str) -> Literal["unet", "text_encoder"]:
@@ -99,6 +118,12 @@ def layer(pipeline: Any, name: str) -> nn.Module:
 
 
 def matrix(module: nn.Module) -> Tensor:
-    """The weight of a linear layer or 1×1 convolution as a matrix, (out, in); a view of the weight."""
+    """The weight of a linear layer or convolution as a matrix, a view of it: (out, in), or (out, in · height · width)."""
     weight = module.weight
     return weight.flatten(1)  # type: ignore[operator]
+
+
+def kernel_of(module: nn.Module) -> tuple[int, ...]:
+    """Height and width of a convolution's kernel; () of a linear layer, and of a 1×1 convolution, which is as one."""
+    kernel: tuple[int, ...] = tuple(module.weight.shape[2:])  # type: ignore[index]
+    return () if kernel == (1, 1) else kernel

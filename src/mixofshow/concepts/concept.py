@@ -17,20 +17,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from mixofshow.bases.families import family_of, of_encoders, text_encoders, token_width
-from mixofshow.bases.layers import count_groups, matrix, tunable_layers
+from mixofshow.bases.layers import count_groups
 from mixofshow.bases.loading import fingerprint
+from mixofshow.concepts.changes import Change, layer_problems, read_changes
 from mixofshow.concepts.words import Vocabulary, check_word
 from mixofshow.errors import ConceptFileError, TokenError, shown
 from mixofshow.files import parse_tensors, raw, write_tensors
 from mixofshow.reading import parse_json, read_bytes
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+"""The newest that is read. Written is the oldest that has room for the concept: 1 has none for convolutions."""
 METADATA_KEY: Final = "mixofshow"
 DIGEST_KEY: Final = "sha256"
 MAX_METADATA_BYTES: Final = 16 * 2**10
 EMBEDDINGS: Final = "lora_embeddings"
 """Named so that diffusers' `load_lora_weights` takes the whole file: it refuses names without "lora"."""
-DOWN, UP, FULL = ".lora_A.weight", ".lora_B.weight", ".diff"
 LARGEST_VALUE: Final = 1e4
 LARGEST_EMBEDDING: Final = 100.0
 """Longest embedding allowed, in lengths of the base's mean token embedding."""
@@ -42,7 +43,7 @@ class ConceptInfo(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: int = Field(FORMAT_VERSION, ge=1)
+    format_version: int = Field(1, ge=1, le=FORMAT_VERSION)
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")
     words: tuple[str, ...] = Field(min_length=1, max_length=8)
     class_word: str = Field(max_length=64)
@@ -57,87 +58,6 @@ class ConceptInfo(BaseModel):
     settings: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
     license: str | None = None
     author: str | None = None
-
-
-def inner(one: Tensor, other: Tensor) -> float:
-    """⟨A, B⟩: the sum of the products of two matrices' entries, without a third in memory."""
-    return float(torch.dot(one.flatten(), other.flatten()))
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """The change of one layer's weight, `up @ down`: down (rank, in), up (out, rank); alpha is already in `up`."""
-
-    down: Tensor
-    up: Tensor
-
-    def matrix(self, strength: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        """The change as a matrix, (out, in)."""
-        return strength * (self.up.to(dtype) @ self.down.to(dtype))
-
-    def scaled(self, strength: float) -> LowRank:
-        """The change at another strength."""
-        return LowRank(self.down, strength * self.up)
-
-    def times(self, moments: Tensor) -> LowRank:
-        """ΔW C for C (in, in), in its precision."""
-        return LowRank(self.down.to(moments) @ moments, self.up.to(moments))
-
-    def inner(self, matrix: Tensor) -> float:
-        """⟨ΔW, M⟩ for M (out, in) of its precision."""
-        return inner(self.down, self.up.T @ matrix)
-
-    def add_to(self, sums: Tensor, weight: float) -> None:
-        """Add the change, `weight` times, to a matrix (out, in)."""
-        sums.addmm_(self.up.to(sums), self.down.to(sums), alpha=weight)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of the layer."""
-        return self.up.shape[0], self.down.shape[1]
-
-    def tensors(self, layer: str) -> dict[str, Tensor]:
-        """Its tensors by their names in the file."""
-        return {layer + DOWN: self.down, layer + UP: self.up}
-
-
-@dataclass(frozen=True)
-class Full:
-    """The change of one layer's weight as it is, (out, in): of methods that train whole layers."""
-
-    change: Tensor
-
-    def matrix(self, strength: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        """The change as a matrix, (out, in)."""
-        return strength * self.change.to(dtype)
-
-    def scaled(self, strength: float) -> Full:
-        """The change at another strength."""
-        return Full(strength * self.change)
-
-    def times(self, moments: Tensor) -> Full:
-        """ΔW C for C (in, in), in its precision."""
-        return Full(self.change.to(moments) @ moments)
-
-    def inner(self, matrix: Tensor) -> float:
-        """⟨ΔW, M⟩ for M (out, in) of its precision."""
-        return inner(self.change, matrix)
-
-    def add_to(self, sums: Tensor, weight: float) -> None:
-        """Add the change, `weight` times, to a matrix (out, in)."""
-        sums.add_(self.change.to(sums), alpha=weight)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of the layer."""
-        return self.change.shape[0], self.change.shape[1]
-
-    def tensors(self, layer: str) -> dict[str, Tensor]:
-        """Its tensors by their names in the file."""
-        return {layer + FULL: self.change}
-
-
-Change = LowRank | Full
 
 
 @dataclass(frozen=True)
@@ -174,7 +94,8 @@ class Concept:
 
     def save(self, path: Path) -> None:
         """Write the file whole or not at all."""
-        text = self.info.model_dump_json()
+        version = 2 if any(change.kernel for change in self.deltas.values()) else 1
+        text = self.info.model_copy(update={"format_version": version}).model_dump_json()
         write_tensors(path, self.tensors(), _metadata(text, self.hash))
 
 
@@ -263,30 +184,6 @@ def _read_tensors(tensors: dict[str, Tensor], info: ConceptInfo, name: str) -> t
     return embeddings, changes
 
 
-def read_changes(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Change], list[str]]:
-    """Changes by layer from a file's tensors, and what is wrong with those, a line for each."""
-    problems: list[str] = []
-    deltas: dict[str, Change] = {}
-    for key, tensor in tensors.items():
-        layer = key.removesuffix(DOWN).removesuffix(UP).removesuffix(FULL)
-        if key == layer + FULL:
-            if tensor.ndim != 2 or 0 in tensor.shape or layer + DOWN in tensors:
-                problems.append(f"tensor '{shown(key)}': expected (out, in) alone, found {tuple(tensor.shape)}")
-            deltas[layer] = Full(tensor)
-        elif layer == key:
-            problems.append(f"tensor '{shown(key)}' is not known")
-        elif layer + DOWN not in tensors or layer + UP not in tensors:
-            problems.append(f"tensor '{shown(key)}' stands alone, its other half is missing")
-        elif key.endswith(DOWN):
-            down, up = tensors[layer + DOWN], tensors[layer + UP]
-            if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or 0 in down.shape:
-                problems.append(
-                    f"'{shown(layer)}': down {tuple(down.shape)} and up {tuple(up.shape)} do not fit together"
-                )
-            deltas[layer] = LowRank(down, up)
-    return deltas, problems
-
-
 def value_problems(tensors: Mapping[str, Tensor]) -> list[str]:
     """What is wrong with the numbers of a stranger's tensors, a line for each."""
     problems = []
@@ -338,21 +235,6 @@ def _length_problems(concept: Concept, pipeline: Any) -> list[str]:
             problems.append(
                 f"tensor '{EMBEDDINGS}': length {longest:.3g}, the base's words have {usual:.3g} on average"
             )
-    return problems
-
-
-def layer_problems(deltas: Mapping[str, Change], pipeline: Any) -> list[str]:
-    """Where changes do not fit the base's layers, a line for each."""
-    problems, known = [], tunable_layers(pipeline)
-    for layer, delta in deltas.items():
-        if layer not in known:
-            problems.append(f"layer '{shown(layer)}' is not in this base")
-            continue
-        expected = tuple(matrix(known[layer]).shape)
-        if delta.shape != expected:
-            problems.append(f"layer '{layer}': expected (out, in) = {expected}, found {delta.shape}")
-        elif isinstance(delta, LowRank) and delta.down.shape[0] > min(expected):
-            problems.append(f"layer '{layer}': rank {delta.down.shape[0]} is more than the layer's own {min(expected)}")
     return problems
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mixofshow.bases.layers import layer, matrix
 from mixofshow.bases.loading import fingerprint
+from mixofshow.concepts.changes import Change, Full, LowRank, layer_problems, read_changes
 from mixofshow.concepts.concept import METADATA_KEY as CONCEPT_KEY
-from mixofshow.concepts.concept import Change, Full, LowRank, layer_problems, raise_if, read_changes, value_problems
+from mixofshow.concepts.concept import raise_if, value_problems
 from mixofshow.errors import ConceptFileError, SettingsError, field_problem, shown
 from mixofshow.files import parse_tensors, raw, write_tensors
 from mixofshow.reading import parse_json, read_bytes

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.nn import functional
 
-from mixofshow.concepts.concept import LowRank
+from mixofshow.concepts.changes import LowRank
 from mixofshow.errors import SettingsError, nearest, shown
 from mixofshow.fusion.problem import LayerProblem
 from mixofshow.fusion.statistics import Seen

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from mixofshow.concepts.concept import Change, LowRank, inner
+from mixofshow.concepts.changes import Change, LowRank, inner
 from mixofshow.fusion.statistics import Seen
 
 

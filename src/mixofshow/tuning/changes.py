@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mixofshow.bases.layers import kind_of, lora_layers, matrix, module_path
-from mixofshow.concepts.concept import Change, Full, LowRank
+from mixofshow.concepts.changes import Change, Full, LowRank
 from mixofshow.errors import SettingsError
 from mixofshow.tuning.settings import TextEncoderSettings, TuningSettings, UNetSettings
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from mixofshow.concepts.concept import Change, Concept, Full, LowRank
+from mixofshow.concepts.changes import Change, Full, LowRank
+from mixofshow.concepts.concept import Concept
 from mixofshow.concepts.interchange.cards import fidelity, rounding
 from mixofshow.concepts.interchange.exporting import export_concept
 from mixofshow.concepts.interchange.importing import open_concept

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from mixofshow.bases.families import of_encoders, text_encoders
 from mixofshow.bases.layers import layer
-from mixofshow.concepts.concept import DOWN, UP, Change, Concept, LowRank
+from mixofshow.concepts.changes import DOWN, UP, Change, LowRank
+from mixofshow.concepts.concept import Concept
 from mixofshow.concepts.delta import Compression, compressed
 from mixofshow.concepts.interchange.cards import kohya_metadata, model_card
 from mixofshow.concepts.interchange.embeddings import TABLES
@@ -140,9 +141,13 @@ TARGETS: Final[dict[str, Callable[[Concept, Any, Mapping[str, LowRank]], _Target
 
 
 def _shaped(change: LowRank, pipeline: Any, name: str) -> tuple[Tensor, Tensor]:
-    """Both halves, with the two dimensions of size 1 that a convolution has."""
-    more = (None,) * (layer(pipeline, name).weight.ndim - 2)  # type: ignore[operator]
-    return _compact(change.down)[(..., *more)], _compact(change.up)[(..., *more)]
+    """Both halves, with the two dimensions more that those of a convolution have: in `down` its kernel."""
+    weight: Any = layer(pipeline, name).weight
+    points = (1,) * (weight.ndim - 2)
+    return (
+        _compact(change.down).reshape(-1, *weight.shape[1:]),
+        _compact(change.up).reshape(*change.up.shape, *points),
+    )
 
 
 def _compact(tensor: Tensor) -> Tensor:

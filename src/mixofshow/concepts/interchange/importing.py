@@ -18,13 +18,11 @@ from torch import Tensor
 from mixofshow.bases.families import family_of
 from mixofshow.bases.layers import kind_of
 from mixofshow.bases.loading import base_name, fingerprint
+from mixofshow.concepts.changes import Change, Full, LowRank
 from mixofshow.concepts.concept import (
     METADATA_KEY,
-    Change,
     Concept,
     ConceptInfo,
-    Full,
-    LowRank,
     check_fits,
     raise_if,
     read_concept,
@@ -99,9 +97,7 @@ def _imported(
         raise_if(value_problems(added), str(settings.embeddings))
         words = file_words(added, str(settings.embeddings), plain=True)
     if not (words or deltas):
-        raise ConceptFileError(
-            f"{file}: neither a LoRA of attention layers nor an embedding; there is nothing in it to take"
-        )
+        raise ConceptFileError(f"{file}: neither a LoRA nor an embedding; there is nothing in it to take")
     words = words or trigger_words(texts, pipeline, settings, file)
     concept = Concept(
         _info(words, deltas, texts, file=file, pipeline=pipeline, settings=settings), words.vectors, deltas
@@ -161,7 +157,7 @@ def _changes(tensors: Mapping[str, Tensor], texts: Mapping[str, str], file: str,
     raise_if(problems, file)
     if passed:
         logger.warning(
-            "%s: %d layers left out that no concept can change (convolutions and the like), as %s",
+            "%s: %d layers left out that no concept can change, as %s",
             file,
             len(passed),
             shown(passed[0]),
@@ -187,19 +183,12 @@ def _change(layer: str, parts: Halves, configs: Mapping[str, Mapping[str, Any]])
     """The change that two halves make, alpha and rank in `up`. Raises ValueError."""
     if "mid" in parts or "down" not in parts or "up" not in parts:
         raise ValueError(f"expected a lower and an upper half, found {', '.join(sorted(parts))}")
-    down, up = (_as_matrix(parts[half]).float() for half in ("down", "up"))
-    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or 0 in (*down.shape, *up.shape):
-        raise ValueError(f"down {tuple(down.shape)} and up {tuple(up.shape)} do not fit together")
-    rank = down.shape[0]
-    up = up * (_alpha(parts["alpha"]) / rank if "alpha" in parts else _configured(layer, rank, configs))
-    if rank > min(up.shape[0], down.shape[1]):
-        return Full(up @ down)
-    return _balanced(down, up)
-
-
-def _as_matrix(tensor: Tensor) -> Tensor:
-    """A 1×1 convolution as the matrix it is."""
-    return tensor.flatten(1) if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) else tensor
+    halves = LowRank.of(parts["down"].float(), parts["up"].float())
+    rank = len(halves.down)
+    change = halves.scaled(_alpha(parts["alpha"]) / rank if "alpha" in parts else _configured(layer, rank, configs))
+    if rank > min(change.shape):
+        return Full(change.matrix(), change.kernel)
+    return _balanced(change)
 
 
 def _alpha(tensor: Tensor) -> float:
@@ -208,13 +197,13 @@ def _alpha(tensor: Tensor) -> float:
     return alpha
 
 
-def _balanced(down: Tensor, up: Tensor) -> LowRank:
+def _balanced(change: LowRank) -> LowRank:
     """Both halves about equally large, by a power of two, which is exact: in a file's half precision neither fades."""
-    sizes = float(down.abs().max()), float(up.abs().max())
+    sizes = float(change.down.abs().max()), float(change.up.abs().max())
     if min(sizes) == 0:
-        return LowRank(down, up)
+        return change
     shift = 2.0 ** round(math.log2(sizes[1] / sizes[0]) / 2)
-    return LowRank(down * shift, up / shift)
+    return LowRank(change.down * shift, change.up / shift, change.kernel)
 
 
 def _adapter_configs(texts: Mapping[str, str], file: str) -> dict[str, dict[str, Any]]:
