@@ -215,7 +215,12 @@ def test_hostile_metadata(name, good, golden_pipeline, tmp_path):
 def test_metadata_that_is_no_table(text, good, golden_pipeline, tmp_path):
     path = tmp_path / "evil.safetensors"
     path.write_bytes(pack({"__metadata__": {"mixofshow": text}}))
-    refused(path, golden_pipeline, ConceptFileError, "metadata is not the expected table|metadata: not valid JSON|made in format")
+    refused(
+        path,
+        golden_pipeline,
+        ConceptFileError,
+        "metadata is not the expected table|metadata: not valid JSON|made in format",
+    )
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,9 @@ def test_values_that_nobody_can_build(file, key, value, message, base):
 
 
 @pytest.mark.parametrize("text", ["", "x", "[1, 2]", '"x"', "null", "[" * 5_000, '{"a": 1, "a": 2}', '"\\ud800"'])
-@pytest.mark.parametrize("file", [INDEX, SCHEDULER, UNET, TEXT, "tokenizer/tokenizer_config.json", "tokenizer/vocab.json"])
+@pytest.mark.parametrize(
+    "file", [INDEX, SCHEDULER, UNET, TEXT, "tokenizer/tokenizer_config.json", "tokenizer/vocab.json"]
+)
 def test_files_that_are_no_table(file, text, base):
     (base / file).write_text(text)
     refused(base, f"{file}: ")
@@ -129,7 +131,9 @@ def to_pickle(base: Path, part: str, trace: Path) -> None:
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
 def test_weights_that_are_pickles_are_not_opened(part, base, tmp_path):
     to_pickle(base, part, tmp_path / "ran")
-    refused(base, f"{part}: diffusion_pytorch_model.bin is a pickle, which is not opened; save the model as safetensors")
+    refused(
+        base, f"{part}: diffusion_pytorch_model.bin is a pickle, which is not opened; save the model as safetensors"
+    )
     assert not (tmp_path / "ran").exists()
 
 

@@ -143,8 +143,10 @@ def _problems(table: Mapping[str, Any], kind: Any) -> Iterator[str]:
         values = list(_flat(value))
         most = MAX_BETAS if key == "trained_betas" else MAX_LIST
         default = parameters[key].default if key in parameters else None
-        if kind and isinstance(value, list) and (
-            not 1 <= len(values) <= most or not (key in LISTS or isinstance(default, tuple))
+        if (
+            kind
+            and isinstance(value, list)
+            and (not 1 <= len(values) <= most or not (key in LISTS or isinstance(default, tuple)))
         ):
             yield f"'{shown(key)}': not to be a list of {len(values)}"
         for one in values:

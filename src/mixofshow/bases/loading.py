@@ -151,7 +151,9 @@ def _require_whole(pipeline: Any, name: str | Path) -> None:
     for part in ("unet", "vae", *(one.part for one in encoders)):
         for key, tensor in getattr(pipeline, part).state_dict().items():
             if tensor.is_meta:
-                raise BaseModelError(f"{name}: {part}: its file has no tensor '{shown(key)}', which its config.json asks for")
+                raise BaseModelError(
+                    f"{name}: {part}: its file has no tensor '{shown(key)}', which its config.json asks for"
+                )
     unet, vae = pipeline.unet.config, pipeline.vae.config
     for what, found, expected in (
         ("unet: cross_attention_dim", unet.cross_attention_dim, sum(one.width for one in encoders)),
@@ -161,7 +163,9 @@ def _require_whole(pipeline: Any, name: str | Path) -> None:
         ("vae: out_channels", vae.out_channels, 3),
     ):
         if found != expected:
-            raise BaseModelError(f"{name}: {what}: expected {expected}, as the other parts have it, found {shown(found)}")
+            raise BaseModelError(
+                f"{name}: {what}: expected {expected}, as the other parts have it, found {shown(found)}"
+            )
     for one in encoders:
         if (last := max(one.tokenizer.get_vocab().values(), default=0)) >= one.first_id:
             raise BaseModelError(f"{name}: its tokenizer knows a token {last}, {one.part} only {one.first_id}")

@@ -137,9 +137,7 @@ def _print_fused(out: Path | None, fused: Fused) -> None:
         line += f"; largest residual {worst.residual:.2g} in {name}"
     say(line)
     for loud, one in turned_down(fused.layers.values()).items():
-        say(
-            f"guard: <{loud}> turned down in {one.layers} of {layers} layers, to a weight of {one.weight:.2g} at least"
-        )
+        say(f"guard: <{loud}> turned down in {one.layers} of {layers} layers, to a weight of {one.weight:.2g} at least")
     for name, (before, after) in fused.refitted.items():
         say(f"<{name}> refitted: loss {before:.3g} -> {after:.3g}")
 
