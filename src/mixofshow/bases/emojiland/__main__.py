@@ -1,8 +1,7 @@
-"""`python -m mixofshow.bases.emojiland pretrain | report | controls | concepts`: Emojiland's own recipe and measurements."""
+"""`python -m mixofshow.bases.emojiland icons | pretrain | report | controls | concepts`: Emojiland's own recipe and measurements."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from pathlib import Path
 from typing import Annotated
@@ -20,11 +19,24 @@ def main() -> None:
 
 
 @app.command()
+def icons(
+    packages: Annotated[Path, typer.Argument(help="Folder with the unpacked packages of the icon sets.")],
+    out: Annotated[Path, typer.Option(help="The run's folder.")] = RUN_FOLDER,
+) -> None:
+    """Draw the icons that training learns from; see library.py."""
+    from mixofshow.bases.emojiland.library import write
+
+    for icon_set, count in write(packages, out / "icons").items():
+        typer.echo(f"{icon_set}: {count} icons")
+
+
+@app.command()
 def pretrain(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and sample grids.")] = RUN_FOLDER,
     stage: Annotated[list[str] | None, typer.Option(help="autoencoder, generator, judge; default: all.")] = None,
     minutes: Annotated[float, typer.Option(help="Save and stop after this long; go on later.")] = 1e9,
-    generator_steps: Annotated[int | None, typer.Option(help="Train the generator for this many steps in all.")] = None,
+    autoencoder_steps: Annotated[int | None, typer.Option(help="Train the autoencoder for so many steps.")] = None,
+    generator_steps: Annotated[int | None, typer.Option(help="The same for the generator.")] = None,
     judge_steps: Annotated[int | None, typer.Option(help="The same for the judge.")] = None,
     start: Annotated[str | None, typer.Option(help="Base whose weights the generator begins from.")] = None,
 ) -> None:
@@ -33,11 +45,11 @@ def pretrain(
     from mixofshow.bases.emojiland.pretrain import pretrain as run_recipe
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    recipe = Recipe(start=start)
-    if generator_steps is not None:
-        recipe = dataclasses.replace(recipe, generator_steps=generator_steps)
-    if judge_steps is not None:
-        recipe = dataclasses.replace(recipe, judge_steps=judge_steps)
+    given = {
+        "autoencoder_steps": autoencoder_steps, "generator_steps": generator_steps, "judge_steps": judge_steps,
+        "start": start,
+    }  # fmt: skip
+    recipe = Recipe(**{name: value for name, value in given.items() if value is not None})
     run_recipe(recipe, out, stages=tuple(stage or STAGES), minutes=minutes)
 
 

@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mixofshow.bases.emojiland.autoencoder import LATENT_CHANNELS, to_tensor
-from mixofshow.bases.emojiland.training import Stage, flat_then_down
+from mixofshow.bases.emojiland.library import Library
+from mixofshow.bases.emojiland.training import Stage
 from mixofshow.bases.emojiland.wordpieces import tokenize, train_tokenizer
 from mixofshow.bases.emojiland.world import SIZE, WIDE, Picture, random_picture
 from mixofshow.grids import grid
 
-TEXT_WIDTH: Final = 128
+TEXT_WIDTH: Final = 144
 MAX_TOKENS: Final = 48
-UNET_CHANNELS: Final = (32, 96, 128, 128)
+UNET_CHANNELS: Final = (96, 144, 144, 96)
+HEADS: Final = 4
 CAPTION_DROPOUT: Final = 0.1
 WIDE_SHARE: Final = 0.3
 """How many batches are of wide pictures. They hold fewer, so that they take as long."""
@@ -52,10 +54,11 @@ WIDE_PREVIEW_PROMPTS: Final = (
 )
 
 
-def build_tokenizer() -> CLIPTokenizer:
-    """The tokenizer, learned from the world's captions."""
+def build_tokenizer(library: Library) -> CLIPTokenizer:
+    """The tokenizer, learned from the world's captions and all that the library names."""
     random = Random(0)
-    return train_tokenizer([random_picture(random).caption for _ in range(4000)], MAX_TOKENS)
+    captions = [random_picture(random, library).caption for _ in range(4000)]
+    return train_tokenizer([*captions, *(icon.name for icon in library.icons)], MAX_TOKENS)
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -67,7 +70,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
             intermediate_size=4 * TEXT_WIDTH,
             projection_dim=TEXT_WIDTH,
             num_hidden_layers=3,
-            num_attention_heads=4,
+            num_attention_heads=HEADS,
             max_position_embeddings=MAX_TOKENS,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -86,19 +89,24 @@ def build_unet() -> UNet2DConditionModel:
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=1,
+        attention_head_dim=HEADS,  # diffusers' name for the number of heads
         norm_num_groups=8,
     )
 
 
 def noise_scheduler() -> DDPMScheduler:
-    """Stable Diffusion's noise schedule, with v-prediction: colours settle sooner than with noise prediction."""
+    """Stable Diffusion's noise schedule, ending in noise alone (Lin et al., 2024), and so with v-prediction.
+
+    On latents this small the mean colour outlives much noise: a model that was never shown none of it could not
+    choose a plain background's colour at the first step.
+    """
     return DDPMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
         beta_end=0.012,
         steps_offset=1,
         prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
         clip_sample=False,
     )
 
@@ -233,7 +241,6 @@ def stage(
         lambda model: preview(pipeline),
         steps,
         learning_rate,
-        schedule=flat_then_down,
         ema_decay=0.9995,
     )
 

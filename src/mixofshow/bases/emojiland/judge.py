@@ -22,14 +22,12 @@ from mixofshow.bases.emojiland.sprites import recolour, sprite
 from mixofshow.bases.emojiland.training import Stage
 from mixofshow.bases.emojiland.vocabulary import CLASSES, FURTHER_CLASSES, ICONS_OF_SET
 from mixofshow.bases.emojiland.wordpieces import tokenize, train_tokenizer
-from mixofshow.bases.emojiland.world import CONCEPT_SCENE_PHRASES, KNOWN_SCENES, SIZE, article, compose
+from mixofshow.bases.emojiland.world import CONCEPT_SCENE_PHRASES, KNOWN_SCENES, SIZE, TINTS, article, compose
 from mixofshow.grids import grid
 
 JUDGE_FOLDER: Final = Path(__file__).parent / "judge"
 ALL_CLASSES: Final = {**CLASSES, **FURTHER_CLASSES}
 ALL_SCENES: Final = {**KNOWN_SCENES, **CONCEPT_SCENE_PHRASES}
-TINTS: Final = {"rosy": 1 / 8, "minty": 1 / 3, "azure": 1 / 2, "violet": 3 / 4}
-"""Recoloured sprites by the word for their turn on the colour wheel; they teach the judge to see identity."""
 MAX_TOKENS: Final = 24
 
 

@@ -10,6 +10,7 @@ and no checkpoint there, the generator goes on from the shipped weights; give it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,8 +19,9 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 
 from mixofshow.bases.emojiland import autoencoder, generator, judge
+from mixofshow.bases.emojiland.library import Library
 from mixofshow.bases.emojiland.training import new_run, train
-from mixofshow.bases.emojiland.world import random_picture, random_wide_picture
+from mixofshow.bases.emojiland.world import SIZE, WIDE, random_picture
 from mixofshow.bases.loading import EMBEDDED, load_base
 
 WEIGHTS: Final = EMBEDDED["emojiland"]
@@ -30,7 +32,7 @@ JUDGE: Final = WEIGHTS.parent / "judge"
 class Recipe:
     """How long and how fast each network learns. Batches are totals over all processes."""
 
-    autoencoder_steps: int = 1800
+    autoencoder_steps: int = 3500
     autoencoder_batch: int = 32
     autoencoder_rate: float = 2e-3
     generator_steps: int = 12_600
@@ -55,35 +57,37 @@ def pretrain(recipe: Recipe, run: Path, *, stages: tuple[str, ...], minutes: flo
 
 
 def _autoencoder(recipe: Recipe, run: Path, accelerator: Accelerator, minutes: float) -> None:
-    vae = autoencoder.build().to(accelerator.device)
+    vae, library = autoencoder.build().to(accelerator.device), Library.load(run / "icons")
     stage = autoencoder.stage(
         vae,
+        library,
         steps=recipe.autoencoder_steps,
         batch=_share(recipe.autoencoder_batch, accelerator),
         learning_rate=recipe.autoencoder_rate,
     )
     if train(stage, run, accelerator, minutes=minutes) and accelerator.is_main_process:
-        autoencoder.balance(vae)
+        autoencoder.balance(vae, library)
         vae.save_pretrained(run / "vae")
 
 
 def _generator(recipe: Recipe, run: Path, accelerator: Accelerator, minutes: float) -> None:
-    pipeline = (load_base(recipe.start) if recipe.start else _fresh_generator(run)).to(accelerator.device)
+    library = Library.load(run / "icons")
+    pipeline = (load_base(recipe.start) if recipe.start else _fresh_generator(run, library)).to(accelerator.device)
     for part in (pipeline.unet, pipeline.text_encoder):
         part.requires_grad_(True)
     square, wide = (
         generator.LatentCache(
             run / folder,
-            picture,
+            partial(random_picture, library=library, width=width),
             pipeline.vae.requires_grad_(False),
             pipeline.tokenizer,
             shards=shards,
             process=accelerator.process_index,
             processes=accelerator.num_processes,
         )
-        for folder, picture, shards in (
-            ("latents", random_picture, recipe.cached_shards),
-            ("latents-wide", random_wide_picture, recipe.cached_wide_shards),
+        for folder, width, shards in (
+            ("latents", SIZE, recipe.cached_shards),
+            ("latents-wide", WIDE, recipe.cached_wide_shards),
         )
     )
     stage = generator.stage(
@@ -99,9 +103,9 @@ def _generator(recipe: Recipe, run: Path, accelerator: Accelerator, minutes: flo
         pipeline.to(dtype=torch.float16).save_pretrained(run / "pipeline")
 
 
-def _fresh_generator(run: Path) -> Any:
+def _fresh_generator(run: Path, library: Library) -> Any:
     vae = AutoencoderKL.from_pretrained(run / "vae")
-    tokenizer = generator.build_tokenizer()
+    tokenizer = generator.build_tokenizer(library)
     return generator.assemble(vae, generator.build_text_encoder(tokenizer), tokenizer, generator.build_unet())
 
 

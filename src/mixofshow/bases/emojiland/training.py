@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -16,11 +17,10 @@ from typing import Any, Final
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 logger = logging.getLogger(__name__)
@@ -34,17 +34,45 @@ def new_run() -> Accelerator:
     AcceleratorState._reset_state()
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
-    return Accelerator(mixed_precision="bf16")
-
-
-def cosine(optimizer: Optimizer, steps: int) -> LambdaLR:
-    """Warm up, then fall to 0 along a half cosine."""
-    return get_cosine_schedule_with_warmup(optimizer, WARMUP, steps)
+    # Without `cpu`, processes that torchrun started on a machine without GPU would not know of one another.
+    return Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
 
 
 def flat_then_down(optimizer: Optimizer, steps: int) -> LambdaLR:
     """Warm up, stay, fall to 0 over the last fifth: a resumed run may be given more or fewer steps than planned."""
     return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP, max(0.0, (steps - step) / (0.2 * steps))))
+
+
+class KernelMuon(Muon):
+    """Muon (Jordan, 2024) over matrices and convolutions, each seen as a matrix (out, in * height * width)."""
+
+    def __init__(self, kernels: Iterable[nn.Parameter], learning_rate: float) -> None:
+        self.kernels = list(kernels)
+        # Views share their kernel's memory, so a step on them is a step on the kernel.
+        self.matrices = [nn.Parameter(kernel.detach().flatten(1)) for kernel in self.kernels]
+        super().__init__(self.matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for matrix, kernel in zip(self.matrices, self.kernels, strict=True):
+            matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
+        super().step(closure)
+
+
+def optimizers(model: nn.Module, learning_rate: float) -> tuple[Optimizer, Optimizer]:
+    """Muon for what mixes hidden features, AdamW for what is beside them: first and last layers, words, norms, biases."""
+    hidden, beside = [], []
+    for name, parameter in model.named_parameters():
+        outer = re.search(r"embedding|conv_in|conv_out|quant_conv|logit_scale|class_embed", name)
+        (beside if outer or parameter.ndim < 2 else hidden).append(parameter)
+    return (
+        KernelMuon(hidden, learning_rate),
+        AdamW(beside, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True),
+    )
+
+
+def down(optimizer: Optimizer, steps: int) -> LambdaLR:
+    """Warm up, then fall to 0 in a straight line: the best for a run whose length is known."""
+    return LambdaLR(optimizer, lambda step: min((step + 1) / WARMUP, max(0.0, 1 - step / steps)))
 
 
 @dataclass(frozen=True)
@@ -57,7 +85,7 @@ class Stage:
     preview: Callable[[nn.Module], Image.Image]
     steps: int
     learning_rate: float
-    schedule: Callable[[Optimizer, int], LambdaLR] = cosine
+    schedule: Callable[[Optimizer, int], LambdaLR] = flat_then_down
     seed: int = 0
     ema_decay: float = 0.999
 
@@ -70,21 +98,22 @@ def train(
     Stops early, after saving, once `minutes` have passed. The model ends holding its EMA weights.
     """
     model = stage.model
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-    )
-    schedule = stage.schedule(optimizer, stage.steps)
+    pair = optimizers(model, stage.learning_rate)
+    schedules = [stage.schedule(optimizer, stage.steps) for optimizer in pair]
     average = EMAModel(model.parameters(), decay=stage.ema_decay, use_ema_warmup=True, power=0.75)
     average.to(accelerator.device)
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "average": average}
+    parts = {"model": model, "average": average}
+    parts |= {f"optimizer-{k}": optimizer for k, optimizer in enumerate(pair)}
+    parts |= {f"schedule-{k}": schedule for k, schedule in enumerate(schedules)}
     checkpoint = folder / f"{stage.name}.pt"
     done = _load(checkpoint, parts)
     wrapped = accelerator.prepare_model(model.train())
     started = saved = time.monotonic()
     losses: list[Tensor] = []
     for step in range(done, stage.steps):
-        loss = _step(stage, wrapped, optimizer, accelerator, step)
-        schedule.step()
+        loss = _step(stage, wrapped, pair, accelerator, step)
+        for schedule in schedules:
+            schedule.step()
         average.step(model.parameters())
         losses.append(loss)
         done, now = step + 1, time.monotonic()
@@ -105,14 +134,17 @@ def train(
     return done == stage.steps
 
 
-def _step(stage: Stage, model: nn.Module, optimizer: Optimizer, accelerator: Accelerator, step: int) -> Tensor:
+def _step(
+    stage: Stage, model: nn.Module, pair: tuple[Optimizer, Optimizer], accelerator: Accelerator, step: int
+) -> Tensor:
     seed = hash((stage.seed, step, accelerator.process_index)) & 0x7FFFFFFF
     with accelerator.autocast():
         loss = stage.loss(model, seed)
     accelerator.backward(loss)
     accelerator.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in pair:
+        optimizer.step()
+    model.zero_grad()
     return loss.detach()
 
 

@@ -21,7 +21,7 @@ def train_tokenizer(captions: Sequence[str], length: int) -> CLIPTokenizer:
     )
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=1024, end_of_word_suffix="</w>", initial_alphabet=letters, special_tokens=[], show_progress=False
+        vocab_size=8192, end_of_word_suffix="</w>", initial_alphabet=letters, special_tokens=[], show_progress=False
     )
     pairs.train_from_iterator(captions, trainer)
     merges = [tuple(pair) for pair in json.loads(pairs.to_str())["model"]["merges"]]
