@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 import pytest
 import torch
@@ -17,8 +19,10 @@ from transformers import (
 )
 
 from mixofshow.bases.emojiland import judge
+from mixofshow.bases.emojiland.sprites import sprite
+from mixofshow.bases.emojiland.world import compose
 from mixofshow.errors import BadInputError
-from mixofshow.evaluation.scorers import BATCH, clip_scorer, dino_scorer
+from mixofshow.evaluation.scorers import BATCH, clip_scorer, dino_scorer, imagenet_scorer
 
 SIDE = 64
 PICTURES = [
@@ -94,3 +98,15 @@ def test_what_cannot_be_loaded_is_named_in_one_line(load, tmp_path):
     with pytest.raises(BadInputError, match="nothing-here: could not be loaded") as caught:
         load(tmp_path / "nothing-here")
     assert "\n" not in str(caught.value)
+
+
+def test_a_network_of_photographs_tells_things_of_a_set_apart_that_it_has_never_seen():
+    """By its own weights, from a package: pictures of one icon in three places are nearer than those of another."""
+    names, places = ["robot", "rocket", "cactus"], ["on the beach", "in the city", "on a red background"]
+    pictures = [
+        compose([(name, sprite("twemoji", name))], place, Random(0)).image for name in names for place in places
+    ]
+    features = imagenet_scorer()(pictures)
+    torch.testing.assert_close(features.norm(dim=-1), torch.ones(9))
+    cosines = (features @ features.T).unflatten(0, (3, 3)).unflatten(2, (3, 3)).mean((1, 3))
+    assert (cosines.argmax(1) == torch.arange(3)).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Annotated
@@ -45,11 +46,11 @@ def pretrain(
     from mixofshow.bases.emojiland.pretrain import pretrain as run_recipe
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    given = {
-        "autoencoder_steps": autoencoder_steps, "generator_steps": generator_steps, "judge_steps": judge_steps,
-        "start": start,
-    }  # fmt: skip
-    recipe = Recipe(**{name: value for name, value in given.items() if value is not None})
+    recipe = Recipe(start=start)
+    given = {"autoencoder": autoencoder_steps, "generator": generator_steps, "judge": judge_steps}
+    for name, steps in given.items():
+        if steps is not None:
+            recipe = dataclasses.replace(recipe, **{f"{name}_steps": steps})  # type: ignore[arg-type]
     run_recipe(recipe, out, stages=tuple(stage or STAGES), minutes=minutes)
 
 
@@ -65,14 +66,14 @@ def report(
     import json as json_module
 
     from mixofshow.bases.emojiland.judge import JUDGE_FOLDER
-    from mixofshow.bases.emojiland.report import REQUIRED
+    from mixofshow.bases.emojiland.report import AT_MOST, REQUIRED, falls_short
     from mixofshow.bases.emojiland.report import report as measure
     from mixofshow.bases.loading import load_base
 
     figures = measure(load_base(base), per_class=per_class, judge_folder=judge or JUDGE_FOLDER, grids=grids)
     for name, value in figures.items():
-        mark = "ok" if value >= REQUIRED[name] else "below"
-        typer.echo(f"{name:16} {value:8.3f}   required {REQUIRED[name]:6.2f}   {mark}")
+        bound, mark = "at most" if name in AT_MOST else "at least", "not met" if falls_short(name, value) else "ok"
+        typer.echo(f"{name:16} {value:8.3f}   required: {bound} {REQUIRED[name]:.2f}   {mark}")
     if json:
         json.write_text(json_module.dumps(figures, indent=1) + "\n")
 

@@ -171,7 +171,7 @@ def colour_error(vae: AutoencoderKL, *, count: int = 128, seed: int = 11 * 10**5
     for _ in range(count):
         icon = UNSEEN.choose(random)
         scene = plain(any_colour(random))
-        picture = compose([(icon.name, icon.picture)], "", random, scenes={"": scene}).image
+        picture = compose([(icon.name, icon.picture)], "", random, scenes={"": scene}, softness=0).image
         before = to_tensor([picture]).to(vae.device)
         ground = (before == before[:, :, :1, :1]).all(1)  # the corner's colour: sprites do not reach it
         after = reconstruct(vae, before).clamp(-1, 1)

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from mixofshow.bases.emojiland.autoencoder import to_tensor
+from mixofshow.bases.emojiland.scenes import article
 from mixofshow.bases.emojiland.sprites import recolour, sprite
 from mixofshow.bases.emojiland.training import Stage
 from mixofshow.bases.emojiland.vocabulary import CLASSES, FURTHER_CLASSES, ICONS_OF_SET
 from mixofshow.bases.emojiland.wordpieces import tokenize, train_tokenizer
-from mixofshow.bases.emojiland.world import CONCEPT_SCENE_PHRASES, KNOWN_SCENES, SIZE, TINTS, article, compose
+from mixofshow.bases.emojiland.world import CONCEPT_SCENE_PHRASES, KNOWN_SCENES, SIZE, TINTS, compose
 from mixofshow.grids import grid
 
 JUDGE_FOLDER: Final = Path(__file__).parent / "judge"

@@ -236,8 +236,8 @@ def gradient(first: Colour, second: Colour) -> Scene:
     def draw(canvas: Canvas, random: Random) -> None:
         ramp = Image.linear_gradient("L").rotate(random.uniform(0, 360), Image.Resampling.BILINEAR)
         middle = ramp.crop((64, 64, 192, 192)).resize(canvas.image.size)
-        ends = (Image.new("RGB", canvas.image.size, colour) for colour in (first, second))
-        canvas.image.paste(Image.composite(*ends, middle))
+        start, end = (Image.new("RGB", canvas.image.size, colour) for colour in (first, second))
+        canvas.image.paste(Image.composite(start, end, middle))
 
     return draw
 
@@ -309,8 +309,7 @@ SCENES: Final[dict[str, Scene]] = {
 """The places the generator knows."""
 
 PLAIN_SCENES: Final[dict[str, Scene]] = {
-    f"on a {name} background": plain(COLOURS[name])
-    for name in ("red", "blue", "green", "yellow", "white")
+    f"on a {name} background": plain(COLOURS[name]) for name in ("red", "blue", "green", "yellow", "white")
 }
 
 CONCEPT_SCENES: Final[dict[str, Scene]] = {

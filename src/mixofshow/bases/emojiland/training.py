@@ -53,14 +53,16 @@ class KernelMuon(Muon):
         super().__init__(self.matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step on all kernels."""
         for matrix, kernel in zip(self.matrices, self.kernels, strict=True):
             matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
-        super().step(closure)
+        super().step(closure)  # type: ignore[no-untyped-call]
 
 
 def optimizers(model: nn.Module, learning_rate: float) -> tuple[Optimizer, Optimizer]:
     """Muon for what mixes hidden features, AdamW for what is beside them: first and last layers, words, norms, biases."""
-    hidden, beside = [], []
+    hidden: list[nn.Parameter] = []
+    beside: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         outer = re.search(r"embedding|conv_in|conv_out|quant_conv|logit_scale|class_embed", name)
         (beside if outer or parameter.ndim < 2 else hidden).append(parameter)

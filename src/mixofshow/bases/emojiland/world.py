@@ -100,7 +100,7 @@ def compose(
     scenes: dict[str, Scene] = KNOWN_SCENES,
     width: int = SIZE,
     laid: Sequence[Placement] = (),
-    softness: float = 0.0,
+    softness: float = SOFTNESS,
 ) -> Picture:
     """A picture of the given (word, sprite) pairs, left to right, in the named scene; evenly spread if not `laid`.
 

@@ -26,6 +26,7 @@ TITLES: Final = {
     "image_alignment_first": "Image alignment, with the first reference only",
     "text_alignment": "Text alignment",
     "dino_alignment": "Image alignment by DINO",
+    "imagenet_alignment": "Image alignment by a network of photographs",
 }
 THUMBNAIL: Final = 96
 """Side of a small picture in a grid, in pixels."""

@@ -42,12 +42,12 @@ COLUMNS: Final = ("method", "measure", "over", "state", "value", "low", "high")
 
 @dataclass(frozen=True)
 class Judges:
-    """What looks at the pictures: the eye of the CLIP with its texts, and the eye of a DINO where there is one."""
+    """What looks at the pictures: the eye of the CLIP with its texts, and others by the measure that they give."""
 
     scorer: Scorer
     eye: Eye
     pictures: Pictures
-    dino: tuple[Eye, Pictures] | None = None
+    others: Mapping[str, tuple[Eye, Pictures]]
 
     def values(self, arm: Arm) -> dict[str, Values]:
         """Every picture's numbers, by measure."""
@@ -57,10 +57,9 @@ class Judges:
             "image_alignment_first": image_values(arm, self.eye, references, first=True),
             "text_alignment": text_values(arm, self.eye, self.scorer),
         }
-        if self.dino:
-            eye, pictures = self.dino
-            found["dino_alignment"] = image_values(arm, eye, pictures.references)
-        return found
+        return found | {
+            measure: image_values(arm, eye, pictures.references) for measure, (eye, pictures) in self.others.items()
+        }
 
 
 def results_of(suite: Suite, plan: Plan, judges: Judges) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from mixofshow.concepts.concept import load_concept
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.errors import SettingsError
 from mixofshow.evaluation.protocol import references_of
-from mixofshow.evaluation.scorers import dino_scorer, scorer_for
+from mixofshow.evaluation.scorers import ImageTower, dino_scorer, imagenet_scorer, scorer_for
 from mixofshow.evaluation.suite.index import write_index
 from mixofshow.evaluation.suite.measure import Eye, Pictures, look
 from mixofshow.evaluation.suite.page import suite_page
@@ -70,7 +70,7 @@ def run_suite(
         suite = run.suite
         folders = {one.name: _folder(one, cache) for one in suite.concepts}
         scorer = scorer_for(suite.base, suite.clip)  # before anything that takes long
-        dino = dino_scorer(suite.dino) if suite.dino else None
+        others = _other_judges(suite)
         images = {
             part: {name: references_of(folder / part) for name, folder in folders.items()}
             for part in ("reference", "train")
@@ -83,13 +83,18 @@ def run_suite(
         return Eye(tower, run.pictures), Pictures(look(tower, images["reference"]), look(tower, images["train"]))
 
     with bars("measuring"):
-        judges = Judges(scorer, *eye(scorer.images), eye(dino) if dino else None)
+        judges = Judges(scorer, *eye(scorer.images), {measure: eye(tower) for measure, tower in others.items()})
         results = results_of(suite, plan, judges)
     results |= {"cost": run.costs(files), "machine": _machine(workers, device)}
     write_results(results, out)
     write_index(plan, run.pictures, {name: folder / "reference" for name, folder in folders.items()}, out)
     suite_page(suite, results, plan, run.pictures, images).save(out / "report.html")
     return results
+
+
+def _other_judges(suite: Suite) -> dict[str, ImageTower]:
+    judges = {"dino_alignment": dino_scorer(suite.dino)} if suite.dino else {}
+    return judges | ({"imagenet_alignment": imagenet_scorer()} if suite.imagenet else {})
 
 
 def _folder(concept: ConceptEntry, cache: Path) -> Path:

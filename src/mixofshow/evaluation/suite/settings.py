@@ -135,6 +135,7 @@ class Suite(Group):
     compositions: Compositions = Compositions()
     clip: str | None = Field(None, description="CLIP by folder or hub name; default: Emojiland's judge.")
     dino: str | None = Field(None, description="DINO by folder or hub name, for one more image alignment.")
+    imagenet: bool = Field(False, description="One more image alignment, by a network of photographs (an extra).")
 
     @model_validator(mode="after")
     def _consistent(self) -> Suite:
