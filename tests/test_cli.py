@@ -62,7 +62,6 @@ SAMPLE = ["sample", "--model", GOLDEN_BASE, "--prompt", "a man", "--size", "64x6
         (["tune", "{0}/typo.yaml"], "unknown key 'unet.rnk'; did you mean 'unet.rank'"),
         (["tune", "{0}/twice.yaml"], "two concepts are called thing"),
         ([*TUNE, "--data", "{0}/pictures", "--unet.rank", "four"], "'unet.rank'"),
-        ([*TUNE, "--data", "{0}/pictures", "--resume"], "nothing to resume"),
         ([*TUNE, "--data", "{0}/pictures", "--tracker", "wandb"], "pip install wandb"),
         (["check", "{0}"], "no pictures in it"),
         (["fuse", "{0}/cut.safetensors", "--out", "{0}/x", "--set", "ridge"], "expected KEY=VALUE"),

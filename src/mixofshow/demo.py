@@ -30,11 +30,11 @@ from mixofshow.evaluation.protocol import (
 )
 from mixofshow.evaluation.report import Page, alignment_rows, print_alignments
 from mixofshow.evaluation.scorers import judge_scorer
-from mixofshow.files import write_text
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.stages import Fused, fuse
 from mixofshow.fusion.store import Store
 from mixofshow.grids import grid
+from mixofshow.outputs import write_text
 from mixofshow.progress import terminal_bar
 from mixofshow.sampling.composition import compose
 from mixofshow.sampling.pipeline import MixOfShowPipeline

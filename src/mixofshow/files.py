@@ -1,14 +1,10 @@
-"""Files that are written whole or not at all, and tensors, which are checked before anything trusts them."""
+"""Files of tensors: written whole or not at all, and checked before anything trusts them."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
-import stat
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +13,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from mixofshow.errors import BadInputError, ConceptFileError, ResourceError, shown
+from mixofshow.errors import ConceptFileError, shown
+from mixofshow.outputs import writing
 from mixofshow.reading import opened, parse_json
 
 MAX_HEADER_BYTES: Final = 2**20
@@ -37,68 +34,6 @@ DTYPES: Final = {
 }
 """Precisions by their names in safetensors files; in these, the last come first."""
 PICKLE_MAGICS: Final = (b"PK\x03\x04", b"\x80")
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is flushed to disk and takes the name, else it vanishes.
-
-    Raises BadInputError when `path` is something other than a file, ResourceError when the disk refuses.
-    """
-    refuse_unwritable(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise _resource_error(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def writing_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success it takes the name (replacing an older one), else it vanishes."""
-    refuse_unwritable(path, folder=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise _resource_error(path, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def refuse_unwritable(path: Path, *, folder: bool = False) -> None:
-    """Raise unless `path` can be created or replaced; also makes the folders above it."""
-    if path.exists() or path.is_symlink():
-        mode = path.lstat().st_mode
-        if not (stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode)):
-            raise BadInputError(
-                f"{path}: exists and is not a {'folder' if folder else 'regular file'}; choose another name"
-            )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise BadInputError(f"{path}: cannot be written ({error.strerror})") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file whole or not at all."""
-    with writing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -233,21 +168,3 @@ def _check_length(size: int, start: int, header: dict[str, Any], name: str) -> N
         raise ConceptFileError(f"{name}: the file is cut: expected {expected} bytes, found {size}")
     if size > expected:
         raise ConceptFileError(f"{name}: {size - expected} surplus bytes after the last tensor")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _resource_error(path: Path, error: OSError) -> ResourceError:
-    return ResourceError(f"{path}: could not be written ({error.strerror or error}); nothing was changed")

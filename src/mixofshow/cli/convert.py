@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mixofshow.cli.options import Base, with_loading, with_settings
+from mixofshow.cli.options import Base, bases, with_loading, with_settings
 from mixofshow.concepts.interchange.settings import ConvertSettings, make_convert_settings
 from mixofshow.terminal import say
 
@@ -39,7 +39,9 @@ def convert(
 ) -> None:
     """Make a concept of other tools' LoRA and embeddings, or --to diffusers or kohya those of a concept."""
     from mixofshow.bases.loading import load_base
+    from mixofshow.concepts.interchange.convert import check_target
     from mixofshow.concepts.interchange.convert import convert as run
 
     settings = make_convert_settings(given)
+    check_target(source, target, settings, bases(base))
     say(*run(source, target, load_base(base, **loading), settings))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mixofshow.cli.options import BASE_PANEL, Device, with_loading
+from mixofshow.cli.options import BASE_PANEL, Device, bases, with_loading
 from mixofshow.errors import SettingsError
 from mixofshow.progress import terminal_bar
 from mixofshow.terminal import say
@@ -81,7 +81,10 @@ def _evaluate_files(
     from mixofshow.evaluation.scorers import scorer_for
     from mixofshow.fusion.settings import FusionSettings
     from mixofshow.fusion.stages import fuse as run
+    from mixofshow.outputs import check_outputs
 
+    read = [Path(part) for pair in pairs for part in pair.split("=", 1)]
+    check_outputs(files=[json_file], inputs=[*read, *bases(base)])
     pipeline = load_base(base, **loading)
     cases = [protocol.case_of(pair, pipeline, base, kind) for pair in pairs]
     fused = {

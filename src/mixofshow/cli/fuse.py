@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixofshow.cli.options import BASE_PANEL, Base, Device, Storage, assignments, with_loading, with_settings
+from mixofshow.cli.options import BASE_PANEL, Base, Device, Storage, assignments, bases, with_loading, with_settings
 from mixofshow.errors import SettingsError
 from mixofshow.fusion.settings import FusionSettings, RecordingSettings
 from mixofshow.progress import terminal_bar
@@ -42,7 +42,9 @@ def record(
     from mixofshow.fusion.settings import make_recording_settings
     from mixofshow.fusion.store import open_store
     from mixofshow.fusion.workers import RecordingJob, record_all
+    from mixofshow.outputs import check_outputs
 
+    check_outputs(shared=[out], inputs=[*files, *bases(base)])
     settings, store = make_recording_settings(given, "options"), open_store(out.absolute(), storage)
     job = RecordingJob(base, settings, store, device, loading)
     with terminal_bar("recording") as progress:
@@ -95,16 +97,16 @@ def fuse(
     given: dict[str, Any],
 ) -> None:
     """Fuse concept files into one model, or change a model that was fused. Every setting is an option."""
-    from mixofshow.files import refuse_unwritable
-    from mixofshow.fusion.jobs import make_job
+    from mixofshow.fusion.jobs import inputs_of, make_job
     from mixofshow.fusion.stages import fuse as run
     from mixofshow.fusion.store import open_store
+    from mixofshow.outputs import check_outputs
 
     out = out or model
     if not (out or as_delta):
         raise SettingsError("nowhere to write to: give --out FOLDER, --as-delta FILE, or both")
-    for target in filter(None, (out, as_delta, report)):
-        refuse_unwritable(target, folder=target is out)
+    read = [*inputs_of(files or [], model=model, out=out), *(add or []), *bases(base)]
+    check_outputs(files=[as_delta, report], folders=[out], shared=[statistics], inputs=read)
     store = open_store(statistics, storage) if statistics else None
     given |= {"options": assignments(setting)}
     how: dict[str, Any] = {"device": device, **loading}

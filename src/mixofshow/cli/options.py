@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Mapping
 from inspect import Parameter, Signature, signature
+from pathlib import Path
 from typing import Annotated, Any, Final, get_origin
 
 import typer
@@ -34,6 +35,13 @@ LOADING: Final[dict[str, tuple[Any, Any]]] = {
 """Options of `load_base`, for every command that loads a base."""
 Storage = Annotated[str, typer.Option(help="How recordings are kept: fp64, fp32, fp16 or low-rank (plus diagonal).")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps …")]
+
+
+def bases(*names: str | None) -> list[Path]:
+    """Those of the names of base models, or of models, that may be files or folders here."""
+    from mixofshow.bases.loading import EMBEDDED
+
+    return [Path(name) for name in names if name and name not in EMBEDDED]
 
 
 def assignments(pairs: list[str] | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mixofshow.cli.options import BASE_PANEL, Device, with_loading, with_settings
+from mixofshow.cli.options import BASE_PANEL, Device, bases, with_loading, with_settings
 from mixofshow.progress import terminal_bar
 from mixofshow.sampling.settings import Composition
 from mixofshow.terminal import say
@@ -56,15 +56,16 @@ def sample(
     given: dict[str, Any],
 ) -> None:
     """Draw pictures, with regions if you like. Every setting of a composition is an option, on top of the YAML."""
-    from mixofshow.files import refuse_unwritable
-    from mixofshow.sampling.composition import from_options, picture_paths
+    from mixofshow.outputs import check_outputs
+    from mixofshow.sampling.composition import from_options, inputs_of, picture_paths
     from mixofshow.sampling.drawing import draw_grid, draw_pictures, open_pipeline
 
     typed = {"regions": region, "controls": control, "size": size, "image": image}
-    wanted = from_options(composition, given | {key: value for key, value in typed.items() if value})
-    for target in filter(None, (show_layout, grid)):
-        refuse_unwritable(target)
+    options = given | {key: value for key, value in typed.items() if value}
+    wanted = from_options(composition, options)
     targets = picture_paths(out, wanted.num) if grid is None else [grid]
+    read = [*inputs_of(composition, options), *bases(model, base), concept]
+    check_outputs(files=[*targets, show_layout], inputs=read)
     own = wanted.own_weights
     how: dict[str, Any] = {"own_weights": own, "device": device, **loading}
     pipeline = open_pipeline(model, base=base, concept=concept, strength=strength, **how)
@@ -90,13 +91,13 @@ def replay(
     loading: dict[str, Any],
 ) -> None:
     """Draw the picture again, to the same bytes, from what the PNG says; refused if the model is another."""
-    from mixofshow.files import refuse_unwritable
+    from mixofshow.outputs import check_outputs
     from mixofshow.sampling.drawing import open_pipeline
     from mixofshow.sampling.replay import composition_of
     from mixofshow.sampling.replay import replay as run
 
     out = out or picture.with_stem(f"{picture.stem}-replay")
-    refuse_unwritable(out)
+    check_outputs(files=[out], inputs=[picture, *bases(model, base), concept])
     own = composition_of(picture).own_weights
     how: dict[str, Any] = {"own_weights": own, "device": device, **loading}
     pipeline = open_pipeline(model, base=base, concept=concept, strength=strength, **how)

@@ -32,6 +32,9 @@ def build(
 ) -> None:
     """Write one HTML page with pairs of pictures to choose from; it needs no server and sends nothing anywhere."""
     from mixofshow.evaluation.study import build_study
+    from mixofshow.outputs import check_outputs
+
+    check_outputs(files=[out], inputs=[folder / "pictures.json", folder / "cache"])
 
     say(f"{out}: {build_study(folder, pairs, out, count=count, seed=seed, state=state)} pairs of pictures")
 
@@ -43,8 +46,9 @@ def score(
 ) -> None:
     """Count what people answered: preferences with 95 % intervals, and how far people agree (Fleiss' kappa)."""
     from mixofshow.evaluation.study import score_study
-    from mixofshow.files import write_text
+    from mixofshow.outputs import check_outputs, write_text
 
+    check_outputs(files=[json_file], inputs=answers)
     found = score_study(answers)
     print_table(("preferred", "to", "question", "share", "95 %", "answers", "kappa"), map(_row, found))
     if json_file:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mixofshow.cli.options import with_loading, with_settings
+from mixofshow.cli.options import bases, with_loading, with_settings
 from mixofshow.progress import terminal_bar
 from mixofshow.terminal import say
 from mixofshow.tuning.settings import TuningSettings
@@ -34,8 +34,11 @@ def tune(
     given: dict[str, Any],
 ) -> None:
     """Tune a concept on a folder of pictures. Every key of the YAML is an option too, on top of it."""
+    from mixofshow.outputs import check_outputs
     from mixofshow.reading import read_table
     from mixofshow.tuning import settings as tuning
+    from mixofshow.tuning.checkpoints import run_folder
+    from mixofshow.tuning.dataset import inputs_of
 
     if print_schema:
         typer.echo(tuning.schema(), nl=False)
@@ -45,25 +48,25 @@ def tune(
     if print_config:
         typer.echo("---\n".join(map(tuning.printed, several)), nl=False)
         return
-    for settings in several:
-        name = f"{settings.name}.safetensors"
-        target = (out / name if out and "concepts" in table else out) or Path(name)
-        _tune_one(settings, target, loading, resume=resume, device=device)
+    names = [f"{settings.name}.safetensors" for settings in several]
+    targets = [(out / name if out and "concepts" in table else out) or Path(name) for name in names]
+    read = [file, *(path for settings in several for path in (*inputs_of(settings), *bases(settings.base)))]
+    folders = [run_folder(target, read) for target in targets]
+    check_outputs(files=targets, shared=folders, inputs=read)
+    for settings, target, folder in zip(several, targets, folders, strict=True):
+        _tune_one(settings, target, folder, loading, resume=resume, device=device)
 
 
-def _tune_one(settings: Any, target: Path, loading: dict[str, Any], *, resume: bool, device: str) -> None:
+def _tune_one(settings: Any, target: Path, folder: Path, loading: dict[str, Any], *, resume: bool, device: str) -> None:
     from accelerate import PartialState
 
     from mixofshow.bases.loading import load_base
     from mixofshow.evaluation.previews import preview_grids
-    from mixofshow.files import refuse_unwritable
     from mixofshow.tuning.trainer import tune as run
 
-    refuse_unwritable(target)
     state = PartialState(cpu=device == "cpu")
     place = state.device if device == "auto" else device
     pipeline = load_base(settings.base, device=place, **{"dtype": settings.precision, **loading})
-    folder = target.with_suffix("")
     preview = preview_grids(pipeline, folder) if settings.preview_every else None
     with terminal_bar(f"tuning {settings.placeholder}", hidden=not state.is_main_process) as progress:
         concept = run(settings, pipeline, folder=folder, resume=resume, progress=progress, preview=preview)
@@ -80,6 +83,8 @@ def check(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the findings here.")] = None,
 ) -> None:
     """Read every picture, caption and mask of a folder, change none, and list what is wrong."""
+    from mixofshow.outputs import check_outputs
     from mixofshow.tuning.check import check_folder, report
 
+    check_outputs(files=[json_file], inputs=[folder, masks or folder.parent / "masks"])
     report(check_folder(folder, masks=masks), json_file)

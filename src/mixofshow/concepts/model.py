@@ -23,7 +23,8 @@ from mixofshow.concepts.concept import Concept, load_concept, raise_if, value_pr
 from mixofshow.concepts.delta import Compression, Delta, DeltaInfo, compressed, load_delta
 from mixofshow.concepts.words import Vocabulary, check_word
 from mixofshow.errors import ConceptFileError, shown
-from mixofshow.files import parse_tensors, write_tensors, write_text, writing_folder
+from mixofshow.files import parse_tensors, write_tensors
+from mixofshow.outputs import write_text, writing_folder
 from mixofshow.reading import parse_json, read_bytes
 
 MANIFEST: Final = "concepts.json"

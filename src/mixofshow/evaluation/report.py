@@ -12,7 +12,7 @@ from typing import Final
 from PIL import Image
 
 from mixofshow.evaluation.protocol import Scores
-from mixofshow.files import write_text
+from mixofshow.outputs import write_text
 from mixofshow.sampling.pictures import embedded
 from mixofshow.terminal import print_table
 

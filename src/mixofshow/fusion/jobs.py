@@ -64,6 +64,26 @@ def make_job(
     return _job(files, settings, base, loading)
 
 
+def inputs_of(files: Sequence[Path], *, model: Path | None = None, out: Path | None = None) -> list[Path]:
+    """What `make_job` reads: the files, what one names that lists others, and the model, if that is not edited in place.
+
+    Raises BadInputError for a list or model that cannot be read.
+    """
+    if model is not None:
+        read_manifest(model)
+        return [*files, *([model] if out != model else [])]
+    if len(files) != 1 or files[0].suffix not in (*TABLES, LIST):
+        return list(files)
+    named: list[Any] = []
+    if files[0].suffix == LIST:
+        named = [one.lora_path for one in _read_list(files[0])]
+    else:
+        table = read_table(files[0])
+        listed = table.get("concepts")
+        named = [*(listed if isinstance(listed, list) else ()), table.get("base")]
+    return [*files, *(files[0].parent / one for one in named if isinstance(one, str))]
+
+
 class _Listed(BaseModel):
     """One concept of the reference implementation's list; ours and other tools' files may stand there too."""
 

@@ -10,7 +10,6 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from mixofshow.errors import RegionError, SettingsError, field_problem, nearest, shown
-from mixofshow.files import refuse_unwritable
 from mixofshow.progress import Progress, silent
 from mixofshow.reading import parse_table, read_table
 from mixofshow.sampling.pictures import embedded, is_embedded, read_picture
@@ -21,6 +20,8 @@ from mixofshow.sampling.steering import open_controls, with_known_controls
 
 ENTRIES: Final[dict[Any, type[BaseModel]]] = {"regions": RegionEntry, "controls": ControlEntry}
 """What the lists in a composition are made of."""
+NAMING: Final = ("image", "mask", "picture", "network", "strength_map")
+"""Keys, in a composition and in its lists, whose values name files."""
 
 
 def make_composition(table: Mapping[str, Any], source: str = "composition", folder: Path | None = None) -> Composition:
@@ -86,6 +87,19 @@ def from_options(path: Path | None, options: Mapping[str, Any]) -> Composition:
     `size` is "WIDTHxHEIGHT", `regions` and `controls` are texts, `image` is a file from here. Raises SettingsError,
     RegionError.
     """
+    return make_composition(_table(path, options), str(path or "options"), path.parent if path else Path())
+
+
+def inputs_of(path: Path | None, options: Mapping[str, Any]) -> list[Path]:
+    """The files that `from_options` reads: the YAML, and the pictures and networks that it or the options name."""
+    table, folder = _table(path, options), path.parent if path else Path()
+    entries = [table, *(table.get("regions") or ()), *(table.get("controls") or ())]
+    names = [entry.get(key) for entry in entries if isinstance(entry, Mapping) for key in NAMING]
+    named = [folder / name for name in names if isinstance(name, str) and not is_embedded(name)]
+    return [path, *named] if path else named
+
+
+def _table(path: Path | None, options: Mapping[str, Any]) -> dict[str, Any]:
     table = (read_table(path) if path else {}) | dict(options)
     if "size" in options:
         table["width"], table["height"] = parse_size(table.pop("size"))
@@ -95,15 +109,12 @@ def from_options(path: Path | None, options: Mapping[str, Any]) -> Composition:
         table["controls"] = [control_entry(text) for text in options["controls"]]
     if "image" in options:
         table["image"] = str(Path(options["image"]).absolute())
-    return make_composition(table, str(path or "options"), path.parent if path else Path())
+    return table
 
 
 def picture_paths(path: Path, count: int) -> list[Path]:
-    """Where `count` pictures go: `path`, or that name with numbers. Raises BadInputError when one cannot be written."""
-    paths = [path if count == 1 else path.with_stem(f"{path.stem}-{number:03d}") for number in range(count)]
-    for one in paths:
-        refuse_unwritable(one)
-    return paths
+    """Where `count` pictures go: `path`, or that name with numbers."""
+    return [path] if count == 1 else [path.with_name(f"{path.stem}-{k:03d}{path.suffix}") for k in range(count)]
 
 
 def compose(pipeline: MixOfShowPipeline, composition: Composition, *, progress: Progress = silent) -> list[Image.Image]:

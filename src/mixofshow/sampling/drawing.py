@@ -10,8 +10,8 @@ from PIL import Image
 
 from mixofshow.concepts.concept import load_concept
 from mixofshow.concepts.model import load_model, load_unfused, with_concept
-from mixofshow.files import writing
 from mixofshow.grids import grid
+from mixofshow.outputs import writing
 from mixofshow.progress import Progress, silent
 from mixofshow.sampling.composition import as_part, compose, variations
 from mixofshow.sampling.layout import draw_layout

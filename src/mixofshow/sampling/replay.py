@@ -20,7 +20,8 @@ from torch import Tensor
 from mixofshow.bases.families import family_of
 from mixofshow.bases.loading import base_name
 from mixofshow.errors import BadInputError, SettingsError, field_problem, shown
-from mixofshow.files import raw, writing
+from mixofshow.files import raw
+from mixofshow.outputs import writing
 from mixofshow.progress import Progress, silent
 from mixofshow.reading import parse_json
 from mixofshow.sampling.composition import compose, make_composition

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from mixofshow.errors import DatasetError
+from mixofshow.outputs import write_text
 from mixofshow.terminal import print_table, say
 from mixofshow.tuning.apart import ChildReader
 from mixofshow.tuning.dataset import Finding, readings
@@ -41,8 +42,6 @@ def report(findings: Sequence[Finding], json_file: Path | None = None) -> None:
     """Print the findings as a table, and write them as JSON if asked to. Raises DatasetError if one is an error."""
     print_findings(findings)
     if json_file:
-        from mixofshow.files import write_text  # imports torch, which is slow and which a check does without
-
         table = {"findings": [dataclasses.asdict(finding) for finding in findings]}
         write_text(json_file, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
     if bad := sorted({finding.file for finding in findings if finding.level == "error"}):

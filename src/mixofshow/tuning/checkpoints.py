@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import re
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,14 +16,15 @@ from typing import Any, Final, Self
 import torch
 
 from mixofshow.errors import BadInputError, MixOfShowError, ResourceError, SettingsError, shown
-from mixofshow.files import writing
+from mixofshow.outputs import is_among, sweep, writing
 
 logger = logging.getLogger(__name__)
 FORMAT: Final = 1
 KEPT: Final = 2
+FOLDER: Final = "checkpoints"
+SUFFIX: Final = ".safetensors"
 LISTED: Final = 20
 NAME: Final = re.compile(r"step-(\d{8,})\.pt")
-TEMPORARY: Final = re.compile(r"\." + NAME.pattern + r"\.(\d{1,9})\.tmp")
 Fact = str | int | float | bool | None
 Names = Collection[str]
 State = dict[str, Any]
@@ -67,7 +67,6 @@ def save(folder: Path, step: int, state: Mapping[str, Any], identity: Identity) 
 
     Raises ResourceError, which names the last good checkpoint, when the disk refuses.
     """
-    _sweep(folder)
     path, content = folder / f"step-{step:08d}.pt", io.BytesIO()  # torch would turn the disk's errors into its own
     torch.save({"step": step, "identity": vars(identity), "state": dict(state)}, content)
     try:
@@ -81,6 +80,21 @@ def save(folder: Path, step: int, state: Mapping[str, Any], identity: Identity) 
     return path
 
 
+def run_folder(target: Path, inputs: Iterable[Path | None] = ()) -> Path:
+    """Where a run that writes the concept `target` leaves checkpoints, curves and previews.
+
+    It is called as the file without its suffix, with `-run` behind where that is something else: pictures, for one.
+    """
+    plain = target.with_name(target.name.removesuffix(SUFFIX) or target.name)
+    ours = not plain.exists() or (plain.is_dir() and ((plain / FOLDER).is_dir() or not any(plain.iterdir())))
+    return plain if ours and plain != target and not is_among(plain, inputs) else plain.with_name(f"{plain.name}-run")
+
+
+def any_in(folder: Path) -> bool:
+    """Whether there is a checkpoint, readable or not."""
+    return bool(_found(folder, NAME))
+
+
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint that can be read."""
     return next((path for path, _ in _readable(folder)), None)
@@ -91,7 +105,7 @@ def load(folder: Path, identity: Identity, *, may_change: Names = (), may_grow: 
 
     Raises BadInputError when there is none, SettingsError when it is of another run.
     """
-    _sweep(folder)
+    sweep(folder)
     for path, (step, saved, state) in _readable(folder):
         if lines := differences(saved, identity, may_change=may_change, may_grow=may_grow):
             more = [f"and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
@@ -123,15 +137,8 @@ def _verify(path: Path, data: bytes, step: int) -> None:
         raise ResourceError(f"{path}: was not read back as it was written")
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what killed runs left half written."""
-    for process, path in _found(folder, TEMPORARY):
-        if process == os.getpid() or not _alive(process):
-            _remove(path)
-
-
 def _found(folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
-    """Files of a pattern with the last number in it: the step, or a temporary's process."""
+    """Files of a pattern with the number in it."""
     files = {path: pattern.fullmatch(path.name) for path in folder.glob("*") if path.is_file()}
     return [(int(match.groups()[-1]), path) for path, match in files.items() if match]
 
@@ -139,11 +146,3 @@ def _found(folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
 def _remove(path: Path) -> None:
     with contextlib.suppress(OSError):  # one file too many is no reason to stop
         path.unlink()
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except OSError as error:
-        return not isinstance(error, ProcessLookupError)
-    return True

@@ -18,6 +18,7 @@ from mixofshow.errors import DatasetError, shown
 from mixofshow.tuning.captions import METADATA, read_caption, read_metadata
 from mixofshow.tuning.masks import mask_folder, read_mask_of
 from mixofshow.tuning.pictures import SUFFIXES, Alpha, colour_of, label, read_picture
+from mixofshow.tuning.settings import TuningSettings
 
 logger = logging.getLogger(__name__)
 
@@ -171,6 +172,12 @@ def readings(
         yield _with_repeats(read(path, beside), label(path), seen)
     for path in _files(folder, OTHER_SUFFIXES):
         yield Reading(None, (Finding(label(path), "warning", f"not read; expected {', '.join(SUFFIXES)}"),))
+
+
+def inputs_of(settings: TuningSettings) -> list[Path]:
+    """The folders that a run reads: pictures, masks, those of the class word. Raises DatasetError for no pictures."""
+    folder = picture_paths(settings.data)[0].parent
+    return [one for one in (folder, mask_folder(folder, settings.masks), settings.prior.data) if one]
 
 
 def picture_paths(folder: Path) -> list[Path]:

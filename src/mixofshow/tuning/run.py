@@ -16,10 +16,11 @@ from torch import nn
 from mixofshow.bases.layers import kind_of
 from mixofshow.concepts.concept import Concept, ConceptInfo
 from mixofshow.errors import BadInputError, ResourceError
+from mixofshow.outputs import refusals
 from mixofshow.progress import Progress
 from mixofshow.tuning.batches import batch_generator
 from mixofshow.tuning.changes import TrainedChange, keys_and_values, switched_off
-from mixofshow.tuning.checkpoints import Identity, load, newest, save
+from mixofshow.tuning.checkpoints import FOLDER, Identity, any_in, load, newest, save
 from mixofshow.tuning.objective import Feed, Objective
 from mixofshow.tuning.optimizers import make_optimizer, make_schedule
 from mixofshow.tuning.settings import TuningSettings
@@ -68,9 +69,14 @@ class Run:
         return [one for name, change in named if kind_of(name) == kind for one in change.parameters()]
 
     def keep(self, folder: Path, identity: Identity, *, resume: bool) -> None:
-        """Leave checkpoints and curves in `folder` from now on; with `resume`, go on from the newest first."""
-        self.folder, self.identity = folder / "checkpoints", identity
-        if resume:
+        """Leave checkpoints and curves in `folder` from now on; with `resume`, go on from the newest if there is one."""
+        self.folder, self.identity = folder / FOLDER, identity
+        if self.accelerator.is_main_process:
+            with refusals(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+        if resume and not any_in(self.folder):
+            logger.warning("%s: no checkpoint yet; beginning at the first step", self.folder)
+        elif resume:
             self.step, state = load(self.folder, identity, may_grow=MAY_GROW)
             self._take(state)
             logger.warning("going on from step %d of %d", self.step, self.total)

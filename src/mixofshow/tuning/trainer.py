@@ -20,11 +20,12 @@ from mixofshow.concepts.concept import Concept, ConceptInfo
 from mixofshow.concepts.prompts import Ids, layerwise, prompt_ids
 from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import SettingsError
+from mixofshow.outputs import check_outputs
 from mixofshow.progress import Progress, silent
 from mixofshow.tuning.attention import recorded_attention
 from mixofshow.tuning.batches import Order, Source
 from mixofshow.tuning.checkpoints import Identity
-from mixofshow.tuning.dataset import Example, read_folder, with_placeholder
+from mixofshow.tuning.dataset import Example, inputs_of, read_folder, with_placeholder
 from mixofshow.tuning.methods import METHODS, initial_words, initializers, word_names
 from mixofshow.tuning.objective import Feed, Objective
 from mixofshow.tuning.prior import prior_examples
@@ -51,6 +52,7 @@ def tune(
     if there had been no break. Ctrl-C ends early with what has been learned. Raises DatasetError, TokenError,
     SettingsError, ResourceError.
     """
+    check_outputs(shared=[folder], inputs=inputs_of(settings))
     accelerator = make_accelerator(settings, pipeline, folder)
     examples = read_folder(
         settings.data,

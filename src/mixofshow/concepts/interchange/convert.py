@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from mixofshow.concepts.interchange.cards import fidelity, rounding
 from mixofshow.concepts.interchange.exporting import export_concept
 from mixofshow.concepts.interchange.importing import open_concept
 from mixofshow.concepts.interchange.settings import ConvertSettings
-from mixofshow.files import refuse_unwritable
+from mixofshow.outputs import check_outputs
 
 
 def convert(source: Path, target: Path, pipeline: Any, settings: ConvertSettings) -> list[str]:
     """Read a concept of ours or another tool's, write it as `settings.to` says, and say in lines what came of it."""
-    refuse_unwritable(target, folder=settings.to != "concept")
+    check_target(source, target, settings)
     concept = open_concept(source, pipeline, settings)
     if settings.to == "concept":
         concept.save(target)
@@ -27,6 +28,12 @@ def convert(source: Path, target: Path, pipeline: Any, settings: ConvertSettings
     done = export_concept(concept, pipeline, target, settings.to, settings.rank)
     lora = [f"{target / done.lora}: {len(concept.deltas)} layers, {rounding(done.changes)}"] if concept.deltas else []
     return [*lora, f"{target / done.embeddings}: {concept.prompt}. {fidelity(done.words)}"]
+
+
+def check_target(source: Path, target: Path, settings: ConvertSettings, also_read: Iterable[Path] = ()) -> None:
+    """Raise BadInputError or ResourceError unless the target can be written, over nothing that is read."""
+    kind = "files" if settings.to == "concept" else "folders"
+    check_outputs(**{kind: [target]}, inputs=[source, settings.embeddings, *also_read])
 
 
 def half_precision_error(concept: Concept) -> float:

@@ -25,7 +25,8 @@ from mixofshow.concepts.interchange.cards import kohya_metadata, model_card
 from mixofshow.concepts.interchange.embeddings import TABLES
 from mixofshow.concepts.interchange.keys import kohya_name
 from mixofshow.errors import SettingsError
-from mixofshow.files import write_tensors, write_text, writing_folder
+from mixofshow.files import write_tensors
+from mixofshow.outputs import write_text, writing_folder
 
 EXACT: Final = 1e-6
 """Largest relative error of a change that counts as exported exactly."""

@@ -19,7 +19,7 @@ from PIL import Image
 from mixofshow.errors import BadInputError, SettingsError, nearest, shown
 from mixofshow.evaluation.protocol import references_of
 from mixofshow.evaluation.suite.index import Index, read_index
-from mixofshow.files import write_text
+from mixofshow.outputs import write_text
 from mixofshow.sampling.pictures import embedded
 from mixofshow.tuning.pictures import read_picture
 

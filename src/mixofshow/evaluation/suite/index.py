@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mixofshow.errors import BadInputError, field_problem
 from mixofshow.evaluation.suite.plan import Arm, Plan
-from mixofshow.files import write_text
+from mixofshow.outputs import write_text
 from mixofshow.reading import read_json
 
 NAME: Final = "pictures.json"

@@ -33,7 +33,7 @@ from mixofshow.evaluation.suite.measure import (
 )
 from mixofshow.evaluation.suite.plan import Arm, Plan
 from mixofshow.evaluation.suite.settings import Suite
-from mixofshow.files import write_text
+from mixofshow.outputs import write_text
 
 SCHEMA: Final = 1
 STATES: Final = ("single", "fused", "change")

@@ -14,12 +14,13 @@ from typing import Any, Final
 import torch
 
 from mixofshow.bases.emojiland.concepts import write_concept
-from mixofshow.bases.loading import fingerprint, load_base, scheduler_settings
+from mixofshow.bases.loading import EMBEDDED, fingerprint, load_base, scheduler_settings
 from mixofshow.concepts.concept import load_concept
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.errors import SettingsError
 from mixofshow.evaluation.protocol import references_of
 from mixofshow.evaluation.scorers import ImageTower, dino_scorer, imagenet_scorer, scorer_for
+from mixofshow.evaluation.suite.index import NAME as INDEX
 from mixofshow.evaluation.suite.index import write_index
 from mixofshow.evaluation.suite.measure import Eye, Pictures, look
 from mixofshow.evaluation.suite.page import suite_page
@@ -38,7 +39,7 @@ from mixofshow.evaluation.suite.work import (
     work,
 )
 from mixofshow.evaluation.suite.workforce import Each, workforce
-from mixofshow.files import refuse_unwritable
+from mixofshow.outputs import check_outputs
 from mixofshow.progress import Progress, silent
 
 CHUNK: Final = 12
@@ -62,9 +63,8 @@ def run_suite(
     What was tuned, fused and drawn is kept in `out`/cache, and taken from there by the next run. Raises BadInputError,
     ResourceError.
     """
-    for name in ("results.json", "results.csv", "report.html"):
-        refuse_unwritable(out / name)
     cache = out / "cache"
+    _check_outputs(suite, out, cache)
     with workforce(workers) as each:
         run = _Run(suite, cache, device, each, bars)
         suite = run.suite
@@ -95,6 +95,13 @@ def run_suite(
 def _other_judges(suite: Suite) -> dict[str, ImageTower]:
     judges = {"dino_alignment": dino_scorer(suite.dino)} if suite.dino else {}
     return judges | ({"imagenet_alignment": imagenet_scorer()} if suite.imagenet else {})
+
+
+def _check_outputs(suite: Suite, out: Path, cache: Path) -> None:
+    read = [file for one in suite.concepts for file in (one.folder, *one.files.values())]
+    base = [] if suite.base in EMBEDDED else [Path(suite.base)]
+    names = ("results.json", "results.csv", "report.html", INDEX)
+    check_outputs(files=[out / name for name in names], shared=[cache], inputs=[*read, *base])
 
 
 def _folder(concept: ConceptEntry, cache: Path) -> Path:

@@ -26,10 +26,10 @@ from mixofshow.concepts.model import ConceptModel, with_concept
 from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import BadInputError
 from mixofshow.evaluation.drawing import draw
-from mixofshow.files import write_text
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.stages import fuse
 from mixofshow.fusion.store import Store
+from mixofshow.outputs import write_text
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.replay import maker_of, save_picture
 from mixofshow.sampling.settings import Composition
