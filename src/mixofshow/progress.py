@@ -30,9 +30,11 @@ def terminal_bar(label: str, *, hidden: bool = False) -> Iterator[Progress]:
     )
     with Bar(*columns, console=Console(stderr=True), disable=hidden) as bar:
         task = bar.add_task(label, total=None, figures="")
+        bar.live.transient = True  # an error's line is to be the only one
 
         def show(step: int, total: int, info: Mapping[str, float]) -> None:
             figures = "  ".join(f"{name} {value:.3g}" for name, value in info.items())
             bar.update(task, completed=step, total=total, figures=figures)
 
         yield show
+        bar.live.transient = False

@@ -365,7 +365,7 @@ def write(folder, config, weights=b""):
         ("{}", "no folder with the config.json"),
         ('{"_class_name": "UNet2DConditionModel"}', "expected T2IAdapter or ControlNetModel, found UNet2DCondition"),
         ('{"_class_name": "T2IAdapter"}', "could not be loaded"),
-        ('{"_class_name": "T2IAdapter", "channels": "many"}', "could not be loaded"),
+        ('{"_class_name": "T2IAdapter", "channels": "many"}', "'channels': expected whole numbers"),
     ],
 )
 def test_a_folder_that_holds_no_control_is_refused(config, message, tmp_path):

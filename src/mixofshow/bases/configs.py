@@ -6,6 +6,7 @@ a number belongs, are found out while memory fills, or in the midst of drawing.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mixofshow.bases.families import FAMILIES, Family
-from mixofshow.errors import BadInputError, BaseModelError, shown
+from mixofshow.errors import BadInputError, BaseModelError, MixOfShowError, ResourceError, ours, shown
 from mixofshow.reading import MAX_JSON_BYTES, parse_json, read_bytes
 
 INDEX: Final = "model_index.json"
@@ -37,6 +38,10 @@ LARGEST: Final = {
     "addition_embed_type_num_heads": 1024,
     "block_out_channels": 2**13,
     "norm_num_groups": 2**13,
+    "channels": 2**13,
+    "conditioning_embedding_out_channels": 2**13,
+    "num_res_blocks": 16,
+    "downscale_factor": 64,
     "hidden_size": 2**14,
     "projection_dim": 2**14,
     "intermediate_size": 2**16,
@@ -72,10 +77,38 @@ LISTS: Final = {
     "latents_std",
 }
 """What may be a list though its default is none."""
+NULL: Final = {"mid_block_type"}
+"""What may be null though its default is not."""
+TEXT: Final = {
+    *("hidden_act", "layer_norm_eps", "attention_dropout", "initializer_range", "initializer_factor"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "hidden_size", "intermediate_size", "projection_dim"),
+    *("num_hidden_layers", "num_attention_heads", "max_position_embeddings", "vocab_size"),
+}
+"""What a text encoder is built by; the rest of its configuration is not."""
 MAX_LIST: Final = 16
 MAX_BETAS: Final = LARGEST["num_train_timesteps"]
 MAX_NUMBER: Final = 10**6
 BETAS: Final = {"beta_start", "beta_end", "trained_betas"}
+
+
+@contextlib.contextmanager
+def strangers_model(problem: str, error: type[MixOfShowError] = BaseModelError) -> Iterator[None]:
+    """Whatever a library raises inside is an `error`, the model's: it believes configurations, and fails in any way."""
+    try:
+        yield
+    except (MixOfShowError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as foreign:  # tokenizers' panics are no Exception
+        if isinstance(machine := ours(foreign), ResourceError):
+            raise machine from foreign
+        reason = next(iter(str(foreign).strip().splitlines()), type(foreign).__name__)
+        raise error(f"{problem} ({shown(reason, 140)})") from foreign
+
+
+def check_config(table: Mapping[str, Any], kind: Any, where: str, error: type[MixOfShowError] = BaseModelError) -> None:
+    """Raise an `error` that names `where`, unless a configuration says what a class (None: of any kind) can build."""
+    for problem in _problems(table, kind):
+        raise error(f"{where}: {problem}")
 
 
 def check_configs(folder: Path, name: str | Path) -> Family:
@@ -86,9 +119,8 @@ def check_configs(folder: Path, name: str | Path) -> Family:
         found = _class(index, part, name)
         for path in sorted((folder / part).glob("*.json")):
             table = _table(path, name)
-            problems = _problems(table, found) if path.name in CONFIGS else ()
-            for problem in problems:
-                raise BaseModelError(f"{name}: {part}/{path.name}: {problem}")
+            if path.name in CONFIGS:
+                check_config(table, found, f"{name}: {part}/{path.name}")
     return family
 
 
@@ -102,7 +134,7 @@ def _family(index: Mapping[str, Any], name: str | Path) -> Family:
 
 
 def _class(index: Mapping[str, Any], part: str, name: str | Path) -> Any:
-    """The class that a part is of; None of transformers', which checks configurations by itself."""
+    """The class whose defaults say what a part's configuration may hold."""
     library, classes = CLASSES[part.removesuffix("_2")]
     entry = index.get(part)
     if entry is None or entry == [None, None]:
@@ -113,7 +145,9 @@ def _class(index: Mapping[str, Any], part: str, name: str | Path) -> Any:
         expected = f"{' or '.join(classes)} of {library}"
         raise BaseModelError(f"{name}: {INDEX}: '{part}': expected {expected}, found {shown(' of '.join(entry[::-1]))}")
     if library == "transformers":
-        return None
+        from transformers import CLIPTextConfig
+
+        return CLIPTextConfig
     import diffusers
 
     if not inspect.isclass(found := getattr(diffusers, entry[1], None)):
@@ -135,23 +169,32 @@ def _table(path: Path, name: str | Path) -> dict[str, Any]:
 
 
 def _problems(table: Mapping[str, Any], kind: Any) -> Iterator[str]:
-    """What is wrong with a configuration; of a class of diffusers, also what is of another type than its default."""
-    parameters = inspect.signature(kind.__init__).parameters if kind else {}
+    """What is wrong with a configuration; of a class, also what is of another type than its default."""
+    defaults = _defaults(kind)
     for key, value in table.items():
-        if key.startswith("_") or value is None:
+        if key.startswith("_"):
             continue
+        if value is None:
+            if defaults.get(key) is not None and key not in NULL:
+                yield f"'{key}': expected such as {shown(defaults[key])}, found null"
+            continue
+        if not kind and isinstance(value, dict):
+            yield from _problems(value, None)  # models of several towers
         values = list(_flat(value))
         most = MAX_BETAS if key == "trained_betas" else MAX_LIST
-        default = parameters[key].default if key in parameters else None
-        if (
-            kind
-            and isinstance(value, list)
-            and (not 1 <= len(values) <= most or not (key in LISTS or isinstance(default, tuple)))
-        ):
+        may_be_list = not kind or key not in defaults or key in LISTS or isinstance(defaults[key], tuple | list)
+        if isinstance(value, list) and not (may_be_list and len(values) <= most and (values or not kind)):
             yield f"'{shown(key)}': not to be a list of {len(values)}"
         for one in values:
-            if problem := _problem(key, one, next(_flat(default), None)):
+            if problem := _problem(key, one, next(_flat(defaults.get(key)), None)):
                 yield f"'{shown(key)}': {problem}, found {shown(value)}"
+
+
+def _defaults(kind: Any) -> Mapping[str, Any]:
+    """What a class takes where nothing is said, by key."""
+    if hasattr(kind, "to_dict"):  # transformers' configurations
+        return {key: value for key, value in kind().to_dict().items() if key in TEXT}
+    return {key: one.default for key, one in inspect.signature(kind.__init__).parameters.items()} if kind else {}
 
 
 def _problem(key: str, value: Any, default: Any) -> str | None:
@@ -162,7 +205,9 @@ def _problem(key: str, value: Any, default: Any) -> str | None:
         return "expected numbers above 0, at most 1"
     if _is_number(value) and MAX_NUMBER < abs(value) < math.inf:
         return f"expected numbers up to {MAX_NUMBER}"
-    if default is not None and not (type(value) is type(default) or (_is_number(value) and _is_number(default))):
+    if default not in (None, inspect.Parameter.empty) and not (
+        type(value) is type(default) or (_is_number(value) and _is_number(default))
+    ):
         return f"expected such as {shown(default)}"
     return None
 

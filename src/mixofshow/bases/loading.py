@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from mixofshow.bases.checkpoints import SUFFIX, check_weights, load_checkpoint
-from mixofshow.bases.configs import check_configs
+from mixofshow.bases.configs import check_configs, strangers_model
 from mixofshow.bases.families import family_of, text_encoders
-from mixofshow.errors import BaseModelError, MixOfShowError, ResourceError, SettingsError, ours, shown
+from mixofshow.errors import BaseModelError, SettingsError, shown
 from mixofshow.files import raw
 
 EMBEDDED: Final = {"emojiland": Path(__file__).parent / "emojiland" / "weights"}
@@ -56,7 +54,7 @@ def load_base(
     dtype = _dtype(dtype)
     # bfloat16 has too few digits to tell base models apart: that is done with those of half precision.
     precise = torch.float16 if dtype == torch.bfloat16 else dtype
-    with _strangers_model(name):
+    with strangers_model(f"{name}: could not be loaded as a base model"):
         if Path(name).suffix == SUFFIX:
             pipeline = load_checkpoint(Path(name), config, dtype=precise, download=download)
         else:
@@ -72,20 +70,6 @@ def load_base(
     if precise != dtype:
         pipeline.unet.fingerprint_of_base = fingerprint(pipeline)
     return pipeline.to(device, dtype)
-
-
-@contextlib.contextmanager
-def _strangers_model(name: str | Path) -> Iterator[None]:
-    """Whatever a library raises inside is the model's fault: it believes configurations, and fails in any way there is."""
-    try:
-        yield
-    except (MixOfShowError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # tokenizers' panics are no Exception
-        if isinstance(machine := ours(error), ResourceError):
-            raise machine from error
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise BaseModelError(f"{name}: could not be loaded as a base model ({shown(reason, 140)})") from error
 
 
 def _dtype(named: torch.dtype | str) -> torch.dtype:
@@ -134,12 +118,10 @@ def _from_hub(name: str, which: dict[str, Any]) -> Path:
     """The folder in the local cache, of safetensors alone."""
     from diffusers import DiffusionPipeline
 
-    try:
+    local = which["local_files_only"]
+    problem = "not in the local cache, or not whole; --download fetches it" if local else "could not be fetched"
+    with strangers_model(f"{name}: {problem}"):
         return Path(DiffusionPipeline.download(name, safety_checker=None, use_safetensors=True, **which))
-    except (OSError, ValueError) as error:
-        if which["local_files_only"]:
-            raise BaseModelError(f"{name}: not in the local cache, or not whole; --download fetches it") from error
-        raise
 
 
 def _require_whole(pipeline: Any, name: str | Path) -> None:
@@ -155,6 +137,8 @@ def _require_whole(pipeline: Any, name: str | Path) -> None:
                     f"{name}: {part}: its file has no tensor '{shown(key)}', which its config.json asks for"
                 )
     unet, vae = pipeline.unet.config, pipeline.vae.config
+    if unet.sample_size is None:
+        raise BaseModelError(f"{name}: unet: sample_size: expected a number, found null")
     for what, found, expected in (
         ("unet: cross_attention_dim", unet.cross_attention_dim, sum(one.width for one in encoders)),
         ("unet: in_channels", unet.in_channels, vae.latent_channels),
@@ -183,6 +167,7 @@ def _rehearse(pipeline: Any) -> None:
     if not torch.isfinite(latents).all():
         raise ValueError("its scheduler makes latents that are not finite")
     for one in text_encoders(pipeline):
+        one.tokenizer("a photo")
         one.tokenizer("a photo", padding="max_length", max_length=one.length, truncation=True)
 
 

@@ -6,6 +6,7 @@ Torch and diffusers are imported inside the commands, so that `--help` answers a
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from typing import Final
@@ -41,6 +42,8 @@ class _OneLine(logging.Formatter):
 
 def main() -> None:
     """Run a command; a foreseen error is one line, exit code 2 (input) or 3 (machine)."""
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # what they miss, such as torchvision, is nothing that we use
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     handler = logging.StreamHandler()
     handler.setFormatter(_OneLine())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

@@ -13,7 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from mixofshow.bases.configs import check_config, strangers_model
 from mixofshow.errors import BadInputError, SettingsError, shown
+from mixofshow.reading import read_json
 
 BATCH: Final = 64
 
@@ -94,14 +96,13 @@ def imagenet_scorer() -> ImageTower:
 
 
 def _loaded(kind: Any, name: str | Path) -> Any:
-    try:
-        return kind.from_pretrained(str(name), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise BadInputError(
-            f"{shown(name)}: could not be loaded as {kind.__name__} ({shown(reason)}); "
-            "give a folder, or a hub name that is in the local cache"
-        ) from error
+    way_out = "give a folder, or a hub name that is in the local cache"
+    config = Path(name) / "config.json"
+    if config.is_file():
+        check_config(read_json(config), None, str(config), BadInputError)
+    with strangers_model(f"{shown(name)}: could not be loaded as {kind.__name__}; {way_out}", BadInputError):
+        options = {} if "Processor" in kind.__name__ else {"use_safetensors": True}  # a pickle could run code
+        return kind.from_pretrained(str(name), local_files_only=True, **options)
 
 
 def _tower(processor: Any, features: Callable[[Any], Tensor]) -> ImageTower:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import safetensors
 import torch
 from diffusers import ControlNetModel, T2IAdapter
 from einops import einsum, repeat
@@ -23,9 +22,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from mixofshow.bases.configs import check_config, strangers_model
 from mixofshow.bases.loading import EMBEDDED_CONTROLS
 from mixofshow.errors import BadInputError, SettingsError, nearest, shown
-from mixofshow.reading import read_json
+from mixofshow.reading import parse_json, read_bytes
 from mixofshow.sampling.pictures import Source, read_picture
 
 logger = logging.getLogger(__name__)
@@ -175,8 +175,8 @@ def _found(source: str | Path) -> tuple[Path, str]:
     """The folder of a control's network, and the class in CONTROLS that it says it is. Raises SettingsError."""
     folder = Path(EMBEDDED_CONTROLS.get(str(source), source))
     try:
-        config = read_json(folder / CONFIG)
-        name = config["_class_name"]
+        config = parse_json(read_bytes(folder / CONFIG), str(source), finite=False)
+        name = str(config["_class_name"])
     except (BadInputError, KeyError, TypeError) as error:
         known = ", ".join(EMBEDDED_CONTROLS)
         raise SettingsError(
@@ -185,17 +185,16 @@ def _found(source: str | Path) -> tuple[Path, str]:
         ) from error
     if name not in CONTROLS:
         raise SettingsError(f"control '{shown(source)}': expected {' or '.join(CONTROLS)}, found {shown(name)}")
+    check_config(config, CONTROLS[name][0], f"control '{shown(source)}': {CONFIG}", SettingsError)
     return folder, name
 
 
 def _network(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
-    try:
+    with strangers_model(f"{name}: could not be loaded", SettingsError):
         # Only safetensors: a pickle could run code.
         network, report = kind.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise SettingsError(f"{name}: could not be loaded ({_first_line(error)})") from error
     # diffusers only warns of tensors that are not there, and leaves them random.
     missing = [*report["missing_keys"], *report["unexpected_keys"]]
     _require(not missing, f"{name}: tensors missing or unknown", shown(", ".join(missing)), "none")
@@ -280,10 +279,6 @@ def _fit(picture: Image.Image, *, width: int, height: int, channels: int) -> Ten
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     values = torch.from_numpy(np.array(picture.convert("L" if channels == 1 else "RGB"))).float() / 255
     return values.reshape(1, height, width, -1).permute(0, 3, 1, 2)
-
-
-def _first_line(error: Exception) -> str:
-    return shown((str(error).strip() or type(error).__name__).splitlines()[0], 160)
 
 
 def _require(holds: bool, name: str, found: object, expected: str) -> None:
