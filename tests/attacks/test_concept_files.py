@@ -184,7 +184,7 @@ INFO: dict[str, tuple[Any, str]] = {
     "unknown field": ({"path\n\x1b[31m": "/home/alice"}, "Extra inputs"),
     "words of another type": ({"words": "<a>"}, "'words'"),
     "no words": ({"words": []}, "'words'"),
-    "nine words": ({"words": [f"<a{k}>" for k in range(9)]}, "'words'"),
+    "76 words": ({"words": [f"<a{k}>" for k in range(76)]}, "'words'"),
     "layers of text": ({"layers": "many"}, "'layers'"),
     "10^9 layers": ({"layers": 10**9}, "'layers'"),
     "nested settings": ({"settings": {"a": {"b": 1}}}, "'settings"),

@@ -20,7 +20,7 @@ from mixofshow.reading import read_json
 
 SUFFIX: Final = ".safetensors"
 PICKLES: Final = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-_ORIGINAL: Final = "model.diffusion_model.input_blocks.0.0.weight"
+ORIGINAL: Final = "model.diffusion_model.input_blocks.0.0.weight"
 _LEFT_OUT: Final = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
 _PARTS: Final = {"unet", "vae", *(part for family in FAMILIES for part, _ in family.text_encoders)}
 
@@ -28,7 +28,7 @@ _PARTS: Final = {"unet", "vae", *(part for family in FAMILIES for part, _ in fam
 def is_checkpoint(path: Path) -> bool:
     """Whether this is a whole base model in one file, as far as its header tells."""
     try:
-        return path.suffix == SUFFIX and path.is_file() and _ORIGINAL in TensorFile(path)
+        return path.suffix == SUFFIX and path.is_file() and ORIGINAL in TensorFile(path)
     except ConceptFileError:
         return False
 

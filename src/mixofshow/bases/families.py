@@ -55,6 +55,15 @@ def family_of(pipeline: Any) -> Family:
     raise BaseModelError(f"{name}: this kind of base model is not supported; known are {known}")
 
 
+def version_of(pipeline: Any) -> str:
+    """What people call this kind of base: SD 1.x, SD 2.x or SDXL."""
+    encoders = text_encoders(pipeline)
+    if len(encoders) > 1:
+        return "SDXL"
+    # OpenCLIP's activation, which SD 2.x has.
+    return "SD 2.x" if encoders[0].model.config.hidden_act == "gelu" else "SD 1.x"
+
+
 @dataclass(frozen=True)
 class TextEncoder:
     """One text encoder of a pipeline, `part` being its name there, and its tokenizer."""

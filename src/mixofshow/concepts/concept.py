@@ -27,6 +27,8 @@ from mixofshow.reading import parse_json, read_bytes
 
 FORMAT_VERSION: Final = 2
 """The newest that is read. Written is the oldest that has room for the concept: 1 has none for convolutions."""
+FIRST_WORDS: Final = 8
+"""As many as version 1 has room for."""
 METADATA_KEY: Final = "mixofshow"
 DIGEST_KEY: Final = "sha256"
 MAX_METADATA_BYTES: Final = 16 * 2**10
@@ -45,7 +47,7 @@ class ConceptInfo(BaseModel):
 
     format_version: int = Field(1, ge=1, le=FORMAT_VERSION)
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")
-    words: tuple[str, ...] = Field(min_length=1, max_length=8)
+    words: tuple[str, ...] = Field(min_length=1, max_length=75)
     class_word: str = Field(max_length=64)
     initializers: tuple[str, ...]
     layers: int = Field(ge=1, le=256)
@@ -94,7 +96,8 @@ class Concept:
 
     def save(self, path: Path) -> None:
         """Write the file whole or not at all."""
-        version = 2 if any(change.kernel for change in self.deltas.values()) else 1
+        newer = len(self.info.words) > FIRST_WORDS or any(change.kernel for change in self.deltas.values())
+        version = 2 if newer else 1
         text = self.info.model_copy(update={"format_version": version}).model_dump_json()
         write_tensors(path, self.tensors(), _metadata(text, self.hash))
 

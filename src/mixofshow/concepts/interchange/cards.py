@@ -8,16 +8,16 @@ from typing import Any, Final
 
 import yaml
 
-from mixofshow.bases.families import text_encoders
+from mixofshow.bases.families import version_of
 from mixofshow.concepts.concept import Concept
 from mixofshow.concepts.delta import Compression
 from mixofshow.errors import shown
 
 MODELSPEC: Final = "1.0.1"
 _VERSIONS: Final = {
-    "1": ("sd_v1", "stable-diffusion-v1"),
-    "2": ("sd_v2", "stable-diffusion-v2-768-v"),
-    "xl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+    "SD 1.x": ("sd_v1", "stable-diffusion-v1"),
+    "SD 2.x": ("sd_v2", "stable-diffusion-v2-768-v"),
+    "SDXL": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
 }
 """What kohya's scripts and modelspec call the kinds of base."""
 _HOW: Final = {
@@ -95,9 +95,8 @@ def rounding(lost: Compression) -> str:
 def kohya_metadata(concept: Concept, pipeline: Any, ranks: set[int], digest: str) -> dict[str, str]:
     """`ss_*` as kohya's scripts write it and modelspec, as far as a concept knows it; no dates, so that bytes repeat."""
     info, prompt = concept.info, trigger(concept, "kohya")
-    encoders = text_encoders(pipeline)
-    second = encoders[0].model.config.hidden_act == "gelu"  # OpenCLIP's, which SD 2.x has
-    version, architecture = _VERSIONS["xl" if len(encoders) > 1 else "2" if second else "1"]
+    kind = version_of(pipeline)
+    version, architecture = _VERSIONS[kind]
     side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     prediction = pipeline.scheduler.config.prediction_type
     rank = str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic"
@@ -106,7 +105,7 @@ def kohya_metadata(concept: Concept, pipeline: Any, ranks: set[int], digest: str
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
         "ss_network_alpha": rank,
-        "ss_v2": str(second),
+        "ss_v2": str(kind == "SD 2.x"),
         "ss_base_model_version": version,
         "ss_sd_model_name": info.base,
         "ss_output_name": info.name,

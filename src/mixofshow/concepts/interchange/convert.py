@@ -24,7 +24,9 @@ def convert(source: Path, target: Path, pipeline: Any, settings: ConvertSettings
     if settings.to == "concept":
         concept.save(target)
         rounded = f"rounded to half precision, relative error {half_precision_error(concept):.2g}"
-        return [f"{target}: {concept.prompt}, {len(concept.deltas)} layers, {rounded}"]
+        typed = f"<{concept.info.name}>"
+        words = typed if concept.prompt == typed else f"{typed} ({concept.prompt})"
+        return [f"{target}: {words}, {len(concept.deltas)} layers, {rounded}"]
     done = export_concept(concept, pipeline, target, settings.to, settings.rank)
     lora = [f"{target / done.lora}: {len(concept.deltas)} layers, {rounding(done.changes)}"] if concept.deltas else []
     return [*lora, f"{target / done.embeddings}: {concept.prompt}. {fidelity(done.words)}"]

@@ -4,7 +4,7 @@ tool                       tensors
 Mix-of-Show                params/new_concept_embedding/<word>   (layers, dim)
 A1111, .pt                 string_to_param/*                     (words, dim)
 A1111, .safetensors        emb_params                            (words, dim)
-A1111, inside a LoRA       bundle_emb.NAME.string_to_param.*     (words, dim)
+OneTrainer, A1111, in LoRA bundle_emb.NAME. and one of these     (words, dim)
 diffusers                  the word itself, or no name           (dim,) or (words, dim)
 all of them, for SDXL      clip_l and clip_g                     (words, dim) of each text encoder
 """
@@ -29,10 +29,12 @@ from mixofshow.concepts.words import check_word
 from mixofshow.errors import ConceptFileError, TokenError, shown
 
 LAYERWISE: Final = re.compile(r"^(?:params/)?new_concept_embedding/(.+)$", re.DOTALL)
-NAMELESS: Final = re.compile(r"^(?:|string_to_param/.*|emb_params|bundle_emb\..+\.string_to_param\..*)$", re.DOTALL)
+NAMELESS: Final = re.compile(r"^(?:|string_to_param[/.].*|emb_params|clip_l)$", re.DOTALL)
+BUNDLED: Final = re.compile(r"^bundle_emb\.(.+?)\.(string_to_param\..*|emb_params|clip_[lg])$", re.DOTALL)
 TABLES: Final = ("clip_l", "clip_g")
 """What all tools call the tables of SDXL's two text encoders, in their order."""
-MAX_WORDS: Final = 8
+MAX_WORDS: Final = 75
+"""What fits into a prompt."""
 LONGEST_NAME: Final = 30
 _NUMBERED_FOLDER: Final = re.compile(r"^\d+_(.+)$")
 
@@ -62,7 +64,7 @@ def file_words(tensors: Mapping[str, Tensor], file: str, *, plain: bool) -> Word
     """
     names: list[str] = []
     vectors: list[Tensor] = []
-    for key, tensor in _side_by_side(tensors, file).items():
+    for (name, key), tensor in _side_by_side(tensors, file).items():
         found, nameless = LAYERWISE.match(key), NAMELESS.match(key)
         if not (found or nameless or plain):
             raise ConceptFileError(
@@ -74,8 +76,8 @@ def file_words(tensors: Mapping[str, Tensor], file: str, *, plain: bool) -> Word
             )
         several = tensor.float()[None] if found else tensor.float().reshape(-1, 1, tensor.shape[-1])
         vectors.extend(several)
-        if found or not nameless:
-            names.extend(_numbered(found.group(1) if found else key, len(several)))
+        if name or found or not nameless:
+            names.extend(_numbered(name or (found.group(1) if found else key), len(several)))
     if not vectors:
         return None
     if len({one.shape for one in vectors}) > 1:
@@ -85,25 +87,34 @@ def file_words(tensors: Mapping[str, Tensor], file: str, *, plain: bool) -> Word
     return Words(torch.stack(vectors), names if len(names) == len(vectors) else ())
 
 
-def _side_by_side(tensors: Mapping[str, Tensor], file: str) -> Mapping[str, Tensor]:
-    """The tables of several text encoders as one without a name."""
-    if not tensors.keys() >= set(TABLES):
-        return tensors
-    tables = [tensors[name] for name in TABLES]
-    if any(one.ndim != 2 for one in tables) or len({len(one) for one in tables}) > 1:
-        shapes = " and ".join(str(tuple(one.shape)) for one in tables)
-        raise ConceptFileError(
-            f"{file}: tables of {' and '.join(TABLES)}: expected as many words in each, found {shapes}"
-        )
-    rest = {name: one for name, one in tensors.items() if name not in TABLES}
-    return {**rest, "": torch.cat([one.float() for one in tables], dim=1)}
+def _side_by_side(tensors: Mapping[str, Tensor], file: str) -> dict[tuple[str, str], Tensor]:
+    """By the word that a bundle names and the key; the tables of several text encoders as one without a key."""
+    found: dict[tuple[str, str], Tensor] = {}
+    for full, tensor in tensors.items():
+        bundled = BUNDLED.match(full)
+        found[(_as_word(bundled[1]), bundled[2]) if bundled else ("", full)] = tensor
+    for word in dict.fromkeys(word for word, key in found if key == TABLES[1]):
+        tables = [found.pop((word, name), torch.empty(0)) for name in TABLES]
+        if any(one.ndim != 2 for one in tables) or len({len(one) for one in tables}) > 1:
+            shapes = " and ".join(str(tuple(one.shape)) for one in tables)
+            raise ConceptFileError(
+                f"{file}: tables of {' and '.join(TABLES)}: expected as many words in each, found {shapes}"
+            )
+        found[word, ""] = torch.cat([one.float() for one in tables], dim=1)
+    return found
+
+
+def _as_word(name: str) -> str:
+    """A placeholder called after what a bundle calls its embedding."""
+    return f"<{re.sub(r'[^a-z0-9_-]+', '-', name.lower()).strip('-_')[:LONGEST_NAME]}>"
 
 
 def _numbered(word: str, count: int) -> list[str]:
-    """`<cat>` alone, or `<cat1>`, `<cat2>` …; other texts likewise."""
+    """`<cat>` alone, or `<cat1>`, `<cat2>` …, `<v2-1>`, `<v2-2>` …; other texts likewise."""
     if count == 1:
         return [word]
     start, end = (word[:-1], ">") if word.endswith(">") else (word, "")
+    start += "-" if start[-1:].isdigit() else ""
     return [f"{start}{number}{end}" for number in range(1, count + 1)]
 
 
@@ -134,7 +145,7 @@ def named(found: Sequence[str], count: int, settings: ImportSettings, file: str)
         )
     inner = [word[1:-1] for word in words]
     shared = "".join(column[0] for column in takewhile(lambda column: len(set(column)) == 1, zip(*inner, strict=False)))
-    return shared.rstrip("-_") or inner[0], words
+    return shared.rstrip("-_") or (inner[0] if count == 1 else _file_name(file)), words
 
 
 def _file_name(file: str) -> str:

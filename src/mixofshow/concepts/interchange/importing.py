@@ -1,4 +1,4 @@
-"""Files of other tools as concepts: LoRA of Mix-of-Show's own code, kohya, diffusers and peft; textual inversions.
+"""Files of other tools as concepts: LoRA and its kin of any tool, textual inversions.
 
 A LoRA without embeddings has trigger words: they become placeholders whose vectors are those of the trigger's tokens,
 so that a prompt with the placeholders is, to the last bit, the prompt with the trigger.
@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from torch import Tensor
 
+from mixofshow.bases.checkpoints import ORIGINAL
 from mixofshow.bases.families import family_of
-from mixofshow.bases.layers import kind_of
+from mixofshow.bases.layers import kind_of, layer
 from mixofshow.bases.loading import base_name, fingerprint
-from mixofshow.concepts.changes import Change, Full, LowRank
+from mixofshow.concepts.changes import Change, LowRank, layer_problems
 from mixofshow.concepts.concept import (
     METADATA_KEY,
     Concept,
@@ -28,27 +29,29 @@ from mixofshow.concepts.concept import (
     read_concept,
     value_problems,
 )
+from mixofshow.concepts.interchange.causes import other_base
 from mixofshow.concepts.interchange.embeddings import Words, file_words, named, trigger_words
-from mixofshow.concepts.interchange.keys import Half, layer_names, split_key
+from mixofshow.concepts.interchange.keys import NO_WEIGHTS, layer_names, other_kind, split_key
+from mixofshow.concepts.interchange.kinds import change_of
 from mixofshow.concepts.interchange.pickles import read_pickle
+from mixofshow.concepts.interchange.scales import WEIGHTS, scales_of
 from mixofshow.concepts.interchange.settings import ImportSettings
 from mixofshow.errors import ConceptFileError, shown
 from mixofshow.files import is_pickle, parse_tensors
-from mixofshow.reading import parse_json, read_bytes
+from mixofshow.reading import read_bytes
 
 logger = logging.getLogger(__name__)
 
 AS_USUAL: Final = ImportSettings()
-ADAPTER_METADATA: Final = "lora_adapter_metadata"
-"""Where diffusers notes peft's configuration, each key with its part in front, as `unet.lora_alpha`."""
 LONGEST_NOTE: Final = 200
-
-Halves = dict[Half, Tensor]
+NOTES: Final = ("string_to_token/", "string_to_token.")
+"""What a textual inversion says beside its vectors: ids of tokens."""
+DIFFUSERS_WEIGHTS: Final = "pytorch_lora_weights"
 
 
 def open_concept(path: str | Path, pipeline: Any, settings: ImportSettings = AS_USUAL) -> Concept:
     """A concept file, or a file of another tool as a concept on this base. Raises ConceptFileError or TokenError."""
-    file = str(path)
+    file = str(_in_folder(Path(path)))
     tensors, texts = _read(file)
     if METADATA_KEY in texts:
         concept = _renamed(read_concept(tensors, texts, file, pipeline), settings, file)
@@ -70,9 +73,16 @@ def scaled(concept: Concept, *, unet: float = 1.0, text_encoder: float = 1.0) ->
     return dataclasses.replace(concept, deltas=deltas)
 
 
+def _in_folder(path: Path) -> Path:
+    """Of a folder that peft or diffusers wrote the file of weights in it; else the path itself."""
+    weights = (path / f"{name}.safetensors" for name in (WEIGHTS, DIFFUSERS_WEIGHTS))
+    return next((one for one in weights if one.is_file()), path) if path.is_dir() else path
+
+
 def _read(file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     data = read_bytes(Path(file))
-    return read_pickle(data, file) if is_pickle(data) else parse_tensors(data, file)
+    tensors, texts = read_pickle(data, file) if is_pickle(data) else parse_tensors(data, file)
+    return {key: one for key, one in tensors.items() if not key.startswith(NOTES)}, texts
 
 
 def _renamed(concept: Concept, settings: ImportSettings, file: str) -> Concept:
@@ -86,10 +96,14 @@ def _renamed(concept: Concept, settings: ImportSettings, file: str) -> Concept:
 def _imported(
     tensors: Mapping[str, Tensor], texts: Mapping[str, str], file: str, pipeline: Any, settings: ImportSettings
 ) -> Concept:
+    if ORIGINAL in tensors:
+        raise ConceptFileError(f"{file}: a whole base model, nothing to make a concept of; it can be the base")
     raise_if(value_problems({key: one for key, one in tensors.items() if not key.endswith(".alpha")}), file)
     keys = {key: split_key(key) for key in tensors}
     rest = {key: tensors[key] for key, found in keys.items() if found is None}
     deltas = _changes({key: tensors[key] for key in tensors if key not in rest}, texts, file, pipeline)
+    if kind := other_kind(rest):
+        raise ConceptFileError(f"{file}: {kind}, which is not read; LoRA, LoCon, LoHa, LoKr, DoRA and full changes are")
     # Only a file without a LoRA can be a plain table of tokens, whose keys are anything.
     words = file_words(rest, file, plain=len(rest) == len(tensors))
     if settings.embeddings:
@@ -139,91 +153,62 @@ def _info(
 
 
 def _changes(tensors: Mapping[str, Tensor], texts: Mapping[str, str], file: str, pipeline: Any) -> dict[str, Change]:
-    """The LoRA's changes by our layer names. Layers that no concept can change are left out, with a warning."""
-    names, configs = layer_names(pipeline), _adapter_configs(texts, file)
-    halves, problems = _by_layer(tensors)
+    """The adapter's changes by our layer names. What no concept can change is left out, with a warning."""
+    names, scales = layer_names(pipeline), scales_of(file, texts)
+    layers, problems = _by_layer(tensors)
     changes: dict[str, Change] = {}
     passed = []
-    for layer, parts in halves.items():
-        if (ours := names.find(layer)) is not None:
+    for name, parts in layers.items():
+        passed += [name] if parts.keys() & NO_WEIGHTS else []
+        if parts.keys() <= NO_WEIGHTS:
+            continue
+        if (ours := names.find(name)) is not None:
             try:
-                changes[ours] = _change(ours, parts, configs)
+                weight = layer(pipeline, ours).weight
+                changes[ours] = change_of(parts, partial(scales.of, ours, parts), weight)  # type: ignore[arg-type]
             except ValueError as error:
                 problems.append(f"layer '{ours}': {error}")
-        elif names.knows(layer):
-            passed.append(layer)
+        elif names.knows(name):
+            passed.append(name)
         else:
-            problems.append(f"layer '{shown(layer)}' is not in this base")
-    raise_if(problems, file)
+            problems.append(f"layer '{shown(name)}' is not in this base")
+    problems += layer_problems(changes, pipeline)
+    _report(problems, passed, file, texts=texts, layers=layers, pipeline=pipeline)
+    return changes
+
+
+def _report(
+    problems: list[str],
+    passed: Sequence[str],
+    file: str,
+    *,
+    texts: Mapping[str, str],
+    layers: Mapping[str, Mapping[str, Tensor]],
+    pipeline: Any,
+) -> None:
+    """Raise ConceptFileError for problems, with their cause where there is one; say what is left out, or assumed."""
+    cause = other_base(texts, layers, pipeline)
+    raise_if([cause] if problems and cause else problems, file)
+    if cause:
+        logger.warning("%s: it says that it was %s", file, cause)
     if passed:
         logger.warning(
-            "%s: %d layers left out that no concept can change, as %s",
+            "%s: %d layers left out that no concept can change (biases, norms), as %s",
             file,
             len(passed),
             shown(passed[0]),
         )
-    return changes
 
 
-def _by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Halves], list[str]]:
-    halves: dict[str, Halves] = {}
+def _by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    layers: dict[str, dict[str, Tensor]] = {}
     problems = []
     for key, tensor in tensors.items():
         found = split_key(key)
         if found is None:
             continue
-        layer, half = found
-        if half in halves.setdefault(layer, {}):
+        name, part = found
+        if part in layers.setdefault(name, {}):
             problems.append(f"tensor '{shown(key)}' is there twice, under two names")
-        halves[layer][half] = tensor
-    return halves, problems
-
-
-def _change(layer: str, parts: Halves, configs: Mapping[str, Mapping[str, Any]]) -> Change:
-    """The change that two halves make, alpha and rank in `up`. Raises ValueError."""
-    if "mid" in parts or "down" not in parts or "up" not in parts:
-        raise ValueError(f"expected a lower and an upper half, found {', '.join(sorted(parts))}")
-    halves = LowRank.of(parts["down"].float(), parts["up"].float())
-    rank = len(halves.down)
-    change = halves.scaled(_alpha(parts["alpha"]) / rank if "alpha" in parts else _configured(layer, rank, configs))
-    if rank > min(change.shape):
-        return Full(change.matrix(), change.kernel)
-    return _balanced(change)
-
-
-def _alpha(tensor: Tensor) -> float:
-    if tensor.numel() != 1 or not math.isfinite(alpha := float(tensor)):
-        raise ValueError("expected alpha to be one finite number")
-    return alpha
-
-
-def _balanced(change: LowRank) -> LowRank:
-    """Both halves about equally large, by a power of two, which is exact: in a file's half precision neither fades."""
-    sizes = float(change.down.abs().max()), float(change.up.abs().max())
-    if min(sizes) == 0:
-        return change
-    shift = 2.0 ** round(math.log2(sizes[1] / sizes[0]) / 2)
-    return LowRank(change.down * shift, change.up / shift, change.kernel)
-
-
-def _adapter_configs(texts: Mapping[str, str], file: str) -> dict[str, dict[str, Any]]:
-    """What diffusers noted of peft's configuration, by part of the pipeline."""
-    table = parse_json(texts.get(ADAPTER_METADATA, "{}"), f"{file}: metadata '{ADAPTER_METADATA}'", ConceptFileError)
-    configs: dict[str, dict[str, Any]] = {}
-    for key, value in table.items() if isinstance(table, dict) else ():
-        part, _, field = key.partition(".")
-        configs.setdefault(part, {})[field] = value
-    return configs
-
-
-def _configured(layer: str, rank: int, configs: Mapping[str, Mapping[str, Any]]) -> float:
-    """The scale of a layer without an alpha of its own: as in peft's configuration, or 1. Raises ValueError."""
-    part, path = layer.split(".", 1)
-    config = configs.get(part, {})
-    alpha, patterns = config.get("lora_alpha", rank), config.get("alpha_pattern", {})
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        if f".{path}".endswith("." + pattern.removeprefix("^")):
-            alpha = value
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise ValueError(f"expected lora_alpha to be a finite number, found {shown(alpha)}")
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
+        layers[name][part] = tensor
+    return layers, problems

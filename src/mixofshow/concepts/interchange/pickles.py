@@ -77,12 +77,17 @@ def _check_archive(data: bytes, name: str) -> None:
         raise ConceptFileError(f"{name}: an archive that claims {total} bytes in {len(data)}; it is not opened")
 
 
+class _Parameters:
+    """Stands for torch's ParameterDict, of which textual inversion's own code keeps one: its attributes, and no code."""
+
+
 def _child() -> int:
     """Pickle from standard input, safetensors or a reason to standard output; the exit code says which."""
     data = sys.stdin.buffer.read()
     _limit_memory()
     try:
-        table = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(_Parameters, "torch.nn.modules.container.ParameterDict")]):
+            table = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         tensors, texts = _sorted_leaves(table, len(data))
         sys.stdout.buffer.write(safetensors.torch.save(tensors, texts))
     except Exception as error:  # whatever a hostile pickle can provoke
@@ -120,6 +125,8 @@ def _sorted_leaves(table: Any, size: int) -> tuple[dict[str, Tensor], dict[str, 
 def _leaves(table: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
     if len(path) > DEPTH:
         raise ValueError("tables nested too deep")
+    if isinstance(table, _Parameters):
+        table = vars(table).get("_parameters")
     if not isinstance(table, Mapping):
         yield "/".join(path), table
         return
