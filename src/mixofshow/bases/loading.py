@@ -189,7 +189,7 @@ def load_named_base(name: str, given: str | Path | None, source: str, **options:
 
 def base_name(pipeline: Any) -> str:
     """What others can call this base: an embedded base, a hub id, or the last part of a folder's path."""
-    return str(pipeline.config.get("_name_or_path") or "unnamed")
+    return _public_name(pipeline.config.get("_name_or_path") or "unnamed")  # diffusers itself notes the whole path
 
 
 def _public_name(name: str | Path) -> str:

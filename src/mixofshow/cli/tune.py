@@ -46,7 +46,8 @@ def tune(
     table = read_table(file) if file else {}
     several = tuning.several(table, given, source=str(file or "options"))
     if print_config:
-        typer.echo("---\n".join(map(tuning.printed, several)), nl=False)
+        whole = [tuning.with_presets(one, one.base) for one in several]
+        typer.echo("---\n".join(map(tuning.printed, whole)), nl=False)
         return
     names = [f"{settings.name}.safetensors" for settings in several]
     targets = [(out / name if out and "concepts" in table else out) or Path(name) for name in names]

@@ -150,7 +150,10 @@ class TuningSettings(Group):
     class_word: str = Field(max_length=64, description="An ordinary word for what it is.")
     data: Path = Field(description="Folder of pictures, captions in .txt files beside them or in metadata.jsonl.")
     masks: Path | None = Field(None, description="Folder of masks with the pictures' names; default: DATA/../masks.")
-    base: str = Field("emojiland", description="Embedded base, diffusers folder, or hub id in the local cache.")
+    base: str = Field(
+        "emojiland",
+        description="Embedded base, diffusers folder, or hub id in the local cache, for the command line to load.",
+    )
     instance_prompt: str | None = Field(
         None, description="Caption of pictures that have none; default: a photo of a <name>."
     )
@@ -225,21 +228,23 @@ METHOD_PRESETS: Final[dict[str, dict[str, Any]]] = {
 
 
 def make_settings(table: Mapping[str, Any], source: str = "settings") -> TuningSettings:
-    """Settings from a table of nested or dotted keys, on top of what its base and method need.
+    """Settings from a table of nested or dotted keys. Raises SettingsError naming the field and the nearest one.
 
-    Raises SettingsError naming the field and the nearest one.
+    They hold what was given; what the base and the method need comes below it where the base is known, see
+    `with_presets`.
     """
-    given = nested(table)
-    preset: dict[str, Any] = {}
-    for presets, key in ((BASE_PRESETS, "base"), (METHOD_PRESETS, "method")):
-        default = TuningSettings.model_fields[key].default
-        preset = merged(preset, presets.get(str(given.get(key, default)), {}))
     try:
-        return TuningSettings.model_validate(merged(preset, given))
+        return TuningSettings.model_validate(nested(table))
     except ValidationError as error:
         raise SettingsError(
             f"{source}: {'; '.join(field_problem(one, _all_names()) for one in error.errors())}"
         ) from error
+
+
+def with_presets(settings: TuningSettings, base: str) -> TuningSettings:
+    """The settings on top of what the method and the base of this name need: presets hold where nothing was given."""
+    preset = merged(BASE_PRESETS.get(base, {}), METHOD_PRESETS.get(settings.method, {}))
+    return TuningSettings.model_validate(merged(preset, settings.model_dump(exclude_unset=True)))
 
 
 def several(

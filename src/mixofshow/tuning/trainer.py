@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, overload
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from mixofshow.bases.families import family_of, text_encoders
-from mixofshow.bases.loading import DTYPES, fingerprint
+from mixofshow.bases.loading import DTYPES, base_name, fingerprint
 from mixofshow.concepts.concept import Concept, ConceptInfo
 from mixofshow.concepts.prompts import Ids, layerwise, prompt_ids
 from mixofshow.concepts.words import Vocabulary
@@ -30,29 +30,59 @@ from mixofshow.tuning.methods import METHODS, initial_words, initializers, word_
 from mixofshow.tuning.objective import Feed, Objective
 from mixofshow.tuning.prior import prior_examples
 from mixofshow.tuning.run import Preview, Run
-from mixofshow.tuning.settings import TuningSettings
+from mixofshow.tuning.settings import TuningSettings, make_settings, with_presets
 
 logger = logging.getLogger(__name__)
+MAX_BASE_NAME: Final = 128
+"""Characters that a concept file has room for."""
 
-"""By precision, what the base is best loaded in: nothing of it is trained, and what is trained is fp32 in any case."""
 
-
+@overload
 def tune(
     settings: TuningSettings,
     pipeline: Any,
     *,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     resume: bool = False,
     progress: Progress = silent,
     preview: Preview | None = None,
-) -> Concept:
-    """Tune a concept on a folder of pictures; the pipeline is left as it was.
+) -> Concept: ...
 
-    Checkpoints and curves go to `folder`; without one there are none. `resume` goes on from its newest checkpoint, as
-    if there had been no break. Ctrl-C ends early with what has been learned. Raises DatasetError, TokenError,
-    SettingsError, ResourceError.
+
+@overload
+def tune(
+    settings: Any,
+    pipeline: str | Path | None = None,
+    *,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+    preview: Preview | None = None,
+    **keys: Any,
+) -> Concept: ...
+
+
+def tune(
+    settings: Any,
+    pipeline: Any = None,
+    *,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+    preview: Preview | None = None,
+    **keys: Any,
+) -> Concept:
+    """Tune a concept on a folder of pictures: `tune(pipeline, data, name=…, class_word=…, **settings)`.
+
+    Or `tune(settings, pipeline)`, with settings that were made before. Where they say nothing, what holds is what this
+    pipeline needs, whatever `base` they name. The pipeline is left as it was. Checkpoints and curves go to `folder`;
+    without one there are none. `resume` goes on from its newest checkpoint, as if there had been no break. Ctrl-C ends
+    early with what has been learned. Raises DatasetError, TokenError, SettingsError, ResourceError.
     """
+    settings, pipeline = _asked(settings, pipeline, keys)
     check_outputs(shared=[folder], inputs=inputs_of(settings))
+    settings = with_presets(settings, base_name(pipeline))
+    folder = None if folder is None else Path(folder)
     accelerator = make_accelerator(settings, pipeline, folder)
     examples = read_folder(
         settings.data,
@@ -80,6 +110,15 @@ def tune(
             run.keep(folder, _identity(settings, examples, info), resume=resume)
         run.to_the_end(progress, preview)
         return run.concept()
+
+
+def _asked(first: Any, second: Any, keys: Mapping[str, Any]) -> tuple[TuningSettings, Any]:
+    """Settings and pipeline of a call in either form. Raises SettingsError."""
+    if not isinstance(first, TuningSettings):
+        return make_settings({**keys, **({} if second is None else {"data": second})}), first
+    if keys:
+        raise SettingsError(f"tune: {', '.join(keys)} beside settings that are made; say it in one of both")
+    return first, second
 
 
 def make_accelerator(settings: TuningSettings, pipeline: Any, folder: Path | None) -> Accelerator:
@@ -148,7 +187,7 @@ def _describe(settings: TuningSettings, pipeline: Any, layers: int) -> ConceptIn
         initializers=initializers(settings),
         layers=layers,
         family=family_of(pipeline).name,
-        base=settings.base.rstrip("/").rsplit("/", 1)[-1],
+        base=base_name(pipeline)[:MAX_BASE_NAME],
         base_fingerprint=fingerprint(pipeline),
         method=settings.method,
         rank=settings.unet.rank,

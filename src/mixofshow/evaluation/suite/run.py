@@ -41,6 +41,7 @@ from mixofshow.evaluation.suite.work import (
 from mixofshow.evaluation.suite.workforce import Each, workforce
 from mixofshow.outputs import check_outputs
 from mixofshow.progress import Progress, silent
+from mixofshow.tuning.settings import with_presets
 
 CHUNK: Final = 12
 """Requests that a worker takes at once: they share the time to put their model together."""
@@ -170,7 +171,7 @@ class _Run:
         masks = settings.masks or data.parent / "masks"
         key = digest(
             {
-                "settings": settings.for_file(),
+                "settings": with_presets(settings, settings.base).for_file(),
                 "words": [settings.name, settings.class_word, settings.instance_prompt, settings.prior.prompt],
                 "data": folder_digest([data, masks, *filter(None, [settings.prior.data])]),
                 "base": self.fingerprint,
