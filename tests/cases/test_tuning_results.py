@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from peft import LoraConfig
 from PIL import Image
 
 from mixofshow import make_settings, tune
-from mixofshow.errors import SettingsError
+from mixofshow.bases.loading import USUAL_GUIDANCE
+from mixofshow.concepts.model import ConceptModel
+from mixofshow.errors import ResourceError, SettingsError
+from mixofshow.progress import silent
+from mixofshow.tuning import objective
+from mixofshow.tuning.batches import Pictures
+from mixofshow.tuning.methods import initial_words
+from mixofshow.tuning.objective import Batch, Objective
+from mixofshow.tuning.prior import prior_examples
 from mixofshow.tuning.settings import TuningSettings, with_presets
 
 QUICK = {"steps": 1, "batch_size": 1, "pictures.size": 64}
@@ -53,3 +67,105 @@ def test_tune_is_called_with_settings_or_without(golden_pipeline, data):
 def test_a_base_that_diffusers_loaded_leaves_no_path_in_the_file(golden_pipeline, data, monkeypatch):
     monkeypatch.setattr(golden_pipeline, "_internal_dict", {**golden_pipeline.config, "_name_or_path": "/home/me/mine"})
     assert tune(golden_pipeline, data, name="thing", class_word="man", **QUICK).info.base == "mine"
+
+
+def _objective(pipeline, **changed):
+    settings = make_settings({"name": "thing", "class_word": "man", "data": "x", **changed})
+    return Objective(pipeline, initial_words(pipeline, settings, torch.Generator().manual_seed(0)), {}, settings, [])
+
+
+def _batch(masks, ids=()):
+    """Noise of 1 in two pictures, (2, 4, 2, 2)."""
+    ones = torch.ones(2, 4, 2, 2)
+    pictures = Pictures(ones, masks, torch.ones(2, 1, 2, 2), torch.tensor([True, True]))
+    return Batch(pictures, ones, torch.tensor([1, 2]), (torch.tensor(ids),))
+
+
+def test_the_scale_of_the_loss_is_the_same_with_masks_and_without(golden_pipeline):
+    """B20: the same error counted four times as much in every picture of a batch in which one had a mask."""
+    half = torch.tensor([1.0, 0.0]).expand(2, 1, 2, 2)
+    losses = [
+        _objective(golden_pipeline)._denoising_loss(torch.zeros(2, 4, 2, 2), _batch(one))
+        for one in (torch.ones(2, 1, 2, 2), half, torch.cat([half[:1], torch.ones(1, 1, 2, 2)]))
+    ]
+    assert [float(one) for one in losses] == [4.0, 4.0, 4.0]
+
+
+def test_the_class_word_is_found_wherever_and_however_often_it_stands(golden_pipeline, monkeypatch):
+    """B33: the class word was the last of the first words that all captions have, of equal ones any."""
+    seen = []
+    monkeypatch.setattr(objective, "words_attention", lambda maps, positions: seen.append(positions) or {})
+    ready, first = _objective(golden_pipeline), _objective(golden_pipeline).first_id
+    one, two = first, first + 1
+    ready._attention_loss([], _batch(torch.ones(2, 1, 2, 2), [[5, one, two, one, two], [one, two, 5, 5, 5]]))
+    assert seen.pop().tolist() == [[1, 2], [0, 1]]
+    ready._attention_loss([], _batch(torch.ones(2, 1, 2, 2), [[5, one, 5, 5, 5], [5, 5, one, two, 5]]))
+    assert seen.pop().tolist() == [[2, 3]]  # a caption with half of the concept says nothing of its class word
+
+
+def test_no_random_state_of_any_device_is_left_changed(golden_pipeline, data, monkeypatch):
+    """B31: all devices were seeded, and the CPU's state alone was put back."""
+    seeded, before = [], torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    tune(golden_pipeline, data, name="thing", class_word="man", **QUICK)
+    assert not seeded and torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.fixture
+def fresh_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_the_programs_own_accelerator_goes_on_working(golden_pipeline, data, fresh_accelerate):
+    """B17: it said that its state "cannot be changed"."""
+    own = Accelerator(mixed_precision="bf16", cpu=True, gradient_accumulation_steps=3)
+
+    def look(*_):
+        assert own.mixed_precision == "bf16"
+
+    tune(golden_pipeline, data, name="thing", class_word="man", **QUICK, progress=look)
+    assert (own.mixed_precision, own.gradient_accumulation_steps) == ("bf16", 3)
+    assert Accelerator(mixed_precision="bf16", cpu=True).state.mixed_precision == "bf16"
+
+
+def test_tuning_is_where_its_pipeline_is(golden_pipeline, data, fresh_accelerate):
+    """B34: a process that had begun on one device stayed there."""
+    PartialState(cpu=True).device = torch.device("meta")
+    devices = []
+    look = lambda *_: devices.append(PartialState().device)  # noqa: E731
+    tune(golden_pipeline, data, name="thing", class_word="man", **QUICK, progress=look)
+    assert devices == [golden_pipeline.device] and PartialState().device.type == "meta"
+
+
+def test_a_base_with_somebodys_lora_is_refused_and_left_alone(golden_pipeline, data):
+    """B11: the adapter was taken off for good, and the file's fingerprint was that of no base."""
+    golden_pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"]), "theirs")
+    try:
+        before = golden_pipeline.get_list_adapters()
+        with pytest.raises(SettingsError, match="unet: a LoRA is attached to this base; take it off with unload_lora"):
+            tune(golden_pipeline, data, name="thing", class_word="man", **QUICK)
+        assert golden_pipeline.get_list_adapters() == before == {"unet": ["theirs"]}
+    finally:
+        golden_pipeline.unload_lora_weights()
+
+
+def test_pictures_of_the_class_word_are_drawn_as_the_base_draws_best(monkeypatch):
+    """B27: they were drawn with diffusers' own guidance; pictures that are not finite went into training as black."""
+    asked, drawn = [], torch.zeros(1, 8, 8, 3)
+
+    class Base(SimpleNamespace):
+        def __call__(self, prompts, *, guidance_scale, **_):
+            asked.append(guidance_scale)
+            return SimpleNamespace(images=drawn.numpy())
+
+    base = Base(config={}, image_processor=SimpleNamespace(numpy_to_pil=list))
+    settings = make_settings({"name": "x", "class_word": "man", "data": "x", "prior.weight": 1, "prior.count": 1})
+    assert len(prior_examples(settings, base, silent)) == 1 and asked == [USUAL_GUIDANCE]
+    monkeypatch.setattr(ConceptModel, "usual_guidance", 2.0)
+    prior_examples(settings, base, silent)
+    assert asked[1] == 2.0
+    drawn[0, 0] = float("nan")
+    with pytest.raises(ResourceError, match="not finite"):
+        prior_examples(settings, base, silent)

@@ -30,24 +30,24 @@ def denoising_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: 
 def min_snr_weights(scheduler: Any, timesteps: Tensor, gamma: float) -> Tensor:
     """Min-SNR weights (Hang et al., arXiv:2303.09556, eq. 6) for what the scheduler predicts, (batch,).
 
-    min(SNR, γ) / SNR for noise; for the velocity the same over SNR + 1.
+    min(SNR, γ) / SNR for noise; for the velocity the same over SNR + 1. Where nothing of the picture is left, the SNR is
+    0 and the first of them is 1.
     """
     snr = compute_snr(scheduler, timesteps)
-    below = snr + 1 if scheduler.config.prediction_type == "v_prediction" else snr
-    return snr.clamp(max=gamma) / below
+    if scheduler.config.prediction_type == "v_prediction":
+        return snr.clamp(max=gamma) / (snr + 1)
+    return (gamma / snr).clamp(max=1)
 
 
-def masked_mse(made: Tensor, target: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-    """Mean over the batch of Σ(error² · mask) / Σ(mask) for each picture; without a mask, the plain mean.
+def masked_mse(made: Tensor, target: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean over the batch of Σ(error² · mask) / Σ(mask) for each picture; a mask of ones is none.
 
     made and target: (batch, channels, height, width); mask: (batch, 1, height, width); weights: (batch,), of pictures.
-    As in the reference, a mask of one channel divides an error of several, so the masked loss is `channels` times the
-    mean per element.
+    As in the reference, a mask of one channel divides an error of several, with a mask or without one, so the loss is
+    `channels` times the mean per element.
     """
     error = (made.float() - target.float()).square()
-    of_picture = error.mean((1, 2, 3))
-    if mask is not None:
-        of_picture = (error * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp(min=1e-6)
+    of_picture = (error * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp(min=1e-6)
     return (of_picture if weights is None else weights * of_picture).mean()
 
 
@@ -64,7 +64,9 @@ def attention_regularization(maps: Mapping[int, Tensor], masks: Tensor, *, full_
         rows = round((pixels * height / width) ** 0.5)
         small = functional.interpolate(masks, size=(rows, pixels // rows), mode="nearest").flatten(1)
         for word, of_word in enumerate(attention.float().unbind(-1)):
-            scaled = of_word / of_word.max()
+            scaled = of_word / of_word.max().clamp(
+                min=torch.finfo(of_word.dtype).tiny
+            )  # half precision may have only 0
             is_class_word = word == attention.shape[-1] - 1
             total = total + (
                 functional.mse_loss(scaled, small) if full_identity and is_class_word else _mean(scaled[small == 0])

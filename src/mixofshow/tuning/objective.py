@@ -110,8 +110,7 @@ class Objective(nn.Module):
         target = denoising_target(self.scheduler, pictures.latents, batch.noise, batch.timesteps)
         mask = pictures.valid * pictures.mask if settings.masked else pictures.valid
         weights = min_snr_weights(self.scheduler, batch.timesteps, settings.min_snr) if settings.min_snr else None
-        # All ones is no mask: then the loss is a mean, not the reference's sum over channels.
-        return masked_mse(made, target, None if bool((mask == 1).all()) else mask, weights)
+        return masked_mse(made, target, mask, weights)
 
     def _density_loss(self) -> Tensor:
         """Of each text encoder's part of the words among its own."""
@@ -124,14 +123,14 @@ class Objective(nn.Module):
         return torch.stack([part.norm(dim=-1).mean() for part in of_encoders(self.pipeline, self.words())]).mean()
 
     def _attention_loss(self, maps: Maps, batch: Batch) -> Tensor:
-        """Of the pictures that have a mask and a caption that names the concept."""
-        is_word = batch.ids[0] >= self.first_id
-        rows = (batch.pictures.masked & is_word.any(1)).nonzero()[:, 0]
+        """Of the pictures that have a mask and a caption that names the concept, where it is named first."""
+        words = self.first_id + torch.arange(self.words().shape[1], device=batch.noise.device)
+        named = batch.ids[0][..., None] == words  # (batch, tokens, words)
+        rows = (batch.pictures.masked & named.any(1).all(1)).nonzero()[:, 0]
         if not len(rows):
             return batch.noise.new_zeros(())
-        count = int(is_word[rows].sum(1).min())
-        positions = is_word[rows].int().topk(count, dim=1).indices.sort(1).values
-        of_words = words_attention([_rows(attention, rows, len(is_word)) for attention in maps], positions)
+        positions = named[rows].int().argmax(1)  # of equal ones the first
+        of_words = words_attention([_rows(attention, rows, len(named)) for attention in maps], positions)
         return attention_regularization(
             of_words, batch.pictures.mask[rows], full_identity=self.settings.loss.full_identity
         )

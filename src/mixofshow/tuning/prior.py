@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import numpy as np
 import torch
 
+from mixofshow.concepts.model import ConceptModel
+from mixofshow.errors import ResourceError, shown
 from mixofshow.progress import Progress
 from mixofshow.tuning.dataset import Example, read_folder
 from mixofshow.tuning.settings import TuningSettings
@@ -27,10 +30,13 @@ def prior_examples(settings: TuningSettings, pipeline: Any, progress: Progress) 
     if settings.prior.data:
         return read_folder(settings.prior.data, instance_prompt=prompt, skip_bad=settings.skip_bad, with_masks=False)
     images: list[Any] = []
-    count = settings.prior.count
+    count, guidance = settings.prior.count, ConceptModel(pipeline).usual_guidance
     while len(images) < count:
         part = range(len(images), min(len(images) + DRAWN_AT_ONCE, count))
         generators = [torch.Generator().manual_seed(settings.seed + number) for number in part]
-        images += pipeline([prompt] * len(part), generator=generators).images
+        drawn = pipeline([prompt] * len(part), generator=generators, guidance_scale=guidance, output_type="np").images
+        if not np.isfinite(drawn).all():
+            raise ResourceError(f"prior: the base draws '{shown(prompt)}' with values that are not finite; try fp32")
+        images += pipeline.image_processor.numpy_to_pil(drawn)
         progress(len(images), count, {})
     return [Example(image, prompt, f"prior {number}") for number, image in enumerate(images)]

@@ -214,6 +214,7 @@ BASE_PRESETS: Final[dict[str, dict[str, Any]]] = {
         "text_encoder": {"rate": 3e-4},
         "unet": {"rate": 1e-3},
         "loss": {"noise_offset": 0.0},
+        "optimizer": {"max_grad_norm": 8.0},  # of a loss that is summed over 8 channels
     },
 }
 """What some bases need instead of the defaults."""

@@ -7,11 +7,11 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final, overload
+from typing import Any, Final
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from mixofshow.bases.families import family_of, text_encoders
@@ -24,6 +24,7 @@ from mixofshow.outputs import check_outputs
 from mixofshow.progress import Progress, silent
 from mixofshow.tuning.attention import recorded_attention
 from mixofshow.tuning.batches import Order, Source
+from mixofshow.tuning.changes import refuse_altered
 from mixofshow.tuning.checkpoints import Identity
 from mixofshow.tuning.dataset import Example, inputs_of, read_folder, with_placeholder
 from mixofshow.tuning.methods import METHODS, initial_words, initializers, word_names
@@ -35,31 +36,6 @@ from mixofshow.tuning.settings import TuningSettings, make_settings, with_preset
 logger = logging.getLogger(__name__)
 MAX_BASE_NAME: Final = 128
 """Characters that a concept file has room for."""
-
-
-@overload
-def tune(
-    settings: TuningSettings,
-    pipeline: Any,
-    *,
-    folder: str | Path | None = None,
-    resume: bool = False,
-    progress: Progress = silent,
-    preview: Preview | None = None,
-) -> Concept: ...
-
-
-@overload
-def tune(
-    settings: Any,
-    pipeline: str | Path | None = None,
-    *,
-    folder: str | Path | None = None,
-    resume: bool = False,
-    progress: Progress = silent,
-    preview: Preview | None = None,
-    **keys: Any,
-) -> Concept: ...
 
 
 def tune(
@@ -80,9 +56,23 @@ def tune(
     early with what has been learned. Raises DatasetError, TokenError, SettingsError, ResourceError.
     """
     settings, pipeline = _asked(settings, pipeline, keys)
-    check_outputs(shared=[folder], inputs=inputs_of(settings))
+    place = None if folder is None else Path(folder)
+    check_outputs(shared=[place], inputs=inputs_of(settings))
     settings = with_presets(settings, base_name(pipeline))
-    folder = None if folder is None else Path(folder)
+    refuse_altered(pipeline)
+    with _own_accelerate():
+        return _tune(settings, pipeline, place, resume=resume, progress=progress, preview=preview)
+
+
+def _tune(
+    settings: TuningSettings,
+    pipeline: Any,
+    folder: Path | None,
+    *,
+    resume: bool,
+    progress: Progress,
+    preview: Preview | None,
+) -> Concept:
     accelerator = make_accelerator(settings, pipeline, folder)
     examples = read_folder(
         settings.data,
@@ -126,7 +116,6 @@ def make_accelerator(settings: TuningSettings, pipeline: Any, folder: Path | Non
     if pipeline.unet.dtype not in (torch.float32, DTYPES[settings.precision]):
         held = str(pipeline.unet.dtype).removeprefix("torch.")
         raise SettingsError(f"precision {settings.precision}: the base's weights are {held}; load it as float32")
-    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     tracker = {"auto": "tensorboard" if find_spec("tensorboard") else "none"}.get(settings.tracker, settings.tracker)
     if tracker != "none" and not find_spec(tracker):
         raise SettingsError(f"tracker {tracker} is not installed: pip install {tracker}")
@@ -137,6 +126,7 @@ def make_accelerator(settings: TuningSettings, pipeline: Any, folder: Path | Non
             mixed_precision={"fp32": "no"}.get(settings.precision, settings.precision),
             gradient_accumulation_steps=settings.optimizer.accumulate,
             cpu=pipeline.device.type == "cpu",
+            device_placement=False,  # all stays where the pipeline is
             log_with=tracker if folder and tracker != "none" else None,
             project_dir=folder,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
@@ -204,14 +194,30 @@ def _identity(settings: TuningSettings, examples: Sequence[Example], info: Conce
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Inside, torch's global randomness (which peft starts its matrices from) is seeded; afterwards it is as before."""
-    state = torch.get_rng_state()
-    torch.manual_seed(seed)
+def _own_accelerate() -> Iterator[None]:
+    """Inside, accelerate knows nothing of what this program did with it before; afterwards it is as before.
+
+    It keeps device and precision in tables for the whole process, and objects that are there go on using theirs.
+    """
+    kept = {one: vars(one)["_shared_state"] for one in (PartialState, AcceleratorState, GradientState)}
     try:
+        for one in kept:
+            one._shared_state = {}
         yield
     finally:
-        torch.set_rng_state(state)
+        for one, state in kept.items():
+            one._shared_state = state
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Inside, the CPU's global randomness (which peft starts its matrices from) is seeded; afterwards it is as before.
+
+    `torch.manual_seed` would seed that of all other devices too.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 @contextlib.contextmanager
