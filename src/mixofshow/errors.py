@@ -19,12 +19,14 @@ from __future__ import annotations
 import difflib
 import errno
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, ClassVar, Final
 
 LONGEST_SHOWN: Final = 80
 """Characters of a stranger's text in a message, at most."""
+LISTED: Final = 3
+"""Problems that a message names, at most."""
 
 
 class MixOfShowError(Exception):
@@ -108,6 +110,12 @@ def field_problem(error: Mapping[str, Any], known: Iterable[str]) -> str:
     if error["type"] == "extra_forbidden":
         return f"unknown key '{shown(field)}'{nearest(field, known)}"
     return f"'{shown(field)}': {shown(error['msg'].lower(), 200)}, found {shown(error.get('input'))}"
+
+
+def listed(problems: Sequence[str]) -> str:
+    """The first three of them in one line, and how many more there are."""
+    more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
+    return "; ".join([*problems[:LISTED], *more])
 
 
 def shown(value: object, limit: int = LONGEST_SHOWN) -> str:

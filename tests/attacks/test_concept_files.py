@@ -375,13 +375,13 @@ def test_hostile_tensors(name, good, golden_pipeline, tmp_path):
     refused(tmp_path / "evil.safetensors", golden_pipeline, ConceptFileError, message)
 
 
-def test_all_problems_are_listed_at_once(good, golden_pipeline, tmp_path):
+def test_problems_are_counted_and_the_first_are_listed(good, golden_pipeline, tmp_path):
     path = tmp_path / "evil.safetensors"
     many = {f"unet.layer{k}{half}": torch.zeros(2, 2, dtype=torch.float16) for k in range(30) for half in (DOWN, UP)}
     changed(good, pair(UNET, (4, 5), (6, 4)) | pair(TEXT, (4, 7), (8, 4))).save(path)
     refused(path, golden_pipeline, ConceptFileError, r"found \(8, 7\); .*found \(6, 5\)$")
     changed(good, many).save(path)
-    refused(path, golden_pipeline, ConceptFileError, r"^(?:[^;]*;){19}[^;]* \(and 10 more\)$")
+    refused(path, golden_pipeline, ConceptFileError, "^(?:[^;]*;){3} and 27 more$")
 
 
 @pytest.mark.parametrize(

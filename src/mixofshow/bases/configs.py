@@ -61,6 +61,7 @@ LARGEST: Final = {
     "conv_out_kernel": 15,
     "sample_size": 2**13,
     "num_train_timesteps": 10_000,
+    "downsample_padding": 1,
     "solver_order": 3,
 }
 """Whole numbers from 1 on, and lists of such: what a library makes so many of, or so large. Models in use are well below."""

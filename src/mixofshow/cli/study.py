@@ -29,6 +29,9 @@ def build(
     state: Annotated[
         Literal["fused", "single"], typer.Option(help="Whose pictures: fused models' or single.")
     ] = "fused",
+    outside: Annotated[
+        bool, typer.Option("--outside", help="Also show pictures outside of the folder, as of concepts of your own.")
+    ] = False,
 ) -> None:
     """Write one HTML page with pairs of pictures to choose from; it needs no server and sends nothing anywhere."""
     from mixofshow.evaluation.study import build_study
@@ -36,7 +39,8 @@ def build(
 
     check_outputs(files=[out], inputs=[folder / "pictures.json", folder / "cache"])
 
-    say(f"{out}: {build_study(folder, pairs, out, count=count, seed=seed, state=state)} pairs of pictures")
+    asked = build_study(folder, pairs, out, count=count, seed=seed, state=state, outside=outside)
+    say(f"{out}: {asked} pairs of pictures")
 
 
 @study.command()

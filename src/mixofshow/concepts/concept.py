@@ -21,7 +21,7 @@ from mixofshow.bases.layers import count_groups
 from mixofshow.bases.loading import fingerprint
 from mixofshow.concepts.changes import Change, layer_problems, read_changes
 from mixofshow.concepts.words import Vocabulary, check_word
-from mixofshow.errors import ConceptFileError, TokenError, shown
+from mixofshow.errors import ConceptFileError, TokenError, listed, shown
 from mixofshow.files import parse_tensors, raw, write_tensors
 from mixofshow.reading import parse_json, read_bytes
 
@@ -37,7 +37,6 @@ EMBEDDINGS: Final = "lora_embeddings"
 LARGEST_VALUE: Final = 1e4
 LARGEST_EMBEDDING: Final = 100.0
 """Longest embedding allowed, in lengths of the base's mean token embedding."""
-MAX_PROBLEMS: Final = 20
 
 
 class ConceptInfo(BaseModel):
@@ -244,5 +243,4 @@ def _length_problems(concept: Concept, pipeline: Any) -> list[str]:
 def raise_if(problems: Sequence[str], name: str) -> None:
     """Raise ConceptFileError with the first of the problems of the file `name`, if there are any."""
     if problems:
-        more = f" (and {len(problems) - MAX_PROBLEMS} more)" if len(problems) > MAX_PROBLEMS else ""
-        raise ConceptFileError(f"{name}: {'; '.join(problems[:MAX_PROBLEMS])}{more}")
+        raise ConceptFileError(f"{name}: {listed(problems)}")

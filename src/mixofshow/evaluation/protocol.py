@@ -64,7 +64,7 @@ Scores = dict[str, dict[str, Score]]
 def case_of(pair: str, pipeline: Any, base: str, kind: str) -> Case:
     """A case from "FILE=FOLDER" on the command line. Raises SettingsError, ConceptFileError, DatasetError."""
     file, found, folder = pair.partition("=")
-    if not found:
+    if not (found and file and folder):
         raise SettingsError(
             f"'{shown(pair)}': expected FILE=FOLDER, a concept file and a folder of held-out pictures of it"
         )

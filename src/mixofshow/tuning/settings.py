@@ -13,7 +13,10 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mixofshow.errors import SettingsError, field_problem, shown
+from mixofshow.errors import SettingsError, field_problem, listed, shown
+
+MAX_GROUPS: Final = 4
+"""Dots in a key that count; there are no such depths."""
 
 
 class Group(BaseModel):
@@ -237,9 +240,8 @@ def make_settings(table: Mapping[str, Any], source: str = "settings") -> TuningS
     try:
         return TuningSettings.model_validate(nested(table))
     except ValidationError as error:
-        raise SettingsError(
-            f"{source}: {'; '.join(field_problem(one, _all_names()) for one in error.errors())}"
-        ) from error
+        problems = [field_problem(one, _all_names()) for one in error.errors()]
+        raise SettingsError(f"{source}: {listed(problems)}") from error
 
 
 def with_presets(settings: TuningSettings, base: str) -> TuningSettings:
@@ -276,7 +278,7 @@ def nested(table: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys opened up: {"unet.rank": 8} -> {"unet": {"rank": 8}}."""
     opened: dict[str, Any] = {}
     for key, value in table.items():
-        *groups, last = str(key).split(".")
+        *groups, last = str(key).split(".", MAX_GROUPS)
         entry: Any = {last: dict(value) if isinstance(value, Mapping) else value}
         for group in reversed(groups):
             entry = {group: entry}

@@ -7,24 +7,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.resources import files
 from itertools import chain, zip_longest
 from pathlib import Path
 from random import Random
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from PIL import Image
 
 from mixofshow.errors import BadInputError, SettingsError, nearest, shown
 from mixofshow.evaluation.protocol import references_of
-from mixofshow.evaluation.suite.index import Index, read_index
+from mixofshow.evaluation.suite.index import Index, State, inside, read_index
 from mixofshow.outputs import write_text
 from mixofshow.sampling.pictures import embedded
 from mixofshow.tuning.pictures import read_picture
 
-State = Literal["single", "fused"]
 Pair = tuple[str, str]
+Place = Callable[[Path], Path]
+"""Where a path of the index leads to."""
 PLACE: Final = "<!-- the study -->"
 REFERENCES: Final = 4
 """Pictures of the concept that a page shows beside each pair, at most."""
@@ -33,24 +35,33 @@ SIDE: Final = 512
 
 
 def build_study(
-    folder: Path, pairs: Sequence[str], target: Path, *, count: int = 40, seed: int = 0, state: State = "fused"
+    folder: Path,
+    pairs: Sequence[str],
+    target: Path,
+    *,
+    count: int = 40,
+    seed: int = 0,
+    state: State = "fused",
+    outside: bool = False,
 ) -> int:
     """Write the page and return how many pairs of pictures it asks about.
 
     `folder` is what a suite wrote, `pairs` are methods as "A,B"; of each, `count` pictures are asked about, spread
-    over the concepts and drawn by lot from `seed`. Raises BadInputError, SettingsError.
+    over the concepts and drawn by lot from `seed`. Pictures lie in the folder, unless others are allowed (`outside`).
+    Raises BadInputError, SettingsError.
     """
     if count < 1:
         raise SettingsError(f"count: expected at least 1, found {count}")
     index = read_index(folder)
+    place = partial(inside, folder, outside=outside)
     asked = [_pair(text, index) for text in pairs]
     random = Random(seed)
-    items = [item for pair in asked for item in _items(index, folder, pair, state, count=count, random=random)]
+    items = [item for pair in asked for item in _items(index, place, pair, state, count=count, random=random)]
     random.shuffle(items)
-    study = {"pairs": asked, "items": items, "references": _references(index, folder, items)}
+    study = {"pairs": asked, "items": items, "references": _references(index, place, items)}
     text = json.dumps({"id": hashlib.sha256(json.dumps(study).encode()).hexdigest()[:16], **study})
     page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    write_text(target, page.replace(PLACE, text.replace("</", r"<\/")))
+    write_text(target, page.replace(PLACE, text.replace("<", r"\u003c")))
     return len(items)
 
 
@@ -65,17 +76,17 @@ def _pair(text: str, index: Index) -> Pair:
 
 
 def _items(
-    index: Index, folder: Path, pair: Pair, state: State, *, count: int, random: Random
+    index: Index, place: Place, pair: Pair, state: State, *, count: int, random: Random
 ) -> Iterator[dict[str, Any]]:
     """What is asked about a pair of methods: pictures of one prompt and seed, side by side."""
     found = list(
         _in_turn([_shuffled(list(_of_concept(index, pair, state, name)), random) for name in index.references])
     )
     if len(found) < count:
-        raise BadInputError(f"{folder}: has {len(found)} pictures of each method, {count} are asked for")
+        raise BadInputError(f"the suite has {len(found)} pictures of each method, {count} are asked for")
     lefts = _shuffled([number % 2 for number in range(count)], random)
     for (name, prompt, pictures), left in zip(found[:count], lefts, strict=False):
-        sides = [{"method": pair[k], "picture": _source(folder / pictures[k])} for k in (left, 1 - left)]
+        sides = [{"method": pair[k], "picture": _source(place(pictures[k]))} for k in (left, 1 - left)]
         yield {"concept": name, "prompt": prompt, "left": sides[0], "right": sides[1]}
 
 
@@ -96,10 +107,10 @@ def _in_turn(rows: Sequence[Sequence[Any]]) -> Iterator[Any]:
     return (one for one in chain.from_iterable(zip_longest(*rows)) if one is not None)
 
 
-def _references(index: Index, folder: Path, items: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+def _references(index: Index, place: Place, items: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     """By concept, as sources of pictures."""
     return {
-        name: [_encoded(image) for image in references_of(folder / index.references[name])[:REFERENCES]]
+        name: [_encoded(image) for image in references_of(place(index.references[name]))[:REFERENCES]]
         for name in sorted({item["concept"] for item in items})
     }
 

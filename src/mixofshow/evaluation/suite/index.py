@@ -6,16 +6,17 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from mixofshow.errors import BadInputError, field_problem
+from mixofshow.errors import BadInputError, field_problem, shown
 from mixofshow.evaluation.suite.plan import Arm, Plan
 from mixofshow.outputs import write_text
 from mixofshow.reading import read_json
 
 NAME: Final = "pictures.json"
+State = Literal["single", "fused"]
 
 
 class Asked(BaseModel):
@@ -36,7 +37,22 @@ class Index(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     references: Mapping[str, Path]
-    methods: Mapping[str, Mapping[str, Mapping[str, tuple[Asked, ...]]]]
+    methods: Mapping[str, Mapping[State, Mapping[str, tuple[Asked, ...]]]]
+
+    @model_validator(mode="after")
+    def _same_for_all(self) -> Index:
+        asked: dict[str, list[tuple[str, int]]] = {}
+        for method, states in self.methods.items():
+            for state in get_args(State):
+                if states.get(state, {}).keys() != self.references.keys():
+                    raise ValueError(
+                        f"{shown(method)}: expected its {state} pictures of {shown(list(self.references))}"
+                    )
+                for name, row in states[state].items():
+                    counts = [(one.prompt, len(one.pictures)) for one in row]
+                    if counts != asked.setdefault(name, counts):
+                        raise ValueError(f"{shown(method)}: other prompts, or numbers of pictures, of {shown(name)}")
+        return self
 
 
 def write_index(plan: Plan, pictures: Path, references: Mapping[str, Path], folder: Path) -> None:
@@ -70,3 +86,21 @@ def read_index(folder: Path) -> Index:
         return Index.model_validate(read_json(path))
     except ValidationError as error:
         raise BadInputError(f"{path}: {field_problem(error.errors()[0], Index.model_fields)}") from error
+
+
+def inside(folder: Path, path: Path, *, outside: bool) -> Path:
+    """Where a path of the index leads to. Raises BadInputError if that is not in the folder, unless that is allowed.
+
+    An index may be a stranger's: what it names elsewhere on this machine is nobody's to show.
+    """
+    found = folder / path
+    try:
+        found.stat()
+        lies_within = found.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError) as error:  # loops of links, half characters
+        raise BadInputError(f"{folder / NAME}: '{shown(path)}' leads nowhere ({getattr(error, 'strerror', None) or shown(error)})") from error
+    if not (lies_within or outside):
+        raise BadInputError(
+            f"{folder / NAME}: '{shown(path)}' lies outside of the folder; --outside shows it all the same"
+        )
+    return found

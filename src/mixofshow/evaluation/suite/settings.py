@@ -192,8 +192,8 @@ class Suite(Group):
     def fusion(self, method: MethodEntry) -> FusionSettings:
         """How a method fuses. Raises SettingsError."""
         own = {"method": method.fusion} if method.fusion else OWN_FUSION[method.tuning]
-        options = {**self.fuse.get("options", {}), **method.fuse.get("options", {})}
-        table = {**self.fuse, **own, **method.fuse, "options": options}
+        below, above = ({key: one[key] for key in ("options",) if key in one} for one in (self.fuse, method.fuse))
+        table = {**self.fuse, **own, **method.fuse, **merged(below, above)}
         settings = make_fusion_settings(table, f"method {method.key}: fuse")
         check_method(settings)
         return settings
