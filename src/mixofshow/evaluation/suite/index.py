@@ -98,7 +98,8 @@ def inside(folder: Path, path: Path, *, outside: bool) -> Path:
         found.stat()
         lies_within = found.resolve().is_relative_to(folder.resolve())
     except (OSError, ValueError, RuntimeError) as error:  # loops of links, half characters
-        raise BadInputError(f"{folder / NAME}: '{shown(path)}' leads nowhere ({getattr(error, 'strerror', None) or shown(error)})") from error
+        reason = getattr(error, "strerror", None) or shown(error)
+        raise BadInputError(f"{folder / NAME}: '{shown(path)}' leads nowhere ({reason})") from error
     if not (lies_within or outside):
         raise BadInputError(
             f"{folder / NAME}: '{shown(path)}' lies outside of the folder; --outside shows it all the same"
