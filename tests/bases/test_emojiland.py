@@ -17,7 +17,7 @@ from mixofshow.bases.emojiland.library import Library
 from mixofshow.bases.emojiland.pretrain import JUDGE, WEIGHTS
 from mixofshow.bases.emojiland.scenes import CONCEPT_SCENES
 from mixofshow.bases.emojiland.sprites import recolour, sprite
-from mixofshow.bases.emojiland.training import Stage, train
+from mixofshow.bases.emojiland.training import Stage, optimizers, train
 from mixofshow.bases.emojiland.vocabulary import CLASSES, CONCEPT_SETS, GENERATOR_SETS, ICONS_OF_SET
 from mixofshow.bases.emojiland.world import KNOWN_SCENES, places, random_picture
 from mixofshow.bases.layers import cross_attentions
@@ -128,6 +128,18 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path):
         finished = train(part, tmp_path / "broken", accelerator, minutes=0)
     assert finished
     assert torch.equal(part.model.weight, whole.model.weight)
+
+
+def test_kernels_are_trained_wherever_they_were_moved():
+    """What distributes a model over processes gives its parameters other memory."""
+    torch.manual_seed(0)
+    model = torch.nn.Conv2d(2, 3, 3)
+    kernels, _ = optimizers(model, 1e-2)
+    model.weight.data = model.weight.data.clone()
+    before = model.weight.detach().clone()
+    model(torch.randn(1, 2, 5, 5)).square().mean().backward()
+    kernels.step()
+    assert not torch.equal(model.weight, before)
 
 
 def _size(folder) -> int:

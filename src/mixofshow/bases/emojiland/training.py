@@ -48,13 +48,15 @@ class KernelMuon(Muon):
 
     def __init__(self, kernels: Iterable[nn.Parameter], learning_rate: float) -> None:
         self.kernels = list(kernels)
-        # Views share their kernel's memory, so a step on them is a step on the kernel.
         self.matrices = [nn.Parameter(kernel.detach().flatten(1)) for kernel in self.kernels]
         super().__init__(self.matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step on all kernels."""
         for matrix, kernel in zip(self.matrices, self.kernels, strict=True):
+            # A view, so that a step on it is one on the kernel; anew each time, since what distributes a model over
+            # processes may have moved the kernel elsewhere.
+            matrix.data = kernel.detach().flatten(1)
             matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
         super().step(closure)  # type: ignore[no-untyped-call]
 
