@@ -7,6 +7,7 @@
     │   ├── TokenError          placeholder words: malformed, colliding, unknown, or cut from a prompt
     │   ├── DatasetError        training pictures or captions
     │   ├── RegionError         boxes outside the picture, inverted, or too small
+    │   ├── DivergedError       training whose numbers are not finite any more
     │   └── SettingsError       an unknown key or a value out of range
     └── ResourceError           the machine is at fault: disk, permissions, memory (exit code 3)
 
@@ -60,6 +61,10 @@ class DatasetError(BadInputError):
 
 class RegionError(BadInputError):
     """Boxes outside the picture, inverted, or too small."""
+
+
+class DivergedError(BadInputError):
+    """Training whose numbers are not finite any more."""
 
 
 class SettingsError(BadInputError):

@@ -69,12 +69,22 @@ def _tune_one(settings: Any, target: Path, folder: Path, loading: dict[str, Any]
     place = state.device if device == "auto" else device
     pipeline = load_base(settings.base, device=place, **{"dtype": settings.precision, **loading})
     preview = preview_grids(pipeline, folder) if settings.preview_every else None
+
+    def save(concept: Any, place: Path) -> None:
+        concept.save(place)
+        steps, size = concept.info.settings["steps"], place.stat().st_size / 2**20
+        say(f"{place}: {settings.placeholder}, {settings.method}, {steps} steps, {size:.2f} MB")
+
+    def stopped(concept: Any, step: int) -> None:
+        """What is whole is not replaced by what is not."""
+        save(concept, folder / f"{step:06d}.safetensors" if target.exists() else target)
+
     with terminal_bar(f"tuning {settings.placeholder}", hidden=not state.is_main_process) as progress:
-        concept = run(settings, pipeline, folder=folder, resume=resume, progress=progress, preview=preview)
+        concept = run(
+            settings, pipeline, folder=folder, resume=resume, progress=progress, preview=preview, stopped=stopped
+        )
     if state.is_main_process:
-        concept.save(target)
-        steps, size = concept.info.settings["steps"], target.stat().st_size / 2**20
-        say(f"{target}: {settings.placeholder}, {settings.method}, {steps} steps, {size:.2f} MB")
+        save(concept, target)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mixofshow.bases.families import autoencoder
+from mixofshow.errors import BaseModelError, shown
 from mixofshow.tuning.dataset import Example
 from mixofshow.tuning.settings import PictureSettings
 from mixofshow.tuning.transforms import Fitted, fit, variants
@@ -67,6 +68,11 @@ class Source:
         ]
         flat = iter(self._encode([cut for of_one in cuts for cut in of_one]))
         self.encoded = [[next(flat) for _ in of_one] for of_one in cuts]
+        for example, of_one in zip(examples, self.encoded, strict=True):
+            if not all((one.mean.isfinite() & one.spread.isfinite()).all() for one in of_one):
+                raise BaseModelError(
+                    f"{shown(example.name)}: its latents are not finite; load the base's autoencoder in fp32"
+                )
 
     @property
     def groups(self) -> list[list[int]]:

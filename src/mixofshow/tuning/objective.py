@@ -84,6 +84,7 @@ class Objective(nn.Module):
         self.changes, self.settings, self.maps = changes, settings, maps
         self.scheduler = noise_scheduler(pipeline, settings.loss)
         self.first_id = text_encoders(pipeline)[0].first_id
+        self.usual_lengths = [one.table.detach().float().norm(dim=-1).mean() for one in text_encoders(pipeline)]
 
     def forward(self, batch: Batch, prior: Batch | None = None) -> Figures:
         """The loss by its parts; "loss" is their sum."""
@@ -121,6 +122,12 @@ class Objective(nn.Module):
     def length_of_words(self) -> Tensor:
         """The words' mean length, of what each text encoder reads of them."""
         return torch.stack([part.norm(dim=-1).mean() for part in of_encoders(self.pipeline, self.words())]).mean()
+
+    @torch.no_grad()
+    def longest_word(self) -> float:
+        """The longest vector, of what each text encoder reads of it, in lengths of that one's own words on average."""
+        parts = zip(of_encoders(self.pipeline, self.words()), self.usual_lengths, strict=True)
+        return max(float(part.norm(dim=-1).max() / usual) for part, usual in parts)
 
     def _attention_loss(self, maps: Maps, batch: Batch) -> Tensor:
         """Of the pictures that have a mask and a caption that names the concept, where it is named first."""

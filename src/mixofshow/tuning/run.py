@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,10 +13,11 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
+from torch.nn.utils import get_total_norm
 
 from mixofshow.bases.layers import kind_of
-from mixofshow.concepts.concept import Concept, ConceptInfo
-from mixofshow.errors import BadInputError, ResourceError
+from mixofshow.concepts.concept import LARGEST_EMBEDDING, LARGEST_VALUE, Concept, ConceptInfo
+from mixofshow.errors import BadInputError, DivergedError, ResourceError, ours
 from mixofshow.outputs import refusals
 from mixofshow.progress import Progress
 from mixofshow.tuning.batches import batch_generator
@@ -28,6 +30,8 @@ from mixofshow.tuning.settings import TuningSettings
 logger = logging.getLogger(__name__)
 
 MAY_GROW: Final = ("steps", "epochs")
+SMALLEST_SCALE: Final = 2.0**-10
+"""Of a loss in half precision: what overflows even so has no scale that fits."""
 Preview = Callable[[Concept, int], None]
 """Called with the concept so far and the step."""
 
@@ -85,8 +89,11 @@ class Run:
         config = {key: value for key, value in self.info.settings.items() if value is not None}
         self.accelerator.init_trackers("curves", config)
 
-    def to_the_end(self, progress: Progress, preview: Preview | None) -> None:
-        """All steps, or as many as Ctrl-C leaves."""
+    def to_the_end(self, progress: Progress, preview: Preview | None, stopped: Preview | None) -> None:
+        """All steps, or as many as Ctrl-C or numbers that are not finite leave: then what was learned is kept.
+
+        It is handed to `stopped`, and the cause is raised; without `stopped`, Ctrl-C is the end like any other.
+        """
         first, started = self.step, time.monotonic()
         try:
             while self.step < self.total:
@@ -97,15 +104,20 @@ class Run:
                 progress(self.step, self.total, {"loss": figures["loss"], "steps/s": speed})
                 self._save_if_due()
                 if preview and _due(self.step, self.settings.preview_every) and self.accelerator.is_main_process:
-                    with switched_off(self.changes.values()):  # a preview puts the concept on by itself
-                        preview(self.concept(), self.step)
-        except KeyboardInterrupt:
-            logger.warning("stopped at step %d of %d; what was learned so far is kept", self.step, self.total)
-            self._save_at_the_end()
-        self.accelerator.end_training()
+                    self._preview(preview)
+        except (KeyboardInterrupt, DivergedError) as cause:
+            logger.warning("stopped after step %d of %d; what was learned so far is kept", self.step, self.total)
+            if self._go_back_to_finite_numbers() and self.step:
+                self._save_at_the_end()
+                if stopped and self.accelerator.is_main_process:
+                    stopped(self.concept(), self.step)
+            if stopped or isinstance(cause, DivergedError):
+                raise
+        finally:
+            self.accelerator.end_training()
 
     def _one_step(self) -> dict[str, float]:
-        """One step of the optimizer, over `accumulate` batches; returns its figures."""
+        """One step of the optimizer, over `accumulate` batches; returns its figures. Raises DivergedError."""
         settings, sums = self.settings, dict[str, float]()
         for part in range(settings.optimizer.accumulate):
             number = self.step * settings.optimizer.accumulate + part
@@ -113,20 +125,68 @@ class Run:
             with self.accelerator.accumulate(self.model), switched_off(self._dropped(number)):
                 figures = self.model(*[feed.batch(number, self.objective.scheduler) for feed in self.feeds])
                 self.accelerator.backward(figures["loss"])
+                for name, value in figures.items():
+                    sums[name] = sums.get(name, 0.0) + float(value.detach()) / settings.optimizer.accumulate
                 if self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(self.trained, settings.optimizer.max_grad_norm)
+                    length = self.accelerator.clip_grad_norm_(self.trained, settings.optimizer.max_grad_norm)
+                    self._require_finite(sums, length)
                     if not self.words_move:
                         self.words.moving.grad = None
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            for name, value in figures.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach()) / settings.optimizer.accumulate
+        for what, (value, largest) in self._sizes().items():
+            if not value <= largest:
+                raise self._diverged(what, value)
         self.schedule.step()
         if self.average:
             self.average.step(self.trained)
         if self.objective.length_of_words() >= settings.words.norm_limit:
             self.words_move = False
         return sums
+
+    def _require_finite(self, figures: Mapping[str, float], length: Any) -> None:
+        """Raises DivergedError for a loss or a gradient that is not finite."""
+        for name, value in figures.items():
+            if not isfinite(value):
+                raise self._diverged("the loss" if name == "loss" else f"the loss of {name}", value)
+        # In half precision a gradient may overflow: then its step is left out, and the next is taken at half the scale.
+        scaler = self.accelerator.scaler
+        if not isfinite(length) and (scaler is None or scaler.get_scale() < SMALLEST_SCALE):
+            raise self._diverged("the gradient", length)
+
+    def _diverged(self, what: str, value: Any) -> DivergedError:
+        way_out = "use bf16 or fp32, or lower" if self.settings.precision == "fp16" else "lower"
+        return DivergedError(
+            f"step {self.step + 1}: {what} is {float(value):.3g}; training stopped; {way_out} the rates "
+            "(words.rate, text_encoder.rate, unet.rate)"
+        )
+
+    def _sizes(self) -> dict[str, tuple[float, float]]:
+        """How large what is trained is, and how large it may be in a concept file that is to be read again."""
+        return {
+            "the largest number of words and weights": (float(get_total_norm(self.trained, inf)), LARGEST_VALUE),
+            "the longest word, in usual lengths,": (self.objective.longest_word(), LARGEST_EMBEDDING),
+        }
+
+    def _go_back_to_finite_numbers(self) -> bool:
+        """To the newest checkpoint if what is trained is not good any more; returns whether there is anything good."""
+        if all(value <= largest for value, largest in self._sizes().values()):
+            return True
+        if not (self.folder and self.identity and newest(self.folder)):
+            return False
+        self.step, state = load(self.folder, self.identity, may_grow=MAY_GROW)
+        self._take(state)
+        return True
+
+    def _preview(self, preview: Preview) -> None:
+        """A preview that fails costs no training."""
+        try:
+            with switched_off(self.changes.values()):  # a preview puts the concept on by itself
+                preview(self.concept(), self.step)
+        except Exception as error:
+            if (known := ours(error)) is None:
+                raise
+            logger.warning("no preview of step %d (%s); training goes on", self.step, known)
 
     def _dropped(self, number: int) -> Iterable[TrainedChange]:
         """The keys and values that batch `number` goes without."""

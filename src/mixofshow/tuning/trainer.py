@@ -46,6 +46,7 @@ def tune(
     resume: bool = False,
     progress: Progress = silent,
     preview: Preview | None = None,
+    stopped: Preview | None = None,
     **keys: Any,
 ) -> Concept:
     """Tune a concept on a folder of pictures: `tune(pipeline, data, name=…, class_word=…, **settings)`.
@@ -53,7 +54,9 @@ def tune(
     Or `tune(settings, pipeline)`, with settings that were made before. Where they say nothing, what holds is what this
     pipeline needs, whatever `base` they name. The pipeline is left as it was. Checkpoints and curves go to `folder`;
     without one there are none. `resume` goes on from its newest checkpoint, as if there had been no break. Ctrl-C ends
-    early with what has been learned. Raises DatasetError, TokenError, SettingsError, ResourceError.
+    early with what has been learned. A run that ends early hands that to `stopped`, if it is given, and raises its cause:
+    KeyboardInterrupt, or DivergedError where the numbers are not finite any more. Raises DatasetError, TokenError,
+    SettingsError, ResourceError.
     """
     settings, pipeline = _asked(settings, pipeline, keys)
     place = None if folder is None else Path(folder)
@@ -61,7 +64,7 @@ def tune(
     settings = with_presets(settings, base_name(pipeline))
     refuse_altered(pipeline)
     with _own_accelerate():
-        return _tune(settings, pipeline, place, resume=resume, progress=progress, preview=preview)
+        return _tune(settings, pipeline, place, resume=resume, progress=progress, preview=preview, stopped=stopped)
 
 
 def _tune(
@@ -72,6 +75,7 @@ def _tune(
     resume: bool,
     progress: Progress,
     preview: Preview | None,
+    stopped: Preview | None,
 ) -> Concept:
     accelerator = make_accelerator(settings, pipeline, folder)
     examples = read_folder(
@@ -98,7 +102,7 @@ def _tune(
         run = Run(settings, objective, feeds, accelerator, info=info, total=total)
         if folder:
             run.keep(folder, _identity(settings, examples, info), resume=resume)
-        run.to_the_end(progress, preview)
+        run.to_the_end(progress, preview, stopped)
         return run.concept()
 
 
