@@ -15,10 +15,14 @@ from torch import Tensor
 
 from mixofshow.errors import ConceptFileError, shown
 from mixofshow.outputs import writing
-from mixofshow.reading import opened, parse_json
+from mixofshow.reading import opened, parse_json, read_bytes
 
-MAX_HEADER_BYTES: Final = 2**20
-MAX_TENSORS: Final = 4096
+MAX_BYTES: Final = 8 * 2**30
+"""Of a file that is read whole: all of SDXL in half precision is 7 GB, a LoRA of rank 128 up to 0.9 GB."""
+MAX_HEADER_BYTES: Final = 8 * 2**20
+"""Thumbnails and kohya's counts of tags take a few."""
+MAX_TENSORS: Final = 16_384
+"""SDXL has 1,050 layers that can be changed, of which an adapter has up to eight tensors each."""
 MAX_DIMENSIONS: Final = 4
 DTYPES: Final = {
     torch.bool: "BOOL",
@@ -36,10 +40,13 @@ DTYPES: Final = {
 PICKLE_MAGICS: Final = (b"PK\x03\x04", b"\x80")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, limit: int | None = MAX_BYTES
+) -> None:
     """Write a safetensors file whole or not at all; the same content gives the same bytes.
 
     The library would hold all of it in memory twice, and writes metadata in a random order; else it is as its own.
+    Raises ConceptFileError for what `parse_tensors` would refuse, or what is over `limit` bytes (None: is not read whole).
     """
     ordered = dict(sorted(tensors.items(), key=lambda item: (-list(DTYPES).index(item[1].dtype), item[0])))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
@@ -49,6 +56,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    for what, found, most in (
+        ("its header", len(text), MAX_HEADER_BYTES),
+        ("tensors", len(tensors), MAX_TENSORS),
+        ("bytes", end, limit or end),
+    ):
+        if found > most:
+            raise ConceptFileError(f"{path}: not written: {what}: {found}, at most {most} would be read again")
     with writing(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered.values():
@@ -58,6 +72,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def raw(tensor: Tensor) -> memoryview:
     """A tensor's bytes, without copying those of one that lies on the CPU in one piece."""
     return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, read whole and checked. Raises ConceptFileError."""
+    return parse_tensors(read_bytes(path, MAX_BYTES), str(path))
 
 
 def is_pickle(data: bytes) -> bool:
@@ -143,7 +162,8 @@ def _header(data: bytes, name: str, size: int | None = None) -> dict[str, Any]:
     if is_pickle(data):
         raise ConceptFileError(f"{name}: a PyTorch pickle, not safetensors; pickles are never opened")
     if length > MAX_HEADER_BYTES:
-        raise ConceptFileError(f"{name}: not safetensors, or its header of {length} bytes is over {MAX_HEADER_BYTES}")
+        what = "its metadata (a thumbnail, tags) is too large" if 8 + length <= size else "not safetensors"
+        raise ConceptFileError(f"{name}: {what}: a header of {length} bytes, at most {MAX_HEADER_BYTES} are read")
     if len(data) < 8 + length:
         raise ConceptFileError(f"{name}: the file is cut: header needs {8 + length} bytes, found {len(data)}")
     header = parse_json(data[8 : 8 + length], f"{name}: header", ConceptFileError)

@@ -31,6 +31,8 @@ DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 
 FINGERPRINTED: Final = ("conv_in", "conv_out", "mid_block", "final_layer_norm")
 REHEARSED_STEPS: Final = 4
+LONGEST_NAME: Final = 128
+"""Characters of a base's name in our files."""
 _PLAIN_NAME: Final = re.compile(r"[^/\\.~][^/\\]*(/[^/\\.][^/\\]*)?")
 
 
@@ -189,7 +191,8 @@ def load_named_base(name: str, given: str | Path | None, source: str, **options:
 
 def base_name(pipeline: Any) -> str:
     """What others can call this base: an embedded base, a hub id, or the last part of a folder's path."""
-    return _public_name(pipeline.config.get("_name_or_path") or "unnamed")  # diffusers itself notes the whole path
+    named = pipeline.config.get("_name_or_path") or "unnamed"  # diffusers itself notes the whole path
+    return _public_name(named)[:LONGEST_NAME]
 
 
 def _public_name(name: str | Path) -> str:

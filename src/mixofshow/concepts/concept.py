@@ -22,8 +22,8 @@ from mixofshow.bases.loading import fingerprint
 from mixofshow.concepts.changes import Change, layer_problems, read_changes
 from mixofshow.concepts.words import Vocabulary, check_word
 from mixofshow.errors import ConceptFileError, TokenError, listed, shown
-from mixofshow.files import parse_tensors, raw, write_tensors
-from mixofshow.reading import parse_json, read_bytes
+from mixofshow.files import raw, read_tensors, write_tensors
+from mixofshow.reading import parse_json
 
 FORMAT_VERSION: Final = 2
 """The newest that is read. Written is the oldest that has room for the concept: 1 has none for convolutions."""
@@ -42,7 +42,7 @@ LARGEST_EMBEDDING: Final = 100.0
 class ConceptInfo(BaseModel):
     """A concept file's metadata. There is no place in it for a path, a caption or a host name."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     format_version: int = Field(1, ge=1, le=FORMAT_VERSION)
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")
@@ -94,11 +94,17 @@ class Concept:
         return {name: tensor.detach().half().cpu() for name, tensor in named.items()}
 
     def save(self, path: Path) -> None:
-        """Write the file whole or not at all."""
+        """Write the file whole or not at all. Raises ConceptFileError or TokenError for what would not be read again."""
+        tensors, metadata = self.tensors(), self.metadata()
+        read_concept(dict(tensors), metadata, f"{path}: not written")
+        write_tensors(path, tensors, metadata)
+
+    def metadata(self) -> dict[str, str]:
+        """All metadata of its file."""
         newer = len(self.info.words) > FIRST_WORDS or any(change.kernel for change in self.deltas.values())
         version = 2 if newer else 1
         text = self.info.model_copy(update={"format_version": version}).model_dump_json()
-        write_tensors(path, self.tensors(), _metadata(text, self.hash))
+        return _metadata(text, self.hash)
 
 
 def _metadata(text: str, content: str) -> dict[str, str]:
@@ -126,7 +132,7 @@ def vocabulary(concepts: Iterable[Concept]) -> Vocabulary:
 def load_concept(path: str | Path, pipeline: Any = None) -> Concept:
     """Read a concept file; with a pipeline, also check that it fits. Raises ConceptFileError or TokenError."""
     name = str(path)
-    return read_concept(*parse_tensors(read_bytes(Path(path)), name), name, pipeline)
+    return read_concept(*read_tensors(Path(path)), name, pipeline)
 
 
 def read_concept(tensors: dict[str, Tensor], metadata: Mapping[str, str], name: str, pipeline: Any = None) -> Concept:

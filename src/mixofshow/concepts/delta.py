@@ -22,15 +22,13 @@ from mixofshow.concepts.changes import Change, Full, LowRank, layer_problems, re
 from mixofshow.concepts.concept import METADATA_KEY as CONCEPT_KEY
 from mixofshow.concepts.concept import raise_if, value_problems
 from mixofshow.errors import ConceptFileError, SettingsError, field_problem, shown
-from mixofshow.files import parse_tensors, raw, write_tensors
-from mixofshow.reading import parse_json, read_bytes
+from mixofshow.files import raw, read_tensors, write_tensors
+from mixofshow.reading import parse_json
 
 FORMAT_VERSION: Final = 1
 METADATA_KEY: Final = "mixofshow_delta"
 DIGEST_KEY: Final = "sha256"
 WORD: Final = "word:"
-MAX_DELTA_BYTES: Final = 8 * 2**30
-"""All layers of a Stable Diffusion 1.x in full are about 2 GB."""
 
 
 class DeltaInfo(BaseModel):
@@ -55,13 +53,15 @@ class Delta:
     changes: Mapping[str, Change]
 
     def save(self, path: Path) -> None:
-        """Write the file whole or not at all, in single precision."""
+        """Write the file whole or not at all, in single precision. Raises ConceptFileError as `load_delta` would."""
         named = {WORD + word: vector for word, vector in self.vectors.items()}
         for name, change in self.changes.items():
             named |= change.tensors(name)
         tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in named.items()}
         text = self.info.model_dump_json()
-        write_tensors(path, tensors, {"format": "pt", METADATA_KEY: text, DIGEST_KEY: _digest(tensors, text)})
+        metadata = {"format": "pt", METADATA_KEY: text, DIGEST_KEY: _digest(tensors, text)}
+        _read(dict(tensors), metadata, f"{path}: not written")
+        write_tensors(path, tensors, metadata)
 
     @torch.no_grad()
     def weights(self, pipeline: Any) -> dict[str, Tensor]:
@@ -132,14 +132,17 @@ def _cut(change: Tensor, rank: int | None) -> Change:
 
 def load_delta(path: Path) -> Delta:
     """Read a delta file and check all that can be checked without the base. Raises ConceptFileError."""
-    tensors, metadata = parse_tensors(read_bytes(path, MAX_DELTA_BYTES), str(path))
-    info = _read_info(metadata, str(path))
-    raise_if(value_problems(tensors), str(path))
+    return _read(*read_tensors(path), str(path))
+
+
+def _read(tensors: dict[str, Tensor], metadata: Mapping[str, str], name: str) -> Delta:
+    info = _read_info(metadata, name)
+    raise_if(value_problems(tensors), name)
     if metadata.get(DIGEST_KEY) != _digest(tensors, metadata[METADATA_KEY]):
-        raise ConceptFileError(f"{path}: damaged: its content does not match the digest written in it")
+        raise ConceptFileError(f"{name}: damaged: its content does not match the digest written in it")
     vectors = {name.removeprefix(WORD): tensors.pop(name) for name in list(tensors) if name.startswith(WORD)}
     changes, problems = read_changes(tensors)
-    raise_if(problems, str(path))
+    raise_if(problems, name)
     return Delta(info, vectors, changes)
 
 

@@ -131,7 +131,7 @@ class Store:
             "error": _mean_and_largest(errors),
         }
         path = self.path(key, name)
-        write_tensors(path, tensors, _metadata(json.dumps(about, sort_keys=True)))
+        write_tensors(path, tensors, _metadata(json.dumps(about, sort_keys=True)), limit=None)
         return open_recording(path)
 
 

@@ -185,8 +185,8 @@ class TuningSettings(Group):
         "auto", description="Where curves go; auto: tensorboard if installed."
     )
 
-    license: str | None = None
-    author: str | None = None
+    license: str | None = Field(None, max_length=4000, description="Your terms, for the concept file.")
+    author: str | None = Field(None, max_length=1000, description="Who made it, for the concept file.")
 
     @property
     def placeholder(self) -> str:

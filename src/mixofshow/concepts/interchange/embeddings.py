@@ -11,7 +11,6 @@ all of them, for SDXL      clip_l and clip_g                     (words, dim) of
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ from mixofshow.bases.families import text_encoders
 from mixofshow.bases.layers import count_groups
 from mixofshow.concepts.interchange.settings import ImportSettings
 from mixofshow.concepts.words import check_word
-from mixofshow.errors import ConceptFileError, TokenError, shown
+from mixofshow.errors import ConceptFileError, MixOfShowError, TokenError, shown
+from mixofshow.reading import parse_json
 
 LAYERWISE: Final = re.compile(r"^(?:params/)?new_concept_embedding/(.+)$", re.DOTALL)
 NAMELESS: Final = re.compile(r"^(?:|string_to_param[/.].*|emb_params|clip_l)$", re.DOTALL)
@@ -178,8 +178,8 @@ def trigger_words(texts: Mapping[str, str], pipeline: Any, settings: ImportSetti
 def _training_folder(frequencies: str | None) -> str | None:
     """What kohya's scripts trained on, when that was one folder: "sks dog" of `10_sks dog`."""
     try:
-        folders = list(json.loads(frequencies or "{}"))
-    except (ValueError, TypeError, RecursionError):
+        folders = list(parse_json(frequencies or "{}", "ss_tag_frequency"))
+    except (MixOfShowError, TypeError):
         return None  # a note of another tool that we need not understand
     found = _NUMBERED_FOLDER.match(str(folders[0])) if len(folders) == 1 else None
     return found.group(1) if found else None

@@ -37,7 +37,7 @@ from mixofshow.concepts.interchange.pickles import read_pickle
 from mixofshow.concepts.interchange.scales import WEIGHTS, scales_of
 from mixofshow.concepts.interchange.settings import ImportSettings
 from mixofshow.errors import ConceptFileError, shown
-from mixofshow.files import is_pickle, parse_tensors
+from mixofshow.files import MAX_BYTES, is_pickle, parse_tensors
 from mixofshow.reading import read_bytes
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def _in_folder(path: Path) -> Path:
 
 
 def _read(file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    data = read_bytes(Path(file))
+    data = read_bytes(Path(file), MAX_BYTES)
     tensors, texts = read_pickle(data, file) if is_pickle(data) else parse_tensors(data, file)
     return {key: one for key, one in tensors.items() if not key.startswith(NOTES)}, texts
 

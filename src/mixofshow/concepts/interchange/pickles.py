@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mixofshow.errors import ConceptFileError, ResourceError, shown
 from mixofshow.files import MAX_TENSORS, parse_tensors
+from mixofshow.reading import MAX_FILE_BYTES
 
 MEMORY: Final = 2 * 2**30
 """Bytes that the child may take beyond what torch takes when it is imported."""
@@ -41,6 +42,8 @@ def read_pickle(data: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, st
 
     Raises ConceptFileError for anything else than tables of tensors, ResourceError when no process can be started.
     """
+    if len(data) > MAX_FILE_BYTES:
+        raise ConceptFileError(f"{name}: a pickle of {len(data)} bytes, at most {MAX_FILE_BYTES} are read")
     if data.startswith(b"PK"):
         _check_archive(data, name)
     try:
