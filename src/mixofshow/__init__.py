@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from mixofshow.bases.loading import load_base
     from mixofshow.concepts.concept import Concept, load_concept
-    from mixofshow.concepts.model import ConceptModel, load_model
+    from mixofshow.concepts.model import ConceptModel, load_model, load_unfused
     from mixofshow.errors import MixOfShowError
     from mixofshow.fusion.settings import FusionSettings
     from mixofshow.fusion.stages import fuse
@@ -33,6 +33,7 @@ __all__ = [
     "load_base",
     "load_concept",
     "load_model",
+    "load_unfused",
     "make_settings",
     "tune",
 ]
@@ -43,6 +44,7 @@ _HOMES: Final = {
     "load_concept": "concepts.concept",
     "ConceptModel": "concepts.model",
     "load_model": "concepts.model",
+    "load_unfused": "concepts.model",
     "MixOfShowError": "errors",
     "FusionSettings": "fusion.settings",
     "fuse": "fusion.stages",
@@ -59,3 +61,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'mixofshow' has no attribute '{name}'")
     return getattr(importlib.import_module(f"mixofshow.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, which are not here before they are used."""
+    return [*__all__, "__version__"]

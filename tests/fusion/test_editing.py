@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mixofshow.concepts.concept import Concept, load_concept
-from mixofshow.concepts.model import CONCEPTS, MANIFEST
+from mixofshow.concepts.manifest import CONCEPTS, MANIFEST
 from mixofshow.errors import BadInputError, BaseModelError, ConceptFileError, SettingsError
 from mixofshow.fusion import stages
 from mixofshow.fusion.editing import edited, edited_settings, fused_from

@@ -11,7 +11,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from mixofshow.bases.layers import lora_layers
-from mixofshow.concepts.model import MANIFEST, VECTORS, load_model
+from mixofshow.concepts.manifest import MANIFEST
+from mixofshow.concepts.model import VECTORS, load_model
 from mixofshow.concepts.prompts import encode_prompts
 from mixofshow.errors import BaseModelError, ConceptFileError, MixOfShowError
 

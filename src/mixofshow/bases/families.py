@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from mixofshow.bases.parts import plain
 from mixofshow.errors import BaseModelError
 
 
@@ -99,7 +100,7 @@ class TextEncoder:
 def text_encoders(pipeline: Any) -> list[TextEncoder]:
     """The pipeline's text encoders in the order in which the UNet reads them."""
     return [
-        TextEncoder(part, getattr(pipeline, part), getattr(pipeline, tokenizer))
+        TextEncoder(part, plain(getattr(pipeline, part)), getattr(pipeline, tokenizer))
         for part, tokenizer in family_of(pipeline).text_encoders
     ]
 

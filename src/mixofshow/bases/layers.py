@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 from torch import Tensor, nn
 
 from mixofshow.bases.families import text_encoders
+from mixofshow.bases.parts import plain, refuse_unreachable
 from mixofshow.errors import BaseModelError
 
 BLOCK_ORDER: Final = ("down_blocks", "mid_block", "up_blocks")
@@ -46,10 +47,14 @@ _IN_BLOCK: Final = ".transformer_blocks."
 def cross_attentions(unet: nn.Module) -> dict[str, nn.Module]:
     """The UNet's cross-attention layers by path, in the order in which a picture passes them: down, mid, up.
 
-    Every count and index of layers in this package comes from here. (`unet.attn_processors` lists mid last.)
+    Every count and index of layers in this package comes from here. (`unet.attn_processors` lists mid last.) Raises
+    BaseModelError when there is none.
     """
-    found = {name: module for name, module in unet.named_modules() if name.endswith(".attn2")}
-    return {name: found[name] for block in BLOCK_ORDER for name in found if name.startswith(block)}
+    found = {name: module for name, module in plain(unet).named_modules() if name.endswith(".attn2")}
+    ordered = {name: found[name] for block in BLOCK_ORDER for name in found if name.startswith(block)}
+    if not ordered:
+        raise BaseModelError(f"{type(unet).__name__}: has no cross-attention (attn2) that could read a prompt")
+    return ordered
 
 
 def text_groups(unet: nn.Module) -> dict[str, int]:
@@ -74,7 +79,7 @@ def lora_layers(pipeline: Any, *, unet: str = "attention", text_encoder: str = "
         for path, module in encoder.model.named_modules():
             if TEXT_TARGETS[text_encoder].search(path):
                 layers[f"{encoder.part}.{TEXT_PREFIX}{path.removeprefix(TEXT_PREFIX)}"] = module
-    found = {path: module for path, module in pipeline.unet.named_modules() if UNET_TARGETS[unet].search(path)}
+    found = {path: module for path, module in plain(pipeline.unet).named_modules() if UNET_TARGETS[unet].search(path)}
     for block in (*_BEFORE, *BLOCK_ORDER, *_BEHIND):
         inside = sorted((path for path in found if path.startswith(block)), key=_place)
         layers |= {f"unet.{path}": found[path] for path in inside}
@@ -102,18 +107,19 @@ def kind_of(name: str) -> Literal["unet", "text_encoder"]:
 def module_path(pipeline: Any, name: str) -> tuple[str, str]:
     """Split our layer name into (part, path inside that part of this pipeline)."""
     part, path = name.split(".", 1)
-    if not hasattr(getattr(pipeline, part, None), TEXT_PREFIX.removesuffix(".")):
+    if not hasattr(plain(getattr(pipeline, part, None)), TEXT_PREFIX.removesuffix(".")):
         path = path.removeprefix(TEXT_PREFIX)
     return part, path
 
 
 def layer(pipeline: Any, name: str) -> nn.Module:
-    """The module that our name stands for."""
+    """The module that our name stands for. Raises BaseModelError when it is not there, or its weight is out of reach."""
     part, path = module_path(pipeline, name)
     try:
-        module: nn.Module = getattr(pipeline, part).get_submodule(path)
+        module: nn.Module = plain(getattr(pipeline, part)).get_submodule(path)
     except AttributeError as error:
         raise BaseModelError(f"the base model has no layer '{name}'") from error
+    refuse_unreachable(module, name)
     return module
 
 

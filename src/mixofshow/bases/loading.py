@@ -13,6 +13,7 @@ import torch
 from mixofshow.bases.checkpoints import SUFFIX, check_weights, load_checkpoint
 from mixofshow.bases.configs import check_configs, strangers_model
 from mixofshow.bases.families import family_of, text_encoders
+from mixofshow.bases.parts import exclusive, own_tensors
 from mixofshow.errors import BaseModelError, SettingsError, shown
 from mixofshow.files import raw
 
@@ -208,7 +209,7 @@ def fingerprint(pipeline: Any) -> str:
     """16 hex digits that tell base models apart: a hash of a fixed set of weights, taken in half precision.
 
     Half precision makes the same model loaded as fp16 or fp32 give the same digits; what `load_base` loads in bfloat16
-    remembers them. Raises BaseModelError for what was made bfloat16 by others.
+    remembers them. Adapters that are attached do not count. Raises BaseModelError for what was made bfloat16 by others.
     """
     if pipeline.unet.dtype == torch.bfloat16:
         if (known := getattr(pipeline.unet, "fingerprint_of_base", None)) is None:
@@ -218,11 +219,12 @@ def fingerprint(pipeline: Any) -> str:
             )
         return str(known)
     digest = hashlib.sha256()
-    for part in (*(one.model for one in text_encoders(pipeline)), pipeline.unet):
-        for name, tensor in sorted(part.state_dict().items()):
-            if any(mark in name for mark in FINGERPRINTED):
-                digest.update(f"{name.removeprefix('text_model.')} {tuple(tensor.shape)}".encode())
-                digest.update(raw(tensor.half()))
+    with exclusive(pipeline):
+        for part in (*(one.model for one in text_encoders(pipeline)), pipeline.unet):
+            for name, tensor in own_tensors(part):
+                if any(mark in name for mark in FINGERPRINTED):
+                    digest.update(f"{name.removeprefix('text_model.')} {tuple(tensor.shape)}".encode())
+                    digest.update(raw(tensor.half()))
     return digest.hexdigest()[:16]
 
 

@@ -10,21 +10,28 @@ import torch
 from torch import Tensor
 
 from mixofshow.bases.layers import kind_of, layer, matrix
+from mixofshow.bases.parts import exclusive, parameter_of, plain, refuse_streamed
 from mixofshow.concepts.concept import Concept
 
 
 @contextlib.contextmanager
 def replaced(pipeline: Any, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, the named layers have these weights, (out, in); afterwards their own again. Nothing is copied meanwhile."""
-    parameters: dict[str, Any] = {name: layer(pipeline, name).weight for name in weights}
-    own = {name: parameter.data for name, parameter in parameters.items()}
-    try:
-        for name, parameter in parameters.items():
-            parameter.data = weights[name].detach().to(parameter).view_as(parameter)
-        yield
-    finally:
-        for name, parameter in parameters.items():
-            parameter.data = own[name]
+    """Inside, the named layers have these weights, (out, in); afterwards their own again. Nothing is copied meanwhile.
+
+    One thread at a time. Raises BaseModelError where a weight is out of reach, as by offloading.
+    """
+    for part in dict.fromkeys(name.split(".", 1)[0] for name in weights):
+        refuse_streamed(plain(getattr(pipeline, part)), part)
+    with exclusive(pipeline):
+        parameters: dict[str, Any] = {name: parameter_of(layer(pipeline, name)) for name in weights}
+        own = {name: parameter.data for name, parameter in parameters.items()}
+        try:
+            for name, parameter in parameters.items():
+                parameter.data = weights[name].detach().to(parameter).view_as(parameter)
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = own[name]
 
 
 @contextlib.contextmanager
@@ -42,9 +49,10 @@ def tuned_weights(
     """The concept's own weights, W0 + strength · ΔW, of the named layers (those it did not change: W0)."""
     strengths = strengths or {}
     weights = {}
-    for name in names:
-        base = matrix(layer(pipeline, name))
-        delta = concept.deltas.get(name)
-        strength = strengths.get(kind_of(name), 1.0)
-        weights[name] = base.clone() if delta is None else base + delta.matrix(strength).to(base)
+    with exclusive(pipeline):
+        for name in names:
+            base = matrix(layer(pipeline, name))
+            delta = concept.deltas.get(name)
+            strength = strengths.get(kind_of(name), 1.0)
+            weights[name] = base.clone() if delta is None else base + delta.matrix(strength).to(base)
     return weights

@@ -208,8 +208,11 @@ def value_problems(tensors: Mapping[str, Tensor]) -> list[str]:
     return problems
 
 
-def check_fits(concept: Concept, pipeline: Any, name: str) -> None:
-    """Raise ConceptFileError unless the concept was made for this base: family, fingerprint, layers, shapes, limits."""
+def check_fits(concept: Concept, pipeline: Any, name: str, *, base: str | None = None) -> None:
+    """Raise ConceptFileError unless the concept was made for this base: family, fingerprint, layers, shapes, limits.
+
+    `base` is the pipeline's fingerprint, where that is known already.
+    """
     info = concept.info
     if info.family != family_of(pipeline).name:
         raise ConceptFileError(
@@ -217,7 +220,7 @@ def check_fits(concept: Concept, pipeline: Any, name: str) -> None:
         )
     problems = _shape_problems(concept, pipeline)
     raise_if(problems, name)
-    if info.base_fingerprint != (found := fingerprint(pipeline)):
+    if info.base_fingerprint != (found := base or fingerprint(pipeline)):
         raise ConceptFileError(
             f"{name}: made for base '{shown(info.base)}' ({shown(info.base_fingerprint)}), this base is {found}; nothing was changed"
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mixofshow.bases.layers import layer, matrix
 from mixofshow.bases.loading import fingerprint
+from mixofshow.bases.parts import exclusive
 from mixofshow.concepts.changes import Change, Full, LowRank, layer_problems, read_changes
 from mixofshow.concepts.concept import METADATA_KEY as CONCEPT_KEY
 from mixofshow.concepts.concept import raise_if, value_problems
@@ -67,10 +68,11 @@ class Delta:
     def weights(self, pipeline: Any) -> dict[str, Tensor]:
         """The changed layers' weights on this base, W0 + change, (out, in)."""
         weights = {}
-        for name, change in self.changes.items():
-            base = matrix(layer(pipeline, name))
-            # In double precision, so that a change in full gives the weight back. On the CPU: Apple's GPUs have none.
-            weights[name] = (base.cpu().double() + change.matrix(dtype=torch.float64)).to(base)
+        with exclusive(pipeline):
+            for name, change in self.changes.items():
+                base = matrix(layer(pipeline, name))
+                # In double precision, so that a change in full gives the weight back. On the CPU: Apple's GPUs have none.
+                weights[name] = (base.cpu().double() + change.matrix(dtype=torch.float64)).to(base)
         return weights
 
     def check_fits(self, pipeline: Any, name: str) -> None:

@@ -11,26 +11,42 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from pydantic import BaseModel
 from torch import Tensor
 
 from mixofshow.bases.checkpoints import is_checkpoint
 from mixofshow.bases.families import TextEncoder, family_of, of_encoders, text_encoders, token_width
 from mixofshow.bases.layers import count_groups, layer, matrix
-from mixofshow.bases.loading import GUIDANCE, USUAL_GUIDANCE, base_name, fingerprint, load_base, load_named_base
+from mixofshow.bases.loading import (
+    EMBEDDED,
+    GUIDANCE,
+    USUAL_GUIDANCE,
+    base_name,
+    fingerprint,
+    load_base,
+    load_named_base,
+)
+from mixofshow.bases.parts import exclusive, plain, refuse_adapters
 from mixofshow.concepts.adapters import replaced, tuned_weights
-from mixofshow.concepts.concept import Concept, load_concept, raise_if, value_problems, vocabulary
+from mixofshow.concepts.concept import Concept, check_fits, raise_if, value_problems, vocabulary
 from mixofshow.concepts.delta import Compression, Delta, DeltaInfo, compressed, load_delta
+from mixofshow.concepts.manifest import (
+    CONCEPTS,
+    MANIFEST,
+    SUFFIX,
+    Entry,
+    Manifest,
+    StoredConcepts,
+    make_manifest,
+    read_concepts,
+    read_manifest,
+)
 from mixofshow.concepts.words import Vocabulary, check_word
-from mixofshow.errors import ConceptFileError, shown
+from mixofshow.errors import BadInputError, ConceptFileError, shown
 from mixofshow.files import parse_tensors, write_tensors
 from mixofshow.outputs import write_text, writing_folder
-from mixofshow.reading import parse_json, read_bytes
+from mixofshow.reading import read_bytes
 
-MANIFEST: Final = "concepts.json"
 VECTORS: Final = "concepts.safetensors"
-CONCEPTS: Final = "concepts"
-DELTA_SUFFIX: Final = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -38,111 +54,149 @@ class ConceptModel:
     """A pipeline, the words it understands, and the weights it has while it draws them.
 
     The pipeline itself is left as it is, so that several models can share one: `weights` replace its own, layer by
-    layer (out, in), only inside `active()`. Saved with it are the `concepts` it was fused from, so that one can be
-    added or taken out later.
+    layer (out, in), only inside `active()`. In a `baked` model they are the pipeline's own instead. Saved with it are
+    the `concepts` it was made from, so that one can be added or taken out later; `settings` are those of fusion, and
+    `stored` is what a loaded model's file says of all this.
     """
 
     pipeline: Any
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     weights: Mapping[str, Tensor] = field(default_factory=dict)
-    manifest: Mapping[str, Any] = field(default_factory=dict)
     concepts: Sequence[Concept] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    stored: Manifest | None = None
+    baked: bool = False
+
+    @property
+    def base(self) -> str:
+        """The name of the base that the model was made on."""
+        return (self.stored.base if self.stored else "") or base_name(self.pipeline)
 
     @property
     def usual_guidance(self) -> float:
         """The guidance scale that suits the base."""
-        return GUIDANCE.get(str(self.manifest.get("base") or base_name(self.pipeline)), USUAL_GUIDANCE)
+        known = self.stored.guidance_scale if self.stored else None
+        return GUIDANCE.get(self.base, USUAL_GUIDANCE) if known is None else known
+
+    @property
+    def listed(self) -> tuple[Entry, ...]:
+        """What there is to say of each concept in the model; an older version's file may not say all of it."""
+        stored = self.stored.concepts if self.stored else ()
+        if stored and (all(one.words for one in stored) or not self.concepts):
+            return stored
+        return tuple(Entry.of(one) for one in self.concepts)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What is saved beside the model about it."""
+        return Manifest(
+            base=self.base,
+            guidance_scale=self.usual_guidance,
+            settings=self.stored.settings if self.stored else dict(self.settings),
+            concepts=self.listed,
+            words=tuple(self.vocabulary.embeddings),
+            aliases=dict(self.vocabulary.aliases),
+        )
 
     def class_words(self) -> list[tuple[str, tuple[str, ...], str]]:
         """(name, words, class word) of each concept of which that is known; a model of an older version knows none."""
-        if self.concepts:
-            return [(one.info.name, one.info.words, one.info.class_word) for one in self.concepts]
-        return [(one.name, one.words, one.class_word) for one in _listed(self.manifest, "the model") if one.words]
+        return [(one.name, one.words, one.class_word) for one in self.listed if one.words]
 
     @property
     def concept_hashes(self) -> dict[str, str]:
         """The content hash of each concept in the model, by name."""
-        if self.concepts:
-            return {one.info.name: one.hash for one in self.concepts}
-        return {one.name: one.hash for one in _listed(self.manifest, "the model")}
+        return {one.name: one.hash for one in self.listed}
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Inside, the pipeline has this model's weights."""
-        with replaced(self.pipeline, self.weights):
+        """Inside, the pipeline has this model's weights, and no other thread uses it."""
+        with exclusive(self.pipeline), replaced(self.pipeline, self.weights):
             yield
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write a diffusers folder that plain diffusers loads, with the words' vectors and a manifest beside it.
 
-        For plain diffusers each word is also a token, whose vector is the mean over the layers.
+        For plain diffusers each word is also a token, whose vector is the mean over the layers. Raises BaseModelError
+        while adapters (LoRAs) are attached.
         """
-        with writing_folder(folder) as temporary, self.active():
-            self._with_plain_tokens().save_pretrained(temporary)
+        refuse_adapters(self.pipeline, "saving")
+        concepts = tuple(self.concepts)  # read before anything is written, perhaps over them
+        with writing_folder(Path(folder)) as temporary, self.active():
+            self.as_diffusers().save_pretrained(temporary)
             vectors = {word: vector.contiguous() for word, vector in self.vocabulary.embeddings.items()}
             write_tensors(temporary / VECTORS, vectors, {"format": "pt"})
-            manifest = {
-                **self.manifest,
-                "words": list(self.vocabulary.embeddings),
-                "aliases": dict(self.vocabulary.aliases),
-            }
-            write_text(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-            for concept in self.concepts:
-                concept.save(temporary / CONCEPTS / f"{concept.info.name}.safetensors")
+            write_text(temporary / MANIFEST, json.dumps(self.manifest.model_dump(mode="json"), indent=1) + "\n")
+            for concept in concepts:
+                concept.save(temporary / CONCEPTS / f"{concept.info.name}{SUFFIX}")
 
-    def save_delta(self, path: Path, rank: int | None = None) -> Compression:
+    def save_delta(self, path: str | Path, rank: int | None = None) -> Compression:
         """Write only what the model changes of its base, as one file: in full, or cut to a rank, with what that lost.
 
-        `load_model` puts it on the base again.
+        `load_model` puts it on the base again. Raises BadInputError for a `baked` model, whose base is not there.
         """
+        if self.baked:
+            raise BadInputError(
+                f"save_delta: the changes of base '{shown(self.base)}' are in this model's own weights; load its folder "
+                "by load_unfused, which keeps the two apart"
+            )
+        refuse_adapters(self.pipeline, "saving")
         own = ((name, matrix(layer(self.pipeline, name))) for name in self.weights)
-        changes, lost = compressed(((name, self.weights[name].double() - base.double()) for name, base in own), rank)
+        with exclusive(self.pipeline):
+            changes, lost = compressed(
+                ((name, self.weights[name].double() - base.double()) for name, base in own), rank
+            )
         info = DeltaInfo(
             base=base_name(self.pipeline),
             base_fingerprint=fingerprint(self.pipeline),
             words=tuple(self.vocabulary.embeddings),
             aliases=dict(self.vocabulary.aliases),
-            manifest=dict(self.manifest),
+            manifest=self.manifest.model_dump(mode="json"),
         )
-        Delta(info, self.vocabulary.embeddings, changes).save(path)
+        Delta(info, self.vocabulary.embeddings, changes).save(Path(path))
         return lost
 
-    def _with_plain_tokens(self) -> Any:
-        """The pipeline with grown tokenizers and text encoders; only these are copies."""
-        if not self.vocabulary.embeddings:
-            return self.pipeline
-        parts = dict(self.pipeline.components)
-        vectors = torch.stack([vector.mean(0) for vector in self.vocabulary.embeddings.values()])
-        names = family_of(self.pipeline).text_encoders
-        owns = of_encoders(self.pipeline, vectors)
-        for (part, tokenizer), encoder, own in zip(names, text_encoders(self.pipeline), owns, strict=True):
-            parts[part], parts[tokenizer] = _grown(encoder, list(self.vocabulary.embeddings), own)
-        settings = {key: value for key, value in self.pipeline.config.items() if key in _settings_of(self.pipeline)}
-        return type(self.pipeline)(**parts, **settings)
+    def as_diffusers(self) -> Any:
+        """A pipeline of diffusers' own class whose tokenizers and text encoders know the words; only these are copies.
 
+        Its weights are the pipeline's: the model's own inside `active()`.
+        """
+        import diffusers
 
-def _settings_of(pipeline: Any) -> set[str]:
-    """The names of what a pipeline is made with beside its parts, as whether it has a safety checker."""
-    return set(pipeline._get_signature_keys(pipeline)[1])
+        kind = getattr(diffusers, family_of(self.pipeline).pipeline_class)
+        modules, options = kind._get_signature_keys(kind)
+        parts = {name: plain(getattr(self.pipeline, name, None)) for name in modules}
+        if self.vocabulary.embeddings:
+            vectors = torch.stack([vector.mean(0) for vector in self.vocabulary.embeddings.values()])
+            names = family_of(self.pipeline).text_encoders
+            owns = of_encoders(self.pipeline, vectors)
+            for (part, tokenizer), encoder, own in zip(names, text_encoders(self.pipeline), owns, strict=True):
+                parts[part], parts[tokenizer] = _grown(encoder, list(self.vocabulary.embeddings), own)
+        return kind(**parts, **{key: self.pipeline.config[key] for key in options if key in self.pipeline.config})
 
 
 def _grown(encoder: TextEncoder, words: Sequence[str], vectors: Tensor) -> tuple[Any, Any]:
-    """Copies of a text encoder and its tokenizer that know some more words, whose vectors are (words, dim)."""
+    """Copies of a text encoder and its tokenizer that know some words, perhaps already, whose vectors are (words, dim)."""
     model, tokenizer = copy.deepcopy(encoder.model), copy.deepcopy(encoder.tokenizer)
     tokenizer.add_tokens(words)
-    model.resize_token_embeddings(encoder.first_id + len(words), mean_resizing=False)
+    ids = tokenizer.convert_tokens_to_ids(words)
+    model.resize_token_embeddings(max(encoder.first_id, *(number + 1 for number in ids)), mean_resizing=False)
     with torch.no_grad():
-        model.get_input_embeddings().weight[encoder.first_id :] = vectors
+        table = model.get_input_embeddings().weight
+        table[ids] = vectors.to(table)
     # With the 2 that old configurations say, transformers takes the largest id for the end: now that of a word.
     model.config.eos_token_id = tokenizer.eos_token_id
     return model, tokenizer
 
 
 def with_concept(pipeline: Any, concept: Concept, *, unet: float = 1.0, text_encoder: float = 1.0) -> ConceptModel:
-    """The base model with one concept, at the given strengths (0: its words only, 1: as tuned)."""
+    """The base model with one concept, at the given strengths (0: its words only, 1: as tuned).
+
+    Raises ConceptFileError when the concept was made for another base.
+    """
+    check_fits(concept, pipeline, f"concept <{concept.info.name}>")
     strengths = {"unet": unet, "text_encoder": text_encoder}
     weights = tuned_weights(pipeline, concept, concept.deltas, strengths)
-    return ConceptModel(pipeline, vocabulary([concept]), weights, concepts=(concept,))
+    return ConceptModel(pipeline, vocabulary([concept]), weights, (concept,))
 
 
 def load_model(name: str | Path, *, base: str | Path | None = None, **options: Any) -> ConceptModel:
@@ -152,23 +206,25 @@ def load_model(name: str | Path, *, base: str | Path | None = None, **options: A
     ConceptFileError, TokenError.
     """
     path = Path(name)
-    if (path.is_file() or path.suffix == DELTA_SUFFIX) and not is_checkpoint(path):
+    if (path.is_file() or path.suffix == SUFFIX) and not is_checkpoint(path):
         return _on_base(load_delta(path), str(name), base, **options)
     pipeline = load_base(name, **options)
-    if not (path / MANIFEST).is_file():
+    if str(name) in EMBEDDED or not (path / MANIFEST).is_file():
         return ConceptModel(pipeline)
-    known, manifest = _read_vocabulary(path, pipeline)
-    return ConceptModel(pipeline, known, {}, manifest)
+    manifest = read_manifest(path)
+    vectors, _ = parse_tensors(read_bytes(path / VECTORS), str(path / VECTORS))
+    known = _checked_vocabulary(manifest, vectors, pipeline, f"{path} ({MANIFEST}, {VECTORS})")
+    return ConceptModel(pipeline, known, concepts=StoredConcepts(path, manifest.hashes), stored=manifest, baked=True)
 
 
 def _on_base(delta: Delta, name: str, base: str | Path | None, **options: Any) -> ConceptModel:
     """What the delta file `name` holds, on its base."""
     info = delta.info
-    _listed(info.manifest, name)
+    manifest = make_manifest({**info.manifest, "words": info.words, "aliases": info.aliases}, name)
     pipeline = load_named_base(info.base, base, name, **options)
     delta.check_fits(pipeline, name)
-    known = _checked_vocabulary(_Words(words=info.words, aliases=info.aliases), delta.vectors, pipeline, name)
-    return ConceptModel(pipeline, known, delta.weights(pipeline), info.manifest)
+    known = _checked_vocabulary(manifest, delta.vectors, pipeline, name)
+    return ConceptModel(pipeline, known, delta.weights(pipeline), stored=manifest)
 
 
 def load_unfused(name: str | Path, *, base: str | Path | None = None, **options: Any) -> ConceptModel:
@@ -178,60 +234,16 @@ def load_unfused(name: str | Path, *, base: str | Path | None = None, **options:
     those of `load_model`; `variant` and `config` are the base's.
     """
     fused = load_model(name, **{**options, "variant": None, "config": None})
-    pipeline = load_named_base(str(fused.manifest.get("base", "")), base, str(name), **options)
-    files = sorted((Path(name) / CONCEPTS).glob(f"*{DELTA_SUFFIX}"))
-    concepts = tuple(load_concept(path, pipeline) for path in files)
-    if not concepts or {one.info.name: one.hash for one in concepts} != fused.concept_hashes:
-        raise ConceptFileError(f"{Path(name) / CONCEPTS}: its {len(files)} files are not the concepts of {MANIFEST}")
+    pipeline = load_named_base(fused.manifest.base, base, str(name), **options)
+    concepts = read_concepts(Path(name), fused.concept_hashes, pipeline)
+    if not concepts:
+        raise ConceptFileError(f"{Path(name) / CONCEPTS}: the concepts of {MANIFEST} are not there; fuse them anew")
     changed = dict.fromkeys(layer_name for one in concepts for layer_name in one.deltas)
     weights = {layer_name: matrix(layer(fused.pipeline, layer_name)) for layer_name in changed}
-    return ConceptModel(pipeline, fused.vocabulary, weights, fused.manifest, concepts)
+    return ConceptModel(pipeline, fused.vocabulary, weights, concepts, stored=fused.stored)
 
 
-def _listed(manifest: Mapping[str, Any], name: str) -> tuple[_Entry, ...]:
-    """The concepts that the manifest of the model `name` lists. Raises ConceptFileError."""
-    try:
-        return _Concepts.model_validate({"concepts": manifest.get("concepts", ())}).concepts
-    except ValueError as error:
-        raise ConceptFileError(f"{name}: {MANIFEST} does not list concepts as expected ({shown(error)})") from error
-
-
-class _Entry(BaseModel):
-    """A concept in a manifest."""
-
-    name: str
-    hash: str = ""
-    words: tuple[str, ...] = ()
-    class_word: str = ""
-
-
-class _Concepts(BaseModel):
-    """What a manifest says about the concepts in a model."""
-
-    concepts: tuple[_Entry, ...] = ()
-
-
-class _Words(BaseModel):
-    """The part of a manifest that this module reads."""
-
-    words: tuple[str, ...] = ()
-    aliases: dict[str, tuple[str, ...]] = {}
-
-
-def _read_vocabulary(folder: Path, pipeline: Any) -> tuple[Vocabulary, dict[str, Any]]:
-    """The words of a fused folder, and the whole manifest."""
-    path, listing = folder / VECTORS, folder / MANIFEST
-    vectors, _ = parse_tensors(read_bytes(path), str(path))
-    try:
-        manifest = parse_json(read_bytes(listing), str(listing), ConceptFileError)
-        found = _Words.model_validate(manifest)
-        _listed(manifest, str(listing))
-    except (ValueError, AttributeError) as error:
-        raise ConceptFileError(f"{listing}: not the expected table ({shown(error)})") from error
-    return _checked_vocabulary(found, vectors, pipeline, f"{folder} ({MANIFEST}, {VECTORS})"), manifest
-
-
-def _checked_vocabulary(found: _Words, vectors: Mapping[str, Tensor], pipeline: Any, name: str) -> Vocabulary:
+def _checked_vocabulary(found: Manifest, vectors: Mapping[str, Tensor], pipeline: Any, name: str) -> Vocabulary:
     """The words of the model `name`, each with vectors (layers, dim) or (1, dim) that fit the base, on its device."""
     for word in (*found.words, *found.aliases):
         check_word(word)

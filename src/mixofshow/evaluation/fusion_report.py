@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from PIL import Image, ImageDraw
 
+from mixofshow.concepts.manifest import Manifest
 from mixofshow.evaluation.report import Page
 from mixofshow.fusion.recording import Stage, stage_of
 from mixofshow.fusion.solving import STAGES, Kept, LayerReport, share, total, turned_down
@@ -156,9 +157,9 @@ def _sufferer(report: LayerReport) -> str:
     return max(report.concepts, key=lambda name: report.concepts[name].left)
 
 
-def _settings(manifest: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    yield "base", str(manifest.get("base", ""))
-    for key, value in manifest.get("settings", {}).items():
+def _settings(manifest: Manifest) -> Iterable[tuple[str, str]]:
+    yield "base", manifest.base
+    for key, value in manifest.settings.items():
         yield key.replace("_", " "), _shown(value)
 
 

@@ -10,38 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
-
-from mixofshow.concepts.concept import Concept, load_concept
-from mixofshow.concepts.model import CONCEPTS, MANIFEST
-from mixofshow.errors import BadInputError, ConceptFileError, field_problem, nearest, shown
+from mixofshow.concepts.concept import Concept
+from mixofshow.concepts.manifest import CONCEPTS, MANIFEST, read_concepts, read_manifest
+from mixofshow.errors import BadInputError, ConceptFileError, nearest, shown
 from mixofshow.fusion.settings import FusionSettings, make_fusion_settings, on_top, parse_weights
-from mixofshow.reading import parse_json, read_bytes
-
-
-class _Entry(BaseModel):
-    """A concept in a manifest."""
-
-    name: str
-    hash: str
-
-
-class Manifest(BaseModel):
-    """The part of a fused folder's manifest that says how to fuse it again."""
-
-    base: str = Field(max_length=128)
-    concepts: tuple[_Entry, ...] = Field(min_length=1)
-    settings: dict[str, Any]
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """What a fused folder says it was made from. Raises ConceptFileError."""
-    listing = folder / MANIFEST
-    try:
-        return Manifest.model_validate(parse_json(read_bytes(listing), str(listing), ConceptFileError))
-    except ValidationError as error:
-        problem = field_problem(error.errors()[0], Manifest.model_fields)
-        raise ConceptFileError(f"{listing}: not written by a fusion of this version ({problem})") from error
 
 
 def fused_from(folder: Path, pipeline: Any) -> tuple[list[Concept], FusionSettings]:
@@ -50,14 +22,13 @@ def fused_from(folder: Path, pipeline: Any) -> tuple[list[Concept], FusionSettin
     Raises ConceptFileError, SettingsError.
     """
     manifest = read_manifest(folder)
+    if not manifest.settings or not manifest.concepts:
+        raise ConceptFileError(f"{folder / MANIFEST}: not written by a fusion of this version; fuse its concepts anew")
     settings = make_fusion_settings(manifest.settings, str(folder / MANIFEST))
-    hashes = {one.name: one.hash for one in manifest.concepts}
-    concepts = [load_concept(path, pipeline) for path in sorted((folder / CONCEPTS).glob("*.safetensors"))]
-    if hashes != (found := {concept.info.name: concept.hash for concept in concepts}):
-        raise ConceptFileError(
-            f"{folder / CONCEPTS}: its files ({', '.join(found) or 'none'}) are not the concepts of {MANIFEST}"
-        )
-    return concepts, settings
+    concepts = read_concepts(folder, manifest.hashes, pipeline)
+    if not concepts:
+        raise ConceptFileError(f"{folder / CONCEPTS}: the concepts of {MANIFEST} are not there; fuse them anew")
+    return list(concepts), settings
 
 
 def edited(concepts: Sequence[Concept], add: Iterable[Concept], remove: Iterable[str]) -> list[Concept]:

@@ -13,8 +13,9 @@ from mixofshow.bases.loading import load_base, load_named_base
 from mixofshow.concepts.concept import Concept, load_concept
 from mixofshow.concepts.interchange.importing import open_concept
 from mixofshow.concepts.interchange.settings import ImportSettings
+from mixofshow.concepts.manifest import read_manifest
 from mixofshow.errors import SettingsError, field_problem, shown
-from mixofshow.fusion.editing import edited, edited_settings, fused_from, read_manifest
+from mixofshow.fusion.editing import edited, edited_settings, fused_from
 from mixofshow.fusion.settings import FusionSettings, make_fusion_settings, on_top
 from mixofshow.fusion.solving import check_method
 from mixofshow.reading import MAX_YAML_BYTES, parse_json, read_bytes, read_table

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from mixofshow.bases.layers import layer, lora_layers, matrix, tunable_layers
-from mixofshow.bases.loading import base_name, fingerprint, scheduler_settings
+from mixofshow.bases.loading import fingerprint, scheduler_settings
+from mixofshow.bases.parts import exclusive, refuse_adapters
 from mixofshow.concepts.adapters import replaced
-from mixofshow.concepts.concept import Concept, vocabulary
+from mixofshow.concepts.concept import Concept, check_fits, vocabulary
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.errors import BadInputError
 from mixofshow.fusion.methods import KEEPS_INPUTS
@@ -54,7 +55,10 @@ def fuse(
     store: Store | None = None,
     progress: Progress = silent,
 ) -> Fused:
-    """Fuse concepts into one model; the pipeline is left as it was. Raises TokenError when two claim one word.
+    """Fuse concepts into one model; the pipeline is left as it was.
+
+    Raises TokenError when two claim one word, ConceptFileError for one of another base, BaseModelError for a base with
+    adapters (LoRAs) attached.
 
     Recordings go to and are taken from the `store`; without one they are forgotten afterwards. A fusion that was
     broken off goes on from those that are there. Progress is counted in recordings, then anew in steps of refitting.
@@ -66,34 +70,23 @@ def fuse(
     vocabulary(ordered)  # so that two that claim one word are named before anything is recorded
     check_method(settings)
     _check_names(ordered, settings)
+    refuse_adapters(pipeline, "fusing")
+    base = fingerprint(pipeline)
+    for concept in ordered:
+        check_fits(concept, pipeline, f"concept <{concept.info.name}>", base=base)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(exclusive(pipeline))
         if store is None:
             store = Store(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mixofshow-"))))
         recorder = _Recorder(pipeline, settings, store, settings.method in KEEPS_INPUTS)
         fusion = _Fusion(pipeline, ordered, settings, recorder, progress)
         fusion.run()
-    if settings.refuse_loud:
-        _refuse_loud(fusion.reports)
-    found = refit(pipeline, ordered, fusion.weights, settings, progress=progress)
-    words, manifest = vocabulary(found.concepts), _manifest(pipeline, ordered, settings)
-    return Fused(ConceptModel(pipeline, words, found.weights, manifest, ordered), fusion.reports, found.losses)
-
-
-def _manifest(pipeline: Any, concepts: Sequence[Concept], settings: FusionSettings) -> dict[str, Any]:
-    """What the model is made from, and how."""
-    return {
-        "base": base_name(pipeline),
-        "settings": settings.model_dump(mode="json"),
-        "concepts": [
-            {
-                "name": concept.info.name,
-                "hash": concept.hash,
-                "words": list(concept.info.words),
-                "class_word": concept.info.class_word,
-            }
-            for concept in concepts
-        ],
-    }
+        if settings.refuse_loud:
+            _refuse_loud(fusion.reports)
+        found = refit(pipeline, ordered, fusion.weights, settings, progress=progress)
+    told = settings.model_dump(mode="json")
+    model = ConceptModel(pipeline, vocabulary(found.concepts), found.weights, ordered, told)
+    return Fused(model, fusion.reports, found.losses)
 
 
 def record_concept(concept: Concept, pipeline: Any, settings: RecordingSettings, store: Store) -> Recording:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixofshow.bases.layers import cross_attentions, text_groups
+from mixofshow.bases.parts import plain
 from mixofshow.errors import BaseModelError
 from mixofshow.sampling.regions import Cells, Grid, Shape, bounding_cells, coverages, levels
 
@@ -230,7 +231,7 @@ def regional(
     cross, groups = cross_attentions(unet), text_groups(unet)
     replaced: dict[str, Any] = dict(cross)
     if isolate and regions:
-        replaced |= {name: unet.get_submodule(name) for name in (f"{one.removesuffix('2')}1" for one in cross)}
+        replaced |= {name: plain(unet).get_submodule(name) for name in (f"{one.removesuffix('2')}1" for one in cross)}
     for name, module in replaced.items():
         _require_known(name, module)
     like = torch.empty(0, device=text.device, dtype=unet.dtype)

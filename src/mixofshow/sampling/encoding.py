@@ -42,8 +42,15 @@ def encode(
     width: int,
     height: int,
     guided: bool,
+    steps: tuple[int, int] | None = None,
 ) -> EncodedPrompt:
-    """All prompts of a composition, layer by layer. Raises RegionError, TokenError, SettingsError."""
+    """All prompts of a composition, layer by layer; `steps` are the first and last to be done, from 1.
+
+    Raises RegionError, TokenError, SettingsError.
+    """
+    if steps:
+        for region in regions:
+            region.require_its_steps(*steps)
     factor = model.pipeline.vae_scale_factor
     shapes = [shape_of(region, width=width, height=height) for region in regions]
     for shape in shapes:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from mixofshow.concepts.adapters import replaced, tuned_weights
-from mixofshow.concepts.concept import Concept, vocabulary
+from mixofshow.concepts.concept import Concept, check_fits, vocabulary
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.concepts.words import Vocabulary
-from mixofshow.errors import SettingsError
+from mixofshow.errors import BadInputError, SettingsError, shown
 from mixofshow.sampling.attention import RegionText, shares
 from mixofshow.sampling.denoising import Predicting, shared_weights
 from mixofshow.sampling.encoding import EncodedPrompt, concepts_in
@@ -43,8 +43,14 @@ def own_models(
     """One for each concept that some region names; to be made while the pipeline has its base's weights.
 
     `encoding` encodes the composition with a vocabulary: the model's, but for the concept's words as they were tuned.
-    Raises SettingsError when a region names several concepts.
+    Raises SettingsError when a region names several concepts, BadInputError when the pipeline's weights are not those
+    of the concepts' base.
     """
+    if model.baked:
+        raise BadInputError(
+            f"own_weights: this model has fused weights instead of those of base '{shown(model.base)}', which concepts "
+            "change; load its folder by load_unfused, which keeps the two apart"
+        )
     named: set[str] = set()
     for region in regions:
         found = concepts_in(model, region.prompt) if region.strength else ()
@@ -59,6 +65,7 @@ def own_models(
     made = []
     for concept in concepts:
         if concept.info.name in named:
+            check_fits(concept, model.pipeline, f"concept <{concept.info.name}>")
             weights = tuned_weights(model.pipeline, concept, layers)
             words = replace(
                 model.vocabulary, embeddings={**model.vocabulary.embeddings, **vocabulary([concept]).embeddings}

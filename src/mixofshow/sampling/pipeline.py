@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from mixofshow.bases.families import family_of
+from mixofshow.bases.parts import exclusive
 from mixofshow.concepts.concept import Concept
 from mixofshow.concepts.model import ConceptModel, load_model, with_concept
 from mixofshow.concepts.words import Vocabulary
@@ -56,6 +58,13 @@ class _Asked:
     generators: Sequence[torch.Generator]
     images: Sequence[Image.Image]
     size: tuple[int, int]
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """The first and last step that are done, from 1: those from a picture begin later."""
+        steps = self.drawing.steps
+        share = self.drawing.image_strength if self.images else 1.0
+        return min(steps - min(int(steps * share), steps) + 1, steps), steps
 
     @property
     def guided(self) -> bool:
@@ -125,6 +134,13 @@ class MixOfShowPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # t
         """Write a fused folder, which plain diffusers loads too."""
         self._given.save(Path(save_directory))
 
+    def fuse_lora(self, *_: Any, **__: Any) -> None:
+        """Refused: a concept's weights would take the place of the fused ones. Raises SettingsError."""
+        raise SettingsError(
+            "fuse_lora: what a concept changes would come out without the LoRA; leave it loaded beside the concept, or "
+            "convert it to a concept and fuse the two"
+        )
+
     @torch.no_grad()
     def __call__(
         self,
@@ -161,8 +177,9 @@ class MixOfShowPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # t
         generators = _generators(seed, generator, num_images_per_prompt * len(prompts))
         asked = self._asked(drawing, generators, image)
         encoding = partial(self._encode, prompts, negative_prompt, regions, asked)
-        predicting = self._predicting(own_weights, regions, encoding, drawing.isolated_steps)
-        with self.model.active():
+        with contextlib.ExitStack() as stack, exclusive(self):
+            predicting = self._predicting(own_weights, regions, encoding, drawing.isolated_steps)
+            stack.enter_context(self.model.active())
             run = partial(
                 self._denoise,
                 encoding(self.model.vocabulary),
@@ -192,7 +209,8 @@ class MixOfShowPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # t
         vocabulary: Vocabulary,
     ) -> EncodedPrompt:
         model, (width, height) = replace(self.model, vocabulary=vocabulary), asked.size
-        return encode(model, prompts, negative_prompt, regions, width=width, height=height, guided=asked.guided)
+        how: dict[str, Any] = {"width": width, "height": height, "guided": asked.guided, "steps": asked.steps}
+        return encode(model, prompts, negative_prompt, regions, **how)
 
     def _predicting(
         self,

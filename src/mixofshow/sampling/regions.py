@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Final
+from typing import Final, get_args
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mixofshow.errors import BadInputError, RegionError, shown
 from mixofshow.sampling.pictures import Source, read_picture
-from mixofshow.sampling.settings import Box, Points, RegionEntry
+from mixofshow.sampling.settings import Box, Points, RegionEntry, Units
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,8 @@ MAX_WEIGHT: Final = 1e6
 WHOLE: Final[Box] = (0.0, 0.0, 1.0, 1.0)
 _SMALLEST_AREA: Final = 1e-9
 """Below this share of the picture a polygon is a line."""
+_ROUNDING: Final = 1e-9
+"""Of a cell: an edge between two cells, as a share of the picture, may come out beside itself by so much."""
 
 Cells = tuple[int, int, int, int]
 """(left, top, right, bottom) in whole cells of a feature map; right and bottom are not included."""
@@ -37,12 +39,13 @@ Grid = tuple[int, int]
 class Region:
     """A part of the picture with a prompt of its own: a box, a polygon, or a mask picture (white is inside).
 
-    Lengths are in pixels, or in shares of the picture if no number of the box or polygon is over 1. A mask is
-    stretched over the whole picture; grey is partly inside. `negative_prompt` None means the one of the whole picture.
-    Where regions overlap, each counts by its `weight`. `first_step` and `last_step` count from 1 and are included; None
-    is the first or last there is. `strength` 0 to 1 is how much of the prompt's concepts is there (0: only their class
-    words), and before `concept_from`, a step, none of it is. `feather` is the width over which the region fades in, half
-    of it on either side of its edge, in pixels, or up to 1 as a share of the picture's shorter side.
+    `units` says what the box, polygon and feather are in: "px", or "share" of the picture (a feather: of its shorter
+    side). None is pixels, unless no number of the box or polygon is over 1, and for a feather, unless it is at most 1. A
+    mask is stretched over the whole picture; grey is partly inside. `negative_prompt` None means the one of the whole
+    picture. Where regions overlap, each counts by its `weight`. `first_step` and `last_step` count from 1 and are
+    included; None is the first or last there is. `strength` 0 to 1 is how much of the prompt's concepts is there (0: only
+    their class words), and before `concept_from`, a step, none of it is. `feather` is the width over which the region
+    fades in, half of it on either side of its edge.
     """
 
     prompt: str
@@ -57,6 +60,7 @@ class Region:
     strength: float = 1.0
     concept_from: int | None = None
     feather: float = 0.0
+    units: Units | None = None
 
     def __post_init__(self) -> None:
         if [self.box, self.polygon, self.mask].count(None) != 2:
@@ -64,11 +68,23 @@ class Region:
         self._require(0 < self.weight <= MAX_WEIGHT, "weight", f"above 0 and at most {MAX_WEIGHT:g}")
         self._require(0 <= self.strength <= 1, "strength", "0 to 1")
         self._require(0 <= self.feather < math.inf, "feather", "a finite number, at least 0")
+        self._require(self.units in (None, *get_args(Units)), "units", " or ".join(get_args(Units)))
         for name in ("first_step", "last_step", "concept_from"):
             step = getattr(self, name)
             self._require(step is None or step >= 1, name, "a step, counted from 1")
         ends = self.last_step is None or (self.first_step or 1) <= self.last_step
         self._require(ends, "last_step", f"at least first_step, {self.first_step}")
+
+    def in_shares(self, largest: float) -> bool:
+        """Whether numbers of which this is the largest are shares of the picture, not pixels."""
+        return largest <= 1 if self.units is None else self.units == "share"
+
+    def require_its_steps(self, first: int, last: int) -> None:
+        """Raise RegionError unless the region is there in a step that is done, and its concept may begin in one."""
+        expected = f"a step from {first} to {last}, which are done"
+        self._require((self.first_step or 1) <= last, "first_step", expected)
+        self._require(self.last_step is None or self.last_step >= first, "last_step", expected)
+        self._require((self.concept_from or 1) <= last, "concept_from", expected)
 
     def _require(self, holds: bool, name: str, expected: str) -> None:
         if not holds:
@@ -113,7 +129,7 @@ class Shape:
 
 def shape_of(region: Region, *, width: int, height: int) -> Shape:
     """The region's place on a picture of this size, in shares of it. Raises RegionError naming it and the numbers."""
-    fading = region.feather * min(width, height) if region.feather <= 1 else region.feather
+    fading = region.feather * min(width, height) if region.in_shares(region.feather) else region.feather
     feather = (fading / width, fading / height)
     if region.box is not None:
         return Shape(box=as_shares(region, width=width, height=height), feather=feather, title=region.title)
@@ -128,7 +144,7 @@ def as_shares(region: Region, *, width: int, height: int) -> Box:
     left, top, right, bottom = box
     if not all(math.isfinite(edge) for edge in box):
         raise RegionError(f"{region.title}: its edges must be finite numbers")
-    if max(box) > 1:
+    if not region.in_shares(max(box)):
         left, right, top, bottom = left / width, right / width, top / height, bottom / height
     if left >= right or top >= bottom:
         raise RegionError(f"{region.title}: expected left < right and top < bottom")
@@ -145,7 +161,7 @@ def _corners(region: Region, width: int, height: int) -> Tensor:
     corners = torch.tensor(points, dtype=torch.float64)
     if not corners.isfinite().all():
         raise RegionError(f"{region.title}: its points must be finite numbers")
-    if corners.max() > 1:
+    if not region.in_shares(float(corners.max())):
         corners = corners / torch.tensor([width, height], dtype=torch.float64)
     outside = ((corners < 0) | (corners > 1)).any(1)
     if outside.any():
@@ -235,7 +251,7 @@ def _grown(shape: Shape, columns: int, rows: int) -> Shape:
 
 def _nearest_cells(start: float, end: float, count: int) -> tuple[float, float]:
     """The range itself, or, when it holds no whole cell out of `count`, the cell in which its middle lies."""
-    if math.ceil(start * count) < math.floor(end * count):
+    if _first_cell(start, count) < _last_cell(end, count):
         return start, end
     cell = min(int((start + end) / 2 * count), count - 1)
     return cell / count, (cell + 1) / count
@@ -244,7 +260,15 @@ def _nearest_cells(start: float, end: float, count: int) -> tuple[float, float]:
 def cells(box: Box, *, columns: int, rows: int) -> Cells:
     """The cells that lie wholly inside a box of shares: start rounded up, end rounded down, as in the reference."""
     left, top, right, bottom = box
-    return math.ceil(left * columns), math.ceil(top * rows), math.floor(right * columns), math.floor(bottom * rows)
+    return _first_cell(left, columns), _first_cell(top, rows), _last_cell(right, columns), _last_cell(bottom, rows)
+
+
+def _first_cell(start: float, count: int) -> int:
+    return math.ceil(start * count - _ROUNDING)
+
+
+def _last_cell(end: float, count: int) -> int:
+    return math.floor(end * count + _ROUNDING)
 
 
 def is_empty(area: Cells) -> bool:

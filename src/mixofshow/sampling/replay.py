@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from mixofshow.bases.families import family_of
-from mixofshow.bases.loading import base_name
+from mixofshow.bases.parts import plain
 from mixofshow.errors import BadInputError, SettingsError, field_problem, shown
 from mixofshow.files import raw
 from mixofshow.outputs import writing
@@ -51,7 +51,7 @@ def maker_of(pipeline: MixOfShowPipeline) -> Maker:
     """What draws with this pipeline."""
     model = pipeline.model
     return Maker(
-        base=str(model.manifest.get("base") or base_name(pipeline)),
+        base=model.base,
         hash=model_hash(pipeline),
         concepts=model.concept_hashes,
         versions={package: version(package) for package in PACKAGES},
@@ -70,7 +70,7 @@ def model_hash(pipeline: MixOfShowPipeline) -> str:
 
     with pipeline.model.active():
         for part in (*(part for part, _ in family_of(pipeline).text_encoders), "unet", "vae"):
-            for name, tensor in sorted(getattr(pipeline, part).state_dict().items()):
+            for name, tensor in sorted(plain(getattr(pipeline, part)).state_dict().items()):
                 take(f"{part}.{name}", tensor)
     for word, vectors in pipeline.model.vocabulary.embeddings.items():
         take(word, vectors)

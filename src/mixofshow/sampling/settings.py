@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -13,6 +13,8 @@ Box = tuple[float, float, float, float]
 """(left, top, right, bottom)."""
 Points = tuple[tuple[float, float], ...]
 """(x, y) of each corner of a polygon, in order."""
+Units = Literal["px", "share"]
+"""Of a region's lengths: pixels, or shares of the picture."""
 
 STEPS: Final = 25
 MAX_PIXELS: Final = 2**24
@@ -84,6 +86,7 @@ class RegionEntry(BaseModel):
     strength: float = 1.0
     concept_from: int | None = None
     feather: float = 0.0
+    units: Units | None = None
 
 
 class ControlEntry(BaseModel):

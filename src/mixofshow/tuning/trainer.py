@@ -16,6 +16,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from mixofshow.bases.families import family_of, text_encoders
 from mixofshow.bases.loading import DTYPES, base_name, fingerprint
+from mixofshow.bases.parts import exclusive
 from mixofshow.concepts.concept import Concept, ConceptInfo
 from mixofshow.concepts.prompts import Ids, layerwise, prompt_ids
 from mixofshow.concepts.words import Vocabulary
@@ -92,6 +93,7 @@ def _tune(
     feeds = list(_feeds(settings, pipeline, examples, total=total, accelerator=accelerator, progress=progress))
     method = METHODS[settings.method]
     with (
+        exclusive(pipeline),
         _seeded(settings.seed),
         method.changes(pipeline, settings) as changes,
         _recomputing(pipeline, settings.gradient_checkpointing),

@@ -1,0 +1,87 @@
+"""The parts of a pipeline as they were made, and what others put around them: compilation, adapters, offloading, threads."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+from collections.abc import Iterator
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from mixofshow.errors import BaseModelError, shown
+
+_LOCKS: Final[WeakKeyDictionary[nn.Module, threading.RLock]] = WeakKeyDictionary()
+_NEW_LOCK: Final = threading.Lock()
+_WRAPPED: Final = re.compile(r"\.(base_layer|parametrizations)(?=\.)|(?<=\.weight)\.original$")
+_ATTACHED: Final = re.compile(r"\.lora_|\.parametrizations\.\w+\.\d")
+
+
+def plain(module: Any) -> Any:
+    """The module itself, without what `torch.compile` puts around it, which renames everything inside."""
+    return getattr(module, "_orig_mod", module)
+
+
+@contextlib.contextmanager
+def exclusive(pipeline: Any) -> Iterator[None]:
+    """Inside, no other thread is inside for a pipeline with the same UNet; it is lent weights and processors for a while."""
+    with _NEW_LOCK:
+        lock = _LOCKS.setdefault(plain(pipeline.unet), threading.RLock())
+    with lock:
+        yield
+
+
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a part as it is without adapters, sorted by name."""
+    found = {_WRAPPED.sub("", name): tensor for name, tensor in _unattached(plain(module))}
+    yield from sorted(found.items())
+
+
+def _unattached(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return ((name, tensor) for name, tensor in module.state_dict().items() if not _ATTACHED.search(name))
+
+
+def adapters(pipeline: Any) -> list[str]:
+    """The names of peft's adapters (LoRAs) that are attached to any part."""
+    parts = [plain(part) for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    return list(dict.fromkeys(name for part in parts for name in getattr(part, "peft_config", None) or ()))
+
+
+def refuse_adapters(pipeline: Any, what: str) -> None:
+    """Raise BaseModelError while adapters are attached, which `what` would lose, or take for the base's own."""
+    if names := adapters(pipeline):
+        raise BaseModelError(
+            f"{what}: the pipeline has adapters attached ({shown(', '.join(names))}); take them off first by "
+            "unload_lora_weights(), and load them again afterwards"
+        )
+
+
+def parameter_of(module: Any) -> nn.Parameter:
+    """A layer's own weight, also where something is added to it whenever it is read."""
+    parametrized = getattr(module, "parametrizations", {})
+    found: nn.Parameter = parametrized["weight"].original if "weight" in parametrized else module.weight
+    return found
+
+
+def refuse_unreachable(module: Any, name: str) -> None:
+    """Raise BaseModelError unless a layer's weight can be exchanged: it is in memory, and no adapter is merged into it."""
+    if module.weight.is_meta:
+        raise BaseModelError(
+            f"layer '{name}': its weight is offloaded, so that no concept can change it; use enable_model_cpu_offload(), "
+            "or save_pretrained(folder) before offloading and load that"
+        )
+    if getattr(module, "merged_adapters", None):
+        raise BaseModelError(
+            f"layer '{name}': an adapter is fused into it, which a concept's weight would replace; unfuse_lora(), and "
+            "leave the adapter loaded beside the concept"
+        )
+
+
+def refuse_streamed(part: Any, name: str) -> None:
+    """Raise BaseModelError where group offloading brings back weights of its own, whatever concepts make of them."""
+    from diffusers.hooks.group_offloading import _is_group_offload_enabled
+
+    if isinstance(part, nn.Module) and _is_group_offload_enabled(part):
+        raise BaseModelError(f"{name}: group offloading puts back the base's weights; use enable_model_cpu_offload()")

@@ -1,0 +1,104 @@
+"""What a saved model says of itself, and the concepts that lie beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Self, overload
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mixofshow.concepts.concept import Concept, load_concept
+from mixofshow.errors import ConceptFileError, field_problem
+from mixofshow.reading import parse_json, read_bytes
+
+MANIFEST: Final = "concepts.json"
+CONCEPTS: Final = "concepts"
+SUFFIX: Final = ".safetensors"
+
+
+class Entry(BaseModel):
+    """A concept in a model; one of an older version does not say its words and class word."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    hash: str = ""
+    words: tuple[str, ...] = ()
+    class_word: str = ""
+
+    @classmethod
+    def of(cls, concept: Concept) -> Self:
+        """What there is to say of a concept."""
+        info = concept.info
+        return cls(name=info.name, hash=concept.hash, words=info.words, class_word=info.class_word)
+
+
+class Manifest(BaseModel):
+    """What a model was made from: the base's name, how it was fused, its concepts, and the words that it knows.
+
+    `guidance_scale` is the one that suits the base. `settings` are those of fusion, and empty where nothing was fused.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    base: str = Field("", max_length=128)
+    guidance_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
+    settings: dict[str, Any] = {}
+    concepts: tuple[Entry, ...] = ()
+    words: tuple[str, ...] = ()
+    aliases: dict[str, tuple[str, ...]] = {}
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The content hash of each concept, by name."""
+        return {one.name: one.hash for one in self.concepts}
+
+
+def make_manifest(table: Any, name: str) -> Manifest:
+    """A checked manifest; `name` is for messages. Raises ConceptFileError."""
+    try:
+        return Manifest.model_validate(table)
+    except ValidationError as error:
+        problem = field_problem(error.errors()[0], Manifest.model_fields)
+        raise ConceptFileError(f"{name}: not the expected table ({problem})") from error
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What a saved model's folder says of itself. Raises ConceptFileError."""
+    path = folder / MANIFEST
+    return make_manifest(parse_json(read_bytes(path), str(path), ConceptFileError), str(path))
+
+
+def read_concepts(folder: Path, hashes: Mapping[str, str], pipeline: Any = None) -> tuple[Concept, ...]:
+    """The concepts in a model's folder, which must be those of its manifest; none if it keeps none.
+
+    With a pipeline, also checks that they fit. Raises ConceptFileError.
+    """
+    files = sorted((folder / CONCEPTS).glob(f"*{SUFFIX}"))
+    concepts = tuple(load_concept(path, pipeline) for path in files)
+    if concepts and {one.info.name: one.hash for one in concepts} != hashes:
+        raise ConceptFileError(f"{folder / CONCEPTS}: its {len(files)} files are not the concepts of {MANIFEST}")
+    return concepts
+
+
+class StoredConcepts(Sequence[Concept]):
+    """The concepts in a model's folder, read when they are first asked for. Raises as `read_concepts` does."""
+
+    def __init__(self, folder: Path, hashes: Mapping[str, str]) -> None:
+        self._folder, self._hashes = folder, hashes
+
+    @cached_property
+    def _read(self) -> tuple[Concept, ...]:
+        return read_concepts(self._folder, self._hashes)
+
+    def __len__(self) -> int:
+        return len(self._read)
+
+    @overload
+    def __getitem__(self, index: int) -> Concept: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Concept]: ...
+    def __getitem__(self, index: int | slice) -> Concept | Sequence[Concept]:
+        return self._read[index]
