@@ -1,34 +1,24 @@
 """The command line: reads options, calls one verb, prints what came of it. No logic of its own.
 
-Torch and diffusers are imported inside the commands, so that `--help` answers at once.
+This module imports next to nothing, so that Ctrl-C is heard while the rest is imported.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
-from typing import Final
+from collections.abc import Iterator
+from typing import Any, Final
 
-import typer
-
-from mixofshow.cli import convert, evaluate, fuse, sample, study, tune
 from mixofshow.errors import ours, printable
+from mixofshow.terminal import forgiving_output
 
 DEBUG: Final = "--debug"
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Tune concepts on your pictures, fuse any number of them, draw them together, each where you put it.",
-    epilog=f"{DEBUG}, anywhere in a command: errors in full length, with where they arose.",
-)
-for part in (tune, fuse, sample, convert, evaluate, study):
-    app.add_typer(part.app)
-
-
 LONGEST: Final = 300
 """Characters of an error's line, without --debug."""
 
@@ -40,8 +30,31 @@ class _OneLine(logging.Formatter):
         return printable(record.getMessage())
 
 
+INTERRUPTED: Final = 130
+TERMINATED: Final = 143
+"""Exit codes as shells give them: 128 and the number of the signal."""
+
+
+def __getattr__(name: str) -> Any:
+    """`app`, the commands as one program, is imported when it is first asked for."""
+    if name != "app":
+        raise AttributeError(f"module 'mixofshow.cli' has no attribute '{name}'")
+    from mixofshow.cli.commands import app
+
+    return app
+
+
 def main() -> None:
-    """Run a command; a foreseen error is one line, exit code 2 (input) or 3 (machine)."""
+    """Run a command; a foreseen error is one line, exit code 2 (input) or 3 (machine). Ctrl-C is 130."""
+    with forgiving_output() as lost, _terminated_in_good_order():
+        code = _run()
+        if refused := lost():
+            sys.stderr.write(f"error: standard output: {refused}; what the command does is done\n")
+    sys.exit(code or (3 if refused else 0))
+
+
+def _run() -> Any:
+    """Run the command of `sys.argv` and return its exit code."""
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # what they miss, such as torchvision, is nothing that we use
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     handler = logging.StreamHandler()
@@ -50,14 +63,32 @@ def main() -> None:
     debug = DEBUG in sys.argv[1:]
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != DEBUG]
     try:
-        app()
+        getattr(sys.modules[__name__], "app")()  # noqa: B009
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except SystemExit as end:
+        return end.code
     except Exception as error:
         if (known := ours(error)) is None:
             raise
         if debug:
             traceback.print_exception(error)
         sys.stderr.write(f"error: {str(known) if debug else shortened(str(known))}\n")
-        sys.exit(known.exit_code)
+        return known.exit_code
+    return 0
+
+
+@contextlib.contextmanager
+def _terminated_in_good_order() -> Iterator[None]:
+    """Inside, SIGTERM ends the program as Ctrl-C does, so that temporary files go."""
+    if threading.current_thread() is not threading.main_thread():  # others cannot say what signals do
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def shortened(message: str) -> str:

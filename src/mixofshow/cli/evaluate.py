@@ -41,7 +41,7 @@ def evaluate(
     device: Device = "cpu",
     loading: dict[str, Any],
 ) -> None:
-    """Measure identity and prompt fidelity, single concept → fused: of a whole suite, or of a few files."""
+    """Measure identity and prompt fidelity, single concept -> fused: of a whole suite, or of a few files."""
     if not what[0].endswith((".yaml", ".yml")):
         how = {"device": device, **loading}
         named: dict[str, Any] = {"base": base or "emojiland", "kind": kind or "subject", "images": images or 4}

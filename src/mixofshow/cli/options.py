@@ -34,7 +34,7 @@ LOADING: Final[dict[str, tuple[Any, Any]]] = {
 }
 """Options of `load_base`, for every command that loads a base."""
 Storage = Annotated[str, typer.Option(help="How recordings are kept: fp64, fp32, fp16 or low-rank (plus diagonal).")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps …")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")]
 
 
 def bases(*names: str | None) -> list[Path]:

@@ -80,11 +80,8 @@ def _tune_one(settings: Any, target: Path, folder: Path, loading: dict[str, Any]
         save(concept, folder / f"{step:06d}.safetensors" if target.exists() else target)
 
     with terminal_bar(f"tuning {settings.placeholder}", hidden=not state.is_main_process) as progress:
-        concept = run(
-            settings, pipeline, folder=folder, resume=resume, progress=progress, preview=preview, stopped=stopped
-        )
-    if state.is_main_process:
-        save(concept, target)
+        watched: dict[str, Any] = {"progress": progress, "preview": preview, "stopped": stopped}
+        run(settings, pipeline, folder=folder, resume=resume, **watched, finished=lambda concept: save(concept, target))
 
 
 @app.command()

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from mixofshow.concepts.concept import Concept
 from mixofshow.grids import grid
+from mixofshow.outputs import writing
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.tuning.run import Preview
 
@@ -26,8 +27,8 @@ def preview_grids(pipeline: Any, folder: Path, *, images: int = 4) -> Preview:
             )
         ]
         seeds = [f"seed {seed}" for seed in range(images)]
-        folder.mkdir(parents=True, exist_ok=True)
         sheet = grid(pictures, images, row_labels=list(STRENGTHS), column_labels=seeds, corner=f"step {step}")
-        sheet.save(folder / f"{step:06d}.png")
+        with writing(folder / f"{step:06d}.png") as path:
+            sheet.save(path, "PNG")
 
     return preview

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -31,6 +29,7 @@ from mixofshow.fusion.settings import FusionSettings, RecordingSettings
 from mixofshow.fusion.solving import STAGES, LayerReport, check_method, problem_of, solve, solver_for, turned_down
 from mixofshow.fusion.statistics import input_of, parts
 from mixofshow.fusion.store import Looks, Recording, Store
+from mixofshow.outputs import scratch
 from mixofshow.progress import Progress, silent
 
 LOUD_SHARE: Final = 0.25
@@ -77,7 +76,7 @@ def fuse(
     with contextlib.ExitStack() as stack:
         stack.enter_context(exclusive(pipeline))
         if store is None:
-            store = Store(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mixofshow-"))))
+            store = Store(stack.enter_context(scratch()))
         recorder = _Recorder(pipeline, settings, store, settings.method in KEEPS_INPUTS)
         fusion = _Fusion(pipeline, ordered, settings, recorder, progress)
         fusion.run()

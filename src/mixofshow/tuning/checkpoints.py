@@ -16,7 +16,7 @@ from typing import Any, Final, Self
 import torch
 
 from mixofshow.errors import BadInputError, MixOfShowError, ResourceError, SettingsError, shown
-from mixofshow.outputs import is_among, sweep, writing
+from mixofshow.outputs import holding, is_among, refusals, sweep, writing
 
 logger = logging.getLogger(__name__)
 FORMAT: Final = 1
@@ -88,6 +88,28 @@ def run_folder(target: Path, inputs: Iterable[Path | None] = ()) -> Path:
     plain = target.with_name(target.name.removesuffix(SUFFIX) or target.name)
     ours = not plain.exists() or (plain.is_dir() and ((plain / FOLDER).is_dir() or not any(plain.iterdir())))
     return plain if ours and plain != target and not is_among(plain, inputs) else plain.with_name(f"{plain.name}-run")
+
+
+@contextlib.contextmanager
+def working_in(folder: Path | None) -> Iterator[None]:
+    """Inside, no other run works in the folder, which is made. Raises BadInputError, ResourceError."""
+    if folder is None:
+        yield
+        return
+    with refusals(folder):
+        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    with holding(folder) as held:
+        if held is False:
+            raise BadInputError(f"{folder}: another run is at work there; wait for its end, or give another output")
+        yield
+
+
+def discard_but_newest(folder: Path) -> None:
+    """Make room: of the checkpoints, only the newest that can be read stays."""
+    if last := newest(folder):
+        for _, path in _found(folder, NAME):
+            if path != last:
+                _remove(path)
 
 
 def any_in(folder: Path) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Final
@@ -18,11 +21,10 @@ from torch.nn.utils import get_total_norm
 from mixofshow.bases.layers import kind_of
 from mixofshow.concepts.concept import LARGEST_EMBEDDING, LARGEST_VALUE, Concept, ConceptInfo
 from mixofshow.errors import BadInputError, DivergedError, ResourceError, ours
-from mixofshow.outputs import refusals
 from mixofshow.progress import Progress
 from mixofshow.tuning.batches import batch_generator
 from mixofshow.tuning.changes import TrainedChange, keys_and_values, switched_off
-from mixofshow.tuning.checkpoints import FOLDER, Identity, any_in, load, newest, save
+from mixofshow.tuning.checkpoints import FOLDER, Identity, any_in, discard_but_newest, load, newest, save
 from mixofshow.tuning.objective import Feed, Objective
 from mixofshow.tuning.optimizers import make_optimizer, make_schedule
 from mixofshow.tuning.settings import TuningSettings
@@ -34,6 +36,8 @@ SMALLEST_SCALE: Final = 2.0**-10
 """Of a loss in half precision: what overflows even so has no scale that fits."""
 Preview = Callable[[Concept, int], None]
 """Called with the concept so far and the step."""
+Finished = Callable[[Concept], None]
+"""Called with the concept; raises ResourceError where there is no room for it."""
 
 
 class Run:
@@ -75,9 +79,6 @@ class Run:
     def keep(self, folder: Path, identity: Identity, *, resume: bool) -> None:
         """Leave checkpoints and curves in `folder` from now on; with `resume`, go on from the newest if there is one."""
         self.folder, self.identity = folder / FOLDER, identity
-        if self.accelerator.is_main_process:
-            with refusals(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
         if resume and not any_in(self.folder):
             logger.warning("%s: no checkpoint yet; beginning at the first step", self.folder)
         elif resume:
@@ -94,17 +95,9 @@ class Run:
 
         It is handed to `stopped`, and the cause is raised; without `stopped`, Ctrl-C is the end like any other.
         """
-        first, started = self.step, time.monotonic()
         try:
-            while self.step < self.total:
-                figures = self._one_step()
-                self.step += 1
-                self.accelerator.log(figures, step=self.step)
-                speed = (self.step - first) / (time.monotonic() - started)
-                progress(self.step, self.total, {"loss": figures["loss"], "steps/s": speed})
-                self._save_if_due()
-                if preview and _due(self.step, self.settings.preview_every) and self.accelerator.is_main_process:
-                    self._preview(preview)
+            with interrupts_noted() as interrupted:
+                self._steps(progress, preview, interrupted)
         except (KeyboardInterrupt, DivergedError) as cause:
             logger.warning("stopped after step %d of %d; what was learned so far is kept", self.step, self.total)
             if self._go_back_to_finite_numbers() and self.step:
@@ -114,7 +107,23 @@ class Run:
             if stopped or isinstance(cause, DivergedError):
                 raise
         finally:
-            self.accelerator.end_training()
+            with contextlib.suppress(OSError):  # a full disk costs curves, not training
+                self.accelerator.end_training()
+
+    def _steps(self, progress: Progress, preview: Preview | None, interrupted: Callable[[], bool]) -> None:
+        first, started = self.step, time.monotonic()
+        while self.step < self.total:
+            figures = self._one_step()
+            self.step += 1
+            with contextlib.suppress(OSError):
+                self.accelerator.log(figures, step=self.step)
+            speed = (self.step - first) / (time.monotonic() - started)
+            progress(self.step, self.total, {"loss": figures["loss"], "steps/s": speed})
+            self._save_if_due()
+            if preview and _due(self.step, self.settings.preview_every) and self.accelerator.is_main_process:
+                self._preview(preview)
+            if interrupted():
+                raise KeyboardInterrupt
 
     def _one_step(self) -> dict[str, float]:
         """One step of the optimizer, over `accumulate` batches; returns its figures. Raises DivergedError."""
@@ -216,6 +225,26 @@ class Run:
             logger.warning("%s; tried once more", error)
             self._save()
 
+    def handed_over(self, finished: Finished | None) -> Concept:
+        """The concept, also to `finished`: a second time if that has no room, with what an older checkpoint took."""
+        concept = self.concept()
+        if not (finished and self.accelerator.is_main_process):
+            return concept
+        try:
+            finished(concept)
+        except ResourceError as error:
+            if not self.folder:
+                raise
+            discard_but_newest(self.folder)
+            try:
+                finished(concept)
+            except ResourceError:
+                with contextlib.suppress(ResourceError):
+                    self._save()
+                kept = newest(self.folder) or "no checkpoint"
+                raise ResourceError(f"{error}; kept: {kept}; make room, and repeat the command with --resume") from error
+        return concept
+
     def _save(self) -> None:
         if self.folder and self.identity and self.accelerator.is_main_process:
             save(self.folder, self.step, self._state(), self.identity)
@@ -255,6 +284,26 @@ class Run:
         finally:
             if self.average:
                 self.average.restore(self.trained)
+
+
+@contextlib.contextmanager
+def interrupts_noted() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C is only noted, and the function that is yielded tells; the second is as usual."""
+    before, noted = signal.getsignal(signal.SIGINT), list[bool]()
+
+    def note(*_: object) -> None:
+        noted.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    # Other threads hear no signals; and who starts us without Ctrl-C, as a shell in the background, wants it so.
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(noted)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _due(step: int, every: int) -> bool:

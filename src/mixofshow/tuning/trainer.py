@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -26,12 +27,12 @@ from mixofshow.progress import Progress, silent
 from mixofshow.tuning.attention import recorded_attention
 from mixofshow.tuning.batches import Order, Source
 from mixofshow.tuning.changes import refuse_altered
-from mixofshow.tuning.checkpoints import Identity
+from mixofshow.tuning.checkpoints import Identity, working_in
 from mixofshow.tuning.dataset import Example, inputs_of, read_folder, with_placeholder
 from mixofshow.tuning.methods import METHODS, initial_words, initializers, word_names
 from mixofshow.tuning.objective import Feed, Objective
 from mixofshow.tuning.prior import prior_examples
-from mixofshow.tuning.run import Preview, Run
+from mixofshow.tuning.run import Finished, Preview, Run
 from mixofshow.tuning.settings import TuningSettings, make_settings, with_presets
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ def tune(
     progress: Progress = silent,
     preview: Preview | None = None,
     stopped: Preview | None = None,
+    finished: Finished | None = None,
     **keys: Any,
 ) -> Concept:
     """Tune a concept on a folder of pictures: `tune(pipeline, data, name=…, class_word=…, **settings)`.
@@ -56,8 +58,9 @@ def tune(
     pipeline needs, whatever `base` they name. The pipeline is left as it was. Checkpoints and curves go to `folder`;
     without one there are none. `resume` goes on from its newest checkpoint, as if there had been no break. Ctrl-C ends
     early with what has been learned. A run that ends early hands that to `stopped`, if it is given, and raises its cause:
-    KeyboardInterrupt, or DivergedError where the numbers are not finite any more. Raises DatasetError, TokenError,
-    SettingsError, ResourceError.
+    KeyboardInterrupt, or DivergedError where the numbers are not finite any more. One that comes to its end hands the
+    concept to `finished`; where that has no room for it, the last state is kept in `folder`. Raises DatasetError,
+    TokenError, SettingsError, ResourceError.
     """
     settings, pipeline = _asked(settings, pipeline, keys)
     place = None if folder is None else Path(folder)
@@ -65,20 +68,24 @@ def tune(
     settings = with_presets(settings, base_name(pipeline))
     refuse_altered(pipeline)
     with _own_accelerate():
-        return _tune(settings, pipeline, place, resume=resume, progress=progress, preview=preview, stopped=stopped)
+        accelerator = make_accelerator(settings, pipeline, place)
+        with working_in(place if accelerator.is_main_process else None):
+            run = partial(_tune, settings, pipeline, accelerator, place, resume=resume, progress=progress)
+            return run(preview=preview, stopped=stopped, finished=finished)
 
 
 def _tune(
     settings: TuningSettings,
     pipeline: Any,
+    accelerator: Accelerator,
     folder: Path | None,
     *,
     resume: bool,
     progress: Progress,
     preview: Preview | None,
     stopped: Preview | None,
+    finished: Finished | None,
 ) -> Concept:
-    accelerator = make_accelerator(settings, pipeline, folder)
     examples = read_folder(
         settings.data,
         instance_prompt=settings.instance_prompt or f"a photo of a {settings.placeholder}",
@@ -105,7 +112,7 @@ def _tune(
         if folder:
             run.keep(folder, _identity(settings, examples, info), resume=resume)
         run.to_the_end(progress, preview, stopped)
-        return run.concept()
+        return run.handed_over(finished)
 
 
 def _asked(first: Any, second: Any, keys: Mapping[str, Any]) -> tuple[TuningSettings, Any]:

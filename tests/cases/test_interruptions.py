@@ -1,0 +1,223 @@
+"""What is broken off, by Ctrl-C, a full disk, a closed pipe or another run, loses nothing that was there.
+
+Covers F13, F33, F34, F36, F37, G4, G7, G9, G10 and case 15.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mixofshow import cli
+from mixofshow.concepts.concept import Concept, load_concept
+from mixofshow.errors import BadInputError, ResourceError
+from mixofshow.outputs import holding
+from mixofshow.terminal import forgiving_output
+from mixofshow.tuning.checkpoints import newest
+from mixofshow.tuning.run import interrupts_noted
+from mixofshow.tuning.settings import make_settings
+from mixofshow.tuning.trainer import tune
+
+GOLDEN_BASE = Path(__file__).parents[1] / "goldens" / "pipeline"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "concepts" / "reddog.safetensors"
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Settings of a short run."""
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "pictures" / "0.png")
+
+    def settings(**changed):
+        table = {"name": "thing", "class_word": "man", "base": str(GOLDEN_BASE), "data": tmp_path / "pictures"}
+        table |= {"steps": 4, "batch_size": 1, "save_every": 2, "tracker": "none", "pictures.size": 64}
+        return make_settings({**table, **changed})
+
+    return settings
+
+
+def _pressing(at):
+    """Progress during which Ctrl-C is pressed."""
+
+    def progress(step, total, info):
+        if step == at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return progress
+
+
+def test_ctrl_c_ends_between_steps_and_the_run_goes_on_to_the_same_bits(golden_pipeline, make, tmp_path):
+    straight = tune(make(), golden_pipeline)
+    kept = {"folder": tmp_path / "run", "out": tmp_path / "thing.safetensors"}
+    with pytest.raises(KeyboardInterrupt):
+        tune(make(), golden_pipeline, **kept, progress=_pressing(3))
+    assert load_concept(kept["out"]).info.settings["steps"] == 3
+    assert tune(make(), golden_pipeline, **kept, resume=True).hash == straight.hash
+    assert load_concept(kept["out"]).hash == straight.hash
+
+
+def test_ctrl_c_never_replaces_a_concept_of_more_steps(golden_pipeline, make, tmp_path, caplog):
+    out = tmp_path / "thing.safetensors"
+    finished = tune(make(), golden_pipeline, out=out)
+    with pytest.raises(KeyboardInterrupt):
+        tune(make(steps=9), golden_pipeline, folder=tmp_path / "run", out=out, progress=_pressing(1))
+    assert load_concept(out).hash == finished.hash and "has 4 steps and is left as it is" in caplog.text
+    assert newest(tmp_path / "run" / "checkpoints").stem == "step-00000001"
+    with pytest.raises(KeyboardInterrupt):
+        tune(make(steps=9), golden_pipeline, out=out, progress=_pressing(5))
+    assert load_concept(out).info.settings["steps"] == 5
+
+
+def test_the_second_ctrl_c_breaks_off():
+    with pytest.raises(KeyboardInterrupt), interrupts_noted() as interrupted:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupted()
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_after_ctrl_c_no_further_concept_is_begun_and_the_exit_code_is_130(make, tmp_path, monkeypatch):
+    begun = []
+
+    def interrupted(settings, *_, **__):
+        begun.append(settings.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mixofshow.tuning.trainer.tune", interrupted)
+    text = f"{{base: {GOLDEN_BASE}, class_word: man, data: {tmp_path}/pictures, concepts: [{{name: a}}, {{name: b}}]}}"
+    (tmp_path / "both.yaml").write_text(text)
+    monkeypatch.setattr(
+        sys, "argv", ["mixofshow", "tune", str(tmp_path / "both.yaml"), "--out", str(tmp_path / "made")]
+    )
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130 and begun == ["a"]
+
+
+@pytest.mark.parametrize("where", ["mixofshow.cli.commands", "typer", "mixofshow.tuning.settings"])
+def test_ctrl_c_while_modules_are_imported_is_130_without_a_traceback(where):
+    script = f"""
+import sys
+class Pressed:
+    def find_spec(self, name, *_):
+        if name == {where!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Pressed())
+sys.argv = ["mixofshow", "--help"]
+from mixofshow.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_a_terminated_command_cleans_up(monkeypatch):
+    ended = []
+
+    def app():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            ended.append(True)
+
+    monkeypatch.setattr(cli, "app", app)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 143 and ended and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_two_runs_do_not_share_a_folder(golden_pipeline, make, tmp_path):
+    (tmp_path / "run").mkdir()
+    with holding(tmp_path / "run"), pytest.raises(BadInputError, match="run: another run is at work there"):
+        tune(make(), golden_pipeline, folder=tmp_path / "run")
+    tune(make(), golden_pipeline, folder=tmp_path / "run")
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """`room(1)`: so many more concepts than those given are written, the others meet a full disk."""
+    save = Concept.save
+
+    def full(*results):
+        left = iter(results)
+
+        def saved(self, path):
+            if not next(left):
+                raise ResourceError(f"{path}: could not be written (No space left on device); nothing was changed")
+            save(self, path)
+
+        monkeypatch.setattr(Concept, "save", saved)
+
+    return full
+
+
+def test_a_result_without_room_is_tried_again_with_that_of_an_old_checkpoint(golden_pipeline, make, tmp_path, room):
+    room(False, True)
+    tune(make(steps=5), golden_pipeline, folder=tmp_path / "run", out=tmp_path / "thing.safetensors")
+    assert (tmp_path / "thing.safetensors").exists()
+    assert [one.name for one in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004.pt"]
+
+
+def test_a_run_whose_result_finds_no_room_is_kept_and_says_where(golden_pipeline, make, tmp_path, room):
+    room(False, False, True)
+    kept = {"folder": tmp_path / "run", "out": tmp_path / "thing.safetensors"}
+    with pytest.raises(ResourceError, match=r"No space left.*kept: .*step-00000005\.pt; make room.*--resume"):
+        tune(make(steps=5), golden_pipeline, **kept)
+    again = tune(make(steps=5), golden_pipeline, **kept, resume=True, progress=lambda *_: pytest.fail("it is done"))
+    assert load_concept(kept["out"]).hash == again.hash
+
+
+def test_a_preview_without_room_costs_no_training(golden_pipeline, make, tmp_path, caplog):
+    def preview(concept, step):
+        raise ResourceError("000001.png: could not be written (No space left on device)")
+
+    done = tune(make(preview_every=1), golden_pipeline, preview=preview)
+    assert done.info.settings["steps"] == 4 and caplog.text.count("training goes on") == 4
+
+
+def _command(line: str, **options):
+    """A command in a process of its own, by the shell."""
+    line = line.replace("mixofshow", f"{sys.executable} -m mixofshow")
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, timeout=120, **options)
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        (f"mixofshow inspect {EXAMPLE} > /dev/full", 3, "error: standard output: No space left on device"),
+        (f"mixofshow inspect {EXAMPLE} >&-", 0, ""),
+        (f"mixofshow inspect {EXAMPLE} | true; exit ${{PIPESTATUS[0]}}", 0, ""),
+        ("mixofshow inspect /none 2>&-", 2, ""),
+        ("mixofshow inspect /none 2> /dev/full", 2, ""),
+        ("PYTHONIOENCODING=cp1252 mixofshow evaluate --help > /dev/null", 0, ""),
+    ],
+)
+def test_where_output_goes_changes_no_exit_code_but_of_a_full_disk(line, code, said):
+    done = _command(line)
+    assert done.returncode == code and done.stderr.startswith(said) and bool(said) == bool(done.stderr), done.stderr
+
+
+def test_what_an_encoding_lacks_is_escaped_and_work_is_done(tmp_path):
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "犬.png")
+    (tmp_path / "犬.txt").touch()
+    done = _command(
+        f"mixofshow check {tmp_path} --json {tmp_path}.json", env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert done.returncode == 0 and "\\u72ac.png" in done.stdout, done.stderr
+    assert "犬" in Path(f"{tmp_path}.json").read_text("utf-8")
+
+
+def test_in_this_process_output_is_as_before(capsys):
+    with forgiving_output() as lost:
+        print("said")
+        assert not lost()
+    assert capsys.readouterr().out == "said\n"
+    assert errno.EPIPE
