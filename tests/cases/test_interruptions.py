@@ -5,7 +5,6 @@ Covers F13, F33, F34, F36, F37, G4, G7, G9, G10 and case 15.
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import subprocess
@@ -16,11 +15,10 @@ import pytest
 from PIL import Image
 
 from mixofshow import cli
-from mixofshow.concepts.concept import Concept, load_concept
+from mixofshow.concepts.concept import load_concept
 from mixofshow.errors import BadInputError, ResourceError
 from mixofshow.outputs import holding
 from mixofshow.terminal import forgiving_output
-from mixofshow.tuning.checkpoints import newest
 from mixofshow.tuning.run import interrupts_noted
 from mixofshow.tuning.settings import make_settings
 from mixofshow.tuning.trainer import tune
@@ -54,25 +52,13 @@ def _pressing(at):
 
 
 def test_ctrl_c_ends_between_steps_and_the_run_goes_on_to_the_same_bits(golden_pipeline, make, tmp_path):
-    straight = tune(make(), golden_pipeline)
-    kept = {"folder": tmp_path / "run", "out": tmp_path / "thing.safetensors"}
+    straight, kept = tune(make(), golden_pipeline), []
+    run = {"folder": tmp_path / "run", "stopped": lambda concept, step: kept.append((concept, step))}
     with pytest.raises(KeyboardInterrupt):
-        tune(make(), golden_pipeline, **kept, progress=_pressing(3))
-    assert load_concept(kept["out"]).info.settings["steps"] == 3
-    assert tune(make(), golden_pipeline, **kept, resume=True).hash == straight.hash
-    assert load_concept(kept["out"]).hash == straight.hash
-
-
-def test_ctrl_c_never_replaces_a_concept_of_more_steps(golden_pipeline, make, tmp_path, caplog):
-    out = tmp_path / "thing.safetensors"
-    finished = tune(make(), golden_pipeline, out=out)
-    with pytest.raises(KeyboardInterrupt):
-        tune(make(steps=9), golden_pipeline, folder=tmp_path / "run", out=out, progress=_pressing(1))
-    assert load_concept(out).hash == finished.hash and "has 4 steps and is left as it is" in caplog.text
-    assert newest(tmp_path / "run" / "checkpoints").stem == "step-00000001"
-    with pytest.raises(KeyboardInterrupt):
-        tune(make(steps=9), golden_pipeline, out=out, progress=_pressing(5))
-    assert load_concept(out).info.settings["steps"] == 5
+        tune(make(), golden_pipeline, **run, progress=_pressing(3))
+    ((concept, step),) = kept
+    assert step == concept.info.settings["steps"] == 3
+    assert tune(make(), golden_pipeline, **run, resume=True).hash == straight.hash
 
 
 def test_the_second_ctrl_c_breaks_off():
@@ -141,38 +127,31 @@ def test_two_runs_do_not_share_a_folder(golden_pipeline, make, tmp_path):
     tune(make(), golden_pipeline, folder=tmp_path / "run")
 
 
-@pytest.fixture
-def room(monkeypatch):
-    """`room(1)`: so many more concepts than those given are written, the others meet a full disk."""
-    save = Concept.save
+def _room(path: Path, *results: bool):
+    """Writes a concept to `path` where the results say so; else the disk is full."""
+    left = iter(results)
 
-    def full(*results):
-        left = iter(results)
+    def save(concept):
+        if not next(left):
+            raise ResourceError(f"{path}: could not be written (No space left on device); nothing was changed")
+        concept.save(path)
 
-        def saved(self, path):
-            if not next(left):
-                raise ResourceError(f"{path}: could not be written (No space left on device); nothing was changed")
-            save(self, path)
-
-        monkeypatch.setattr(Concept, "save", saved)
-
-    return full
+    return save
 
 
-def test_a_result_without_room_is_tried_again_with_that_of_an_old_checkpoint(golden_pipeline, make, tmp_path, room):
-    room(False, True)
-    tune(make(steps=5), golden_pipeline, folder=tmp_path / "run", out=tmp_path / "thing.safetensors")
+def test_a_result_without_room_is_tried_again_with_that_of_an_old_checkpoint(golden_pipeline, make, tmp_path):
+    save = _room(tmp_path / "thing.safetensors", False, True)
+    tune(make(steps=5), golden_pipeline, folder=tmp_path / "run", finished=save)
     assert (tmp_path / "thing.safetensors").exists()
     assert [one.name for one in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004.pt"]
 
 
-def test_a_run_whose_result_finds_no_room_is_kept_and_says_where(golden_pipeline, make, tmp_path, room):
-    room(False, False, True)
-    kept = {"folder": tmp_path / "run", "out": tmp_path / "thing.safetensors"}
+def test_a_run_whose_result_finds_no_room_is_kept_and_says_where(golden_pipeline, make, tmp_path):
+    run = {"folder": tmp_path / "run", "finished": _room(tmp_path / "thing.safetensors", False, False, True)}
     with pytest.raises(ResourceError, match=r"No space left.*kept: .*step-00000005\.pt; make room.*--resume"):
-        tune(make(steps=5), golden_pipeline, **kept)
-    again = tune(make(steps=5), golden_pipeline, **kept, resume=True, progress=lambda *_: pytest.fail("it is done"))
-    assert load_concept(kept["out"]).hash == again.hash
+        tune(make(steps=5), golden_pipeline, **run)
+    again = tune(make(steps=5), golden_pipeline, **run, resume=True, progress=lambda *_: pytest.fail("it is done"))
+    assert load_concept(tmp_path / "thing.safetensors").hash == again.hash
 
 
 def test_a_preview_without_room_costs_no_training(golden_pipeline, make, tmp_path, caplog):
@@ -220,4 +199,3 @@ def test_in_this_process_output_is_as_before(capsys):
         print("said")
         assert not lost()
     assert capsys.readouterr().out == "said\n"
-    assert errno.EPIPE

@@ -242,7 +242,9 @@ class Run:
                 with contextlib.suppress(ResourceError):
                     self._save()
                 kept = newest(self.folder) or "no checkpoint"
-                raise ResourceError(f"{error}; kept: {kept}; make room, and repeat the command with --resume") from error
+                raise ResourceError(
+                    f"{error}; kept: {kept}; make room, and repeat the command with --resume"
+                ) from error
         return concept
 
     def _save(self) -> None:
