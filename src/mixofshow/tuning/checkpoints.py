@@ -67,6 +67,7 @@ def save(folder: Path, step: int, state: Mapping[str, Any], identity: Identity) 
 
     Raises ResourceError, which names the last good checkpoint, when the disk refuses.
     """
+    _keep_newest(folder, step)  # those that a process left that was killed before it came to it
     path, content = folder / f"step-{step:08d}.pt", io.BytesIO()  # torch would turn the disk's errors into its own
     torch.save({"step": step, "identity": vars(identity), "state": dict(state)}, content)
     try:
@@ -75,9 +76,14 @@ def save(folder: Path, step: int, state: Mapping[str, Any], identity: Identity) 
             _verify(temporary, content.getvalue(), step)
     except MixOfShowError as error:
         raise ResourceError(f"{error}; last good checkpoint: {newest(folder) or 'none yet'}") from error
-    for _, old in sorted(one for one in _found(folder, NAME) if one[0] <= step)[:-KEPT]:  # later ones: another history
-        _remove(old)
+    _keep_newest(folder, step)
     return path
+
+
+def _keep_newest(folder: Path, step: int) -> None:
+    """Remove all but the last up to a step; later ones are of another history."""
+    for _, old in sorted(one for one in _found(folder, NAME) if one[0] <= step)[:-KEPT]:
+        _remove(old)
 
 
 def run_folder(target: Path, inputs: Iterable[Path | None] = ()) -> Path:
