@@ -92,16 +92,8 @@ def parse_tensors(data: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, 
     """
     header = _header(data, name)
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ConceptFileError(f"{name}: metadata is not a table of texts")
     if len(header) > MAX_TENSORS:
         raise ConceptFileError(f"{name}: {len(header)} tensors, at most {MAX_TENSORS} are read")
-    for key, entry in header.items():
-        shape = entry.get("shape") if isinstance(entry, dict) else None
-        if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
-            raise ConceptFileError(
-                f"{name}: tensor '{shown(key)}' has shape {shown(shape)}, at most {MAX_DIMENSIONS} dimensions are read"
-            )
     try:
         tensors = safetensors.torch.load(data)
         return {key: tensors[key] for key in header}, metadata  # the library's own order is a random one
@@ -127,8 +119,7 @@ class TensorFile:
             raise ConceptFileError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from error
         self._entries = _header(beginning, str(path), size)
         self._start = 8 + length
-        metadata = self._entries.pop("__metadata__", {})
-        self.metadata: dict[str, str] = metadata if isinstance(metadata, dict) else {}
+        self.metadata: dict[str, str] = self._entries.pop("__metadata__", {})
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -169,20 +160,37 @@ def _header(data: bytes, name: str, size: int | None = None) -> dict[str, Any]:
     header = parse_json(data[8 : 8 + length], f"{name}: header", ConceptFileError)
     if not isinstance(header, dict):
         raise ConceptFileError(f"{name}: header is not a table")
+    _check_entries(header, name)
     _check_length(size, 8 + length, header, name)
     return header
 
 
+def _check_entries(header: dict[str, Any], name: str) -> None:
+    """Raise ConceptFileError unless the header tells what a header has to."""
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ConceptFileError(f"{name}: metadata is not a table of texts")
+    for key, entry in header.items():
+        if key == "__metadata__":
+            continue
+        shape, offsets = (entry.get(what) if isinstance(entry, dict) else None for what in ("shape", "data_offsets"))
+        if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
+            raise ConceptFileError(
+                f"{name}: tensor '{shown(key)}' has shape {shown(shape)}, at most {MAX_DIMENSIONS} dimensions are read"
+            )
+        if not (_are_counts(shape) and isinstance(offsets, list) and len(offsets) == 2 and _are_counts(offsets)):
+            raise ConceptFileError(
+                f"{name}: not a valid safetensors file (tensor '{shown(key)}' has shape {shown(shape)}, "
+                f"lies at {shown(offsets)})"
+            )
+
+
+def _are_counts(values: list[Any]) -> bool:
+    return all(type(value) is int and value >= 0 for value in values)
+
+
 def _check_length(size: int, start: int, header: dict[str, Any], name: str) -> None:
-    ends = [
-        entry["data_offsets"][1]
-        for key, entry in header.items()
-        if key != "__metadata__"
-        and isinstance(entry, dict)
-        and isinstance(entry.get("data_offsets"), list)
-        and len(entry["data_offsets"]) == 2
-        and isinstance(entry["data_offsets"][1], int)
-    ]
+    ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
     expected = start + max(ends, default=0)
     if size < expected:
         raise ConceptFileError(f"{name}: the file is cut: expected {expected} bytes, found {size}")
