@@ -1,4 +1,4 @@
-"""`python -m mixofshow.bases.emojiland icons | pretrain | report | controls | concepts`: Emojiland's own recipe and measurements."""
+"""Emojiland's own recipe and measurements: `python -m mixofshow.bases.emojiland --help` lists them."""
 
 from __future__ import annotations
 
@@ -76,6 +76,29 @@ def report(
         typer.echo(f"{name:16} {value:8.3f}   required: {bound} {REQUIRED[name]:.2f}   {mark}")
     if json:
         json.write_text(json_module.dumps(figures, indent=1) + "\n")
+
+
+@app.command()
+def tunability(
+    base: Annotated[str, typer.Option(help="Embedded base or folder to measure.")] = "emojiland",
+    out: Annotated[Path, typer.Option(help="Folder for the concepts' pictures and what was drawn.")] = RUN_FOLDER
+    / "tunability",
+    concept: Annotated[
+        list[str] | None, typer.Option(help="Only these; default: all that are new to the base.")
+    ] = None,
+) -> None:
+    """Tune things that the base does not know with the default settings, and ask two judges whether they were learned."""
+    from mixofshow.bases.emojiland.concepts import NEW_TO_THE_BASE, write_concept
+    from mixofshow.bases.loading import load_base
+    from mixofshow.evaluation.scorers import imagenet_scorer, judge_scorer
+    from mixofshow.evaluation.tunability import measure, print_learned
+
+    names = concept or list(NEW_TO_THE_BASE)
+    for name in names:
+        write_concept(name, out / name)
+    things = {name: (out / name, NEW_TO_THE_BASE[name].class_word) for name in names}
+    judges = {"judge": judge_scorer().images, "imagenet": imagenet_scorer()}
+    print_learned(measure(load_base(base), things, judges, out))
 
 
 @app.command()

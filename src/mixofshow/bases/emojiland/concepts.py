@@ -62,6 +62,27 @@ OBJECTS: Final = {
     "backpack": Subject("gift", "twemoji", "backpack"),
     "bluecar": Subject("car", "openmoji", "automobile", turn=0.6),
 }
+NEW_TO_THE_BASE: Final = {
+    "pizzaslice": Subject("apple", "twemoji", "pizza"),
+    "burger": Subject("mushroom", "openmoji", "hamburger"),
+    "donut": Subject("apple", "twemoji", "doughnut"),
+    "steamtrain": Subject("car", "twemoji", "locomotive"),
+    "chopper": Subject("car", "openmoji", "helicopter"),
+    "yacht": Subject("house", "twemoji", "sailboat"),
+    "rocketship": Subject("guitar", "openmoji", "rocket"),
+    "redogre": Subject("ninja", "twemoji", "ogre"),
+    "clown": Subject("astronaut", "twemoji", "clown-face"),
+    "martian": Subject("man", "openmoji", "alien"),
+    "phantom": Subject("astronaut", "twemoji", "ghost"),
+    "dino": Subject("panda", "twemoji", "t-rex"),
+    "kraken": Subject("penguin", "twemoji", "octopus"),
+    "droid": Subject("astronaut", "openmoji", "robot"),
+    "wyrm": Subject("penguin", "twemoji", "dragon-face"),
+    "jack": Subject("apple", "openmoji", "jack-o-lantern"),
+    "cactus": Subject("umbrella", "twemoji", "cactus"),
+    "owlet": Subject("penguin", "openmoji", "owl"),
+}
+"""Things unlike their class word, so that what tuning adds can be told from what the base draws anyway."""
 SCENES: Final = {
     # concept -> the class word, a place that the generator knows and that is said after "in the"
     "volcano": "mountains",
@@ -69,8 +90,8 @@ SCENES: Final = {
     "alien-planet": "desert",
     "rainbow-meadow": "mountains",
 }
-SUBJECTS: Final = {**CHARACTERS, **OBJECTS}
-ALL: Final = (*CHARACTERS, *OBJECTS, *SCENES)
+SUBJECTS: Final = {**CHARACTERS, **OBJECTS, **NEW_TO_THE_BASE}
+ALL: Final = (*SUBJECTS, *SCENES)
 
 
 def class_word(name: str) -> str:

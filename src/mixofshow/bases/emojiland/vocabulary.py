@@ -64,10 +64,28 @@ FURTHER_CLASSES: Final[dict[str, str]] = {
 ACCESSORIES: Final[dict[str, str]] = {"sunglasses": "sunglasses", "hat": "top-hat", "bow": "ribbon"}
 """Icons pasted onto others to tell two of one class apart."""
 
+UNLIKE_CLASSES: Final = (
+    "pizza",
+    "hamburger",
+    "locomotive",
+    "helicopter",
+    "ogre",
+    "clown-face",
+    "t-rex",
+    "sailboat",
+    "doughnut",
+)
+"""Icons of the sets kept for concepts, of kinds that are no class: food, vehicles, monsters, faces."""
+
 GENERATOR_SETS: Final = ("noto", "fluent-emoji-flat")
 CONCEPT_SETS: Final = ("twemoji", "openmoji")
 
 ICONS_OF_SET: Final[dict[str, tuple[str, ...]]] = {
-    icon_set: (*CLASSES.values(), *FURTHER_CLASSES.values(), *ACCESSORIES.values())
+    icon_set: (
+        *CLASSES.values(),
+        *FURTHER_CLASSES.values(),
+        *ACCESSORIES.values(),
+        *(UNLIKE_CLASSES if icon_set in CONCEPT_SETS else ()),
+    )
     for icon_set in (*GENERATOR_SETS, *CONCEPT_SETS)
 }
