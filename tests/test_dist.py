@@ -45,7 +45,8 @@ def files_of(folder: Path) -> set[str]:
 def test_the_wheel_has_the_package_and_the_examples_and_nothing_else(wheel: Path) -> None:
     found = set(zipfile.ZipFile(wheel).namelist())
     about = f"mixofshow-{mixofshow.__version__}.dist-info"
-    licences = ("LICENSE", "src/mixofshow/bases/emojiland/icons/LICENSES.md")
+    kept = "src/mixofshow/bases"
+    licences = ("LICENSE", f"{kept}/emojiland/icons/LICENSES.md", f"{kept}/original/LICENSES.md")
     expected = {
         *(f"mixofshow/{name}" for name in files_of(ROOT / "src" / "mixofshow")),
         *(f"mixofshow/examples/{name}" for name in files_of(ROOT / "examples")),

@@ -1,7 +1,7 @@
 """Weight files of base models: checked before a library opens them; and whole models in one file.
 
 Such a file has the layout of the original code, as the community shares them (`model.diffusion_model.…`). It holds
-weights alone: configurations and tokenizer come from a diffusers folder of the same kind.
+weights alone: configurations and tokenizer come from the package, or from a diffusers folder of the same kind.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from mixofshow.bases.configs import INDEX, check_configs
 from mixofshow.bases.families import FAMILIES
+from mixofshow.bases.originals import carried, carried_tokenizers, follow, usual_id
 from mixofshow.errors import BadInputError, BaseModelError, ConceptFileError, shown
 from mixofshow.files import TensorFile
 from mixofshow.reading import read_json
@@ -88,33 +89,34 @@ def _open(path: Path, called: str) -> TensorFile:
 def load_checkpoint(path: Path, config: str | Path | None, *, dtype: torch.dtype, download: bool) -> Any:
     """A pipeline from one file; `config` is a diffusers folder of the same kind, or a hub id.
 
-    Without one, it is the folder of the file's own name beside it, or the hub id that is usual for such a file, if that
-    is in the local cache (or may be fetched). Raises BaseModelError.
+    Without one, it is the folder of the file's own name beside it, what the package carries for SD 1.x, 2.x and SDXL, or
+    the hub id that is usual for such a file, if that is in the local cache (or may be fetched). What the file says of
+    itself goes before any of them. Raises BaseModelError.
     """
     import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     file = _open(path, str(path))
     folder = _config_folder(path, config or _usual_config(path, file), download=download)
+    tokenizers = carried_tokenizers(folder)
     kind = _pipeline_class(folder, path)
     known = inspect.signature(getattr(diffusers, kind).__init__).parameters
     options = {key: value for key, value in {**_LEFT_OUT, "requires_safety_checker": False}.items() if key in known}
     try:
-        return getattr(diffusers, kind).from_single_file(
-            str(path), config=str(folder), torch_dtype=dtype, local_files_only=True, **options
+        pipeline = getattr(diffusers, kind).from_single_file(
+            str(path), config=str(folder), torch_dtype=dtype, local_files_only=True, **options, **tokenizers
         )
     except (NotImplementedError, SingleFileComponentError) as error:
         # What the file does not hold stays without numbers, and then cannot be moved.
         raise BaseModelError(f"{path}: weights are missing that a model such as {config or folder.name} has") from error
+    follow(pipeline, file, str(path))
+    return pipeline
 
 
 def _usual_config(path: Path, file: TensorFile) -> str | Path:
     if (path.with_suffix("") / INDEX).is_file():
         return path.with_suffix("")
-    from diffusers.loaders.single_file_utils import fetch_diffusers_config
-
-    shapes = {name: torch.empty(shape, device="meta") for name, shape in file.shapes().items()}
-    return str(fetch_diffusers_config(shapes)["pretrained_model_name_or_path"])
+    return carried(kind := usual_id(file), file) or kind
 
 
 def _config_folder(path: Path, config: str | Path, *, download: bool) -> Path:

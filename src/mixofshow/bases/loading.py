@@ -13,6 +13,7 @@ import torch
 from mixofshow.bases.checkpoints import SUFFIX, check_weights, load_checkpoint
 from mixofshow.bases.configs import check_configs, strangers_model
 from mixofshow.bases.families import family_of, text_encoders
+from mixofshow.bases.originals import predict
 from mixofshow.bases.parts import exclusive, own_tensors
 from mixofshow.errors import BaseModelError, SettingsError, shown
 from mixofshow.files import raw
@@ -44,13 +45,15 @@ def load_base(
     dtype: torch.dtype | str = torch.float32,
     variant: str | None = None,
     config: str | Path | None = None,
+    prediction: str | None = None,
     download: bool = False,
 ) -> Any:
     """A base model as an ordinary diffusers pipeline, on one device, without safety checker.
 
     `name` is the name of an embedded base, a diffusers folder, one `.safetensors` file in the original layout (for
     `config` see `load_checkpoint`), or a hub id: one that is already in the local cache, unless `download` is asked for.
-    `dtype` may also be a name: fp32, bf16 or fp16. `variant` is that of the weight files, such as fp16. Raises
+    `dtype` may also be a name: fp32, bf16 or fp16. `variant` is that of the weight files, such as fp16. `prediction` is
+    what its UNet predicts, epsilon or v_prediction, where neither its configuration nor the file says so. Raises
     BaseModelError, and SettingsError for an unknown dtype.
     """
     _quiet()
@@ -62,6 +65,7 @@ def load_base(
             pipeline = load_checkpoint(Path(name), config, dtype=precise, download=download)
         else:
             pipeline = _from_folder(name, dtype=precise, variant=variant, download=download)
+        predict(pipeline, prediction, str(name))
         _require_whole(pipeline, name)
         _rehearse(pipeline)
     pipeline.set_progress_bar_config(disable=True)

@@ -28,7 +28,12 @@ LOADING: Final[dict[str, tuple[Any, Any]]] = {
     for name, kind, text in (
         ("dtype", str, "Its weights as fp32, bf16 or fp16; default fp32, of tune what --precision says."),
         ("variant", str, "Which of its weight files, such as fp16."),
-        ("config", str, "Of a .safetensors checkpoint: a diffusers folder, or hub id, of the same kind."),
+        ("config", str, "Of an unusual .safetensors checkpoint: a diffusers folder, or hub id, of the same kind."),
+        (
+            "prediction",
+            str,
+            "What its UNet predicts, where neither file nor configuration says so: epsilon or v_prediction.",
+        ),
         ("download", bool, "Fetch what is not in the local cache."),
     )
 }
