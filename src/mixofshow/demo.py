@@ -16,7 +16,7 @@ from mixofshow.bases.emojiland.concepts import class_word, write_concept
 from mixofshow.bases.loading import load_base
 from mixofshow.concepts.concept import Concept, load_concept
 from mixofshow.concepts.model import ConceptModel
-from mixofshow.errors import BadInputError
+from mixofshow.errors import BadInputError, shown
 from mixofshow.evaluation.prompts import prompts_by_category
 from mixofshow.evaluation.protocol import (
     SINGLE,
@@ -34,7 +34,7 @@ from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.stages import Fused, fuse
 from mixofshow.fusion.store import Store
 from mixofshow.grids import grid
-from mixofshow.outputs import write_text
+from mixofshow.outputs import check_outputs, refusals, write_text, writing
 from mixofshow.progress import terminal_bar
 from mixofshow.sampling.composition import compose
 from mixofshow.sampling.pipeline import MixOfShowPipeline
@@ -58,10 +58,11 @@ def run_demo(out: Path, *, quick: bool = False) -> None:
     `quick` takes the concept files that ship with the package and draws fewer pictures.
     """
     started = time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
+    _check_folder(out)
     pipeline = load_base("emojiland")
-    for name in CONCEPTS:
-        write_concept(name, out / "pictures" / name)
+    with refusals(out / "pictures"):
+        for name in CONCEPTS:
+            write_concept(name, out / "pictures" / name)
     concepts = [_shipped(name, pipeline) if quick else _tuned(name, out, pipeline) for name in CONCEPTS]
     fuse_exactly = partial(fuse, settings=FusionSettings(steps=8 if quick else 20), store=Store(out / "recordings"))
     with terminal_bar("fusing") as progress:
@@ -83,10 +84,18 @@ def run_demo(out: Path, *, quick: bool = False) -> None:
     alignments = means(scores)
     summary = {**alignments, "seconds": round(time.monotonic() - started)}
     write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    _overview(out, pictures).save(out / "overview.png")
+    with writing(out / "overview.png") as path:
+        _overview(out, pictures).save(path, "PNG")
     _write_report(out, gradient, scores, pictures, facts)
     print_alignments(alignments)
     say(*facts, out / "report.html", out / "summary.json")
+
+
+def _check_folder(out: Path) -> None:
+    """Raise BadInputError for a folder with files that are not an earlier demo's, ResourceError for a disk."""
+    check_outputs(shared=[out])
+    if out.is_dir() and any(out.iterdir()) and not (out / "pictures" / CONCEPTS[0] / "train").is_dir():
+        raise BadInputError(f"{shown(out, 100)}: holds files that are not the demo's; choose a new folder with --out")
 
 
 def _tuned(name: str, out: Path, pipeline: Any) -> Concept:

@@ -5,6 +5,7 @@ Covers F13, F33, F34, F36, F37, G4, G7, G9, G10 and case 15.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -16,8 +17,10 @@ from PIL import Image
 
 from mixofshow import cli
 from mixofshow.concepts.concept import load_concept
+from mixofshow.demo import run_demo
 from mixofshow.errors import BadInputError, ResourceError
 from mixofshow.outputs import holding
+from mixofshow.reading import parse_table
 from mixofshow.terminal import forgiving_output
 from mixofshow.tuning.run import interrupts_noted
 from mixofshow.tuning.settings import make_settings
@@ -199,3 +202,36 @@ def test_in_this_process_output_is_as_before(capsys):
         print("said")
         assert not lost()
     assert capsys.readouterr().out == "said\n"
+
+
+def test_hundreds_of_notices_of_a_kind_are_a_few_lines(monkeypatch, capsys):
+    def app():
+        for number in range(200):
+            logging.getLogger("mixofshow").warning("region %d covers no whole cell", number)
+        raise BadInputError("that is all")
+
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(sys, "argv", ["mixofshow"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:3] == [f"region {number} covers no whole cell" for number in range(3)]
+    assert lines[3:] == ["and 197 more notices of these kinds; --debug shows all", "error: that is all"]
+
+
+def test_the_demo_keeps_off_folders_that_are_not_its_own(tmp_path):
+    for name in ("model", "pictures"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "holiday.jpg").write_text("the beach")
+    with pytest.raises(BadInputError, match="holds files that are not the demo's"):
+        run_demo(tmp_path)
+    assert len(list(tmp_path.rglob("*"))) == 4
+
+
+def test_the_home_folder_in_yaml_is_ones_own(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    table = parse_table("data: ~/dogs\nnothing: ~\nprompt: a ~/dog\nconcepts: ['~/a.safetensors']", "it")
+    assert table["data"] == "/home/me/dogs" and table["concepts"] == ["/home/me/a.safetensors"]
+    assert table["nothing"] is None and table["prompt"] == "a ~/dog"

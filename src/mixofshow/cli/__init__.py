@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -30,6 +31,30 @@ class _OneLine(logging.Formatter):
         return printable(record.getMessage())
 
 
+class _Few(logging.Filter):
+    """Of notices that differ only in what they name, such as 200 regions, the first ones; the others are counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether it is one of the first of its kind."""
+        self.counts[str(record.msg)] += 1
+        return self.counts[str(record.msg)] <= NOTICES
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """Say at the end how many were not shown."""
+        try:
+            yield
+        finally:
+            if count := sum(max(0, count - NOTICES) for count in self.counts.values()):
+                sys.stderr.write(f"and {count} more notices of these kinds; {DEBUG} shows all\n")
+
+
+NOTICES: Final = 3
+"""Of a kind, without --debug."""
 INTERRUPTED: Final = 130
 TERMINATED: Final = 143
 """Exit codes as shells give them: 128 and the number of the signal."""
@@ -62,8 +87,12 @@ def _run() -> Any:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     debug = DEBUG in sys.argv[1:]
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != DEBUG]
+    few = _Few()
+    if not debug:
+        handler.addFilter(few)
     try:
-        getattr(sys.modules[__name__], "app")()  # noqa: B009
+        with few.told():
+            getattr(sys.modules[__name__], "app")()  # noqa: B009
     except KeyboardInterrupt:
         return INTERRUPTED
     except SystemExit as end:

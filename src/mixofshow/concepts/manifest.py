@@ -38,7 +38,8 @@ class Entry(BaseModel):
 class Manifest(BaseModel):
     """What a model was made from: the base's name, how it was fused, its concepts, and the words that it knows.
 
-    `guidance_scale` is the one that suits the base. `settings` are those of fusion, and empty where nothing was fused.
+    `guidance_scale` is the one that suits the base. `settings` are those of fusion, and empty where nothing was fused;
+    `threads` is how many computed it, which decides how sums are rounded.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -46,6 +47,7 @@ class Manifest(BaseModel):
     base: str = Field("", max_length=128)
     guidance_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     settings: dict[str, Any] = {}
+    threads: int | None = Field(None, ge=1)
     concepts: tuple[Entry, ...] = ()
     words: tuple[str, ...] = ()
     aliases: dict[str, tuple[str, ...]] = {}

@@ -55,8 +55,8 @@ class ConceptModel:
 
     The pipeline itself is left as it is, so that several models can share one: `weights` replace its own, layer by
     layer (out, in), only inside `active()`. In a `baked` model they are the pipeline's own instead. Saved with it are
-    the `concepts` it was made from, so that one can be added or taken out later; `settings` are those of fusion, and
-    `stored` is what a loaded model's file says of all this.
+    the `concepts` it was made from, so that one can be added or taken out later; `settings` and `threads` are those of
+    fusion, and `stored` is what a loaded model's file says of all this.
     """
 
     pipeline: Any
@@ -64,6 +64,7 @@ class ConceptModel:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     concepts: Sequence[Concept] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    threads: int | None = None
     stored: Manifest | None = None
     baked: bool = False
 
@@ -93,6 +94,7 @@ class ConceptModel:
             base=self.base,
             guidance_scale=self.usual_guidance,
             settings=self.stored.settings if self.stored else dict(self.settings),
+            threads=self.stored.threads if self.stored else self.threads,
             concepts=self.listed,
             words=tuple(self.vocabulary.embeddings),
             aliases=dict(self.vocabulary.aliases),
@@ -122,7 +124,10 @@ class ConceptModel:
         refuse_adapters(self.pipeline, "saving")
         concepts = tuple(self.concepts)  # read before anything is written, perhaps over them
         with writing_folder(Path(folder)) as temporary, self.active():
-            self.as_diffusers().save_pretrained(temporary)
+            pipeline = self.as_diffusers()
+            for _, tokenizer in family_of(pipeline).text_encoders:
+                _forget_last_call(getattr(pipeline, tokenizer))
+            pipeline.save_pretrained(temporary)
             vectors = {word: vector.contiguous() for word, vector in self.vocabulary.embeddings.items()}
             write_tensors(temporary / VECTORS, vectors, {"format": "pt"})
             write_text(temporary / MANIFEST, json.dumps(self.manifest.model_dump(mode="json"), indent=1) + "\n")
@@ -172,6 +177,13 @@ class ConceptModel:
             for (part, tokenizer), encoder, own in zip(names, text_encoders(self.pipeline), owns, strict=True):
                 parts[part], parts[tokenizer] = _grown(encoder, list(self.vocabulary.embeddings), own)
         return kind(**parts, **{key: self.pipeline.config[key] for key in options if key in self.pipeline.config})
+
+
+def _forget_last_call(tokenizer: Any) -> None:
+    """A tokenizer's file would hold how it last cut and padded; each call says that anew."""
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        backend.no_truncation()
+        backend.no_padding()
 
 
 def _grown(encoder: TextEncoder, words: Sequence[str], vectors: Tensor) -> tuple[Any, Any]:

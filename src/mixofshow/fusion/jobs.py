@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from mixofshow.bases.loading import load_base, load_named_base
@@ -18,6 +19,7 @@ from mixofshow.errors import SettingsError, field_problem, shown
 from mixofshow.fusion.editing import edited, edited_settings, fused_from
 from mixofshow.fusion.settings import FusionSettings, make_fusion_settings, on_top
 from mixofshow.fusion.solving import check_method
+from mixofshow.fusion.store import tell_of_threads
 from mixofshow.reading import MAX_YAML_BYTES, parse_json, read_bytes, read_table
 
 BASE: Final = "emojiland"
@@ -146,7 +148,9 @@ def _job_of_model(
     **loading: Any,
 ) -> Job:
     """A fused folder's own job with concepts added (files), removed (names), or weighed anew."""
-    pipeline = load_named_base(read_manifest(folder).base, base, str(folder), **loading)
+    manifest = read_manifest(folder)
+    pipeline = load_named_base(manifest.base, base, str(folder), **loading)
+    tell_of_threads(folder, manifest.threads or torch.get_num_threads(), torch.get_num_threads())
     concepts, settings = fused_from(folder, pipeline)
     concepts = edited(concepts, [load_concept(path, pipeline) for path in add], remove)
     settings = edited_settings(settings, given, concepts)

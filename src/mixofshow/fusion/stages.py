@@ -84,7 +84,8 @@ def fuse(
             _refuse_loud(fusion.reports)
         found = refit(pipeline, ordered, fusion.weights, settings, progress=progress)
     told = settings.model_dump(mode="json")
-    model = ConceptModel(pipeline, vocabulary(found.concepts), found.weights, ordered, told)
+    words, threads = vocabulary(found.concepts), torch.get_num_threads()
+    model = ConceptModel(pipeline, words, found.weights, ordered, told, threads)
     return Fused(model, fusion.reports, found.losses)
 
 

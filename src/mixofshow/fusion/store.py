@@ -6,8 +6,10 @@ layer's numbers are in memory at a time.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,8 @@ from mixofshow.fusion.statistics import TENSORS, Seen
 from mixofshow.reading import parse_json
 
 Storage = Literal["fp64", "fp32", "fp16", "low-rank"]
+logger = logging.getLogger(__name__)
+
 METADATA_KEY: Final = "mixofshow_recording"
 DIGEST_KEY: Final = "sha256"
 FORMAT_VERSION: Final = 1
@@ -102,7 +106,11 @@ class Store:
         recording = open_recording(path)
         if recording.about["key"] != json.loads(json.dumps(key)):
             raise ConceptFileError(f"{path}: not what its name says; delete it to record again")
-        return recording if inputs <= recording.rows.keys() else None
+        if not inputs <= recording.rows.keys():
+            return None
+        if isinstance(threads := recording.about.get("threads"), int):
+            tell_of_threads(self.folder, threads, torch.get_num_threads())
+        return recording
 
     def keep(self, key: Mapping[str, Any], name: str, seen: Mapping[str, Seen]) -> Recording:
         """Write a recording whole or not at all, and open it. Raises BadInputError for values that are not finite."""
@@ -126,6 +134,7 @@ class Store:
             "format_version": FORMAT_VERSION,
             "key": key,
             "storage": self.storage,
+            "threads": torch.get_num_threads(),
             "rows": {input_name: one.rows for input_name, one in seen.items()},
             "digests": digests,
             "error": _mean_and_largest(errors),
@@ -133,6 +142,13 @@ class Store:
         path = self.path(key, name)
         write_tensors(path, tensors, _metadata(json.dumps(about, sort_keys=True)), limit=None)
         return open_recording(path)
+
+
+@functools.cache
+def tell_of_threads(where: Path, before: int, now: int) -> None:
+    """Say, once for each place, that what is there was computed with another number of threads."""
+    if before != now:
+        logger.warning("%s: made with %d threads, now there are %d: the last digits may differ", where, before, now)
 
 
 def _digest(stored: Mapping[str, Tensor]) -> str:

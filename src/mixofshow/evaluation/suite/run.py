@@ -39,7 +39,7 @@ from mixofshow.evaluation.suite.work import (
     work,
 )
 from mixofshow.evaluation.suite.workforce import Each, workforce
-from mixofshow.outputs import check_outputs
+from mixofshow.outputs import check_outputs, refusals
 from mixofshow.progress import Progress, silent
 from mixofshow.tuning.settings import with_presets
 
@@ -110,7 +110,8 @@ def _folder(concept: ConceptEntry, cache: Path) -> Path:
     if concept.folder:
         return concept.folder
     folder = cache / "emojiland" / concept.name
-    write_concept(concept.name, folder)
+    with refusals(folder):
+        write_concept(concept.name, folder)
     return folder
 
 
