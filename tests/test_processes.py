@@ -27,7 +27,7 @@ from mixofshow.tuning.dataset import Beside
 
 if __name__ == "__main__":
     with ChildReader() as child:
-        child.read(Path("missing.png"), Beside("", None, None, "fill", "white"))
+        child.read(Path("missing.png"), Beside(""))
         print("ready", flush=True)
         time.sleep(600)
 """

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mixofshow.cli.options import bases, with_loading, with_settings
+from mixofshow.errors import SettingsError, shown
 from mixofshow.progress import terminal_bar
 from mixofshow.terminal import say
 from mixofshow.tuning.settings import TuningSettings
@@ -54,19 +55,36 @@ def tune(
     read = [file, *(path for settings in several for path in (*inputs_of(settings), *bases(settings.base)))]
     folders = [run_folder(target, read) for target in targets]
     check_outputs(files=targets, shared=folders, inputs=read)
+    place = _place(several, device)
     for settings, target, folder in zip(several, targets, folders, strict=True):
-        _tune_one(settings, target, folder, loading, resume=resume, device=device)
+        _tune_one(settings, target, folder, loading, resume=resume, place=place)
 
 
-def _tune_one(settings: Any, target: Path, folder: Path, loading: dict[str, Any], *, resume: bool, device: str) -> None:
+def _place(several: list[TuningSettings], device: str) -> Any:
+    """The device of that name, for "auto" the one that is this process's, if all can be done there. Raises SettingsError."""
+    import torch
+    from accelerate import PartialState
+
+    from mixofshow.tuning.conflicts import refuse_impossible
+
+    try:
+        place = PartialState().device if device == "auto" else torch.device(device)
+    except RuntimeError as error:
+        raise SettingsError(f"device '{shown(device)}': expected cpu, cuda, cuda:1, mps or the like") from error
+    PartialState(cpu=place.type == "cpu")
+    for settings in several:
+        refuse_impossible(settings, place.type)
+    return place
+
+
+def _tune_one(settings: Any, target: Path, folder: Path, loading: dict[str, Any], *, resume: bool, place: Any) -> None:
     from accelerate import PartialState
 
     from mixofshow.bases.loading import load_base
     from mixofshow.evaluation.previews import preview_grids
     from mixofshow.tuning.trainer import tune as run
 
-    state = PartialState(cpu=device == "cpu")
-    place = state.device if device == "auto" else device
+    state = PartialState()
     pipeline = load_base(settings.base, device=place, **{"dtype": settings.precision, **loading})
     preview = preview_grids(pipeline, folder) if settings.preview_every else None
 
@@ -88,11 +106,20 @@ def _tune_one(settings: Any, target: Path, folder: Path, loading: dict[str, Any]
 def check(
     folder: Annotated[Path, typer.Argument(help="Folder of pictures, as for tune.")],
     masks: Annotated[Path | None, typer.Option(help="Folder of masks; default: FOLDER/../masks.")] = None,
+    name: Annotated[str | None, typer.Option(help="The concept, as for tune: captions must name it.")] = None,
+    class_word: Annotated[str | None, typer.Option(help="Its class word, as for tune.")] = None,
+    synonyms: Annotated[str | None, typer.Option(help="More words for it, as tune's --captions.synonyms.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the findings here.")] = None,
 ) -> None:
     """Read every picture, caption and mask of a folder, change none, and list what is wrong."""
     from mixofshow.outputs import check_outputs
     from mixofshow.tuning.check import check_folder, report
+    from mixofshow.tuning.naming import naming_of
 
+    if (name is None) != (class_word is None):
+        raise SettingsError("--name and --class-word: give both, or neither; captions are checked with both")
+    naming = None
+    if name is not None and class_word is not None:
+        naming = naming_of(f"<{name}>", [f"<{name}{number}>" for number in (1, 2)], class_word, synonyms)
     check_outputs(files=[json_file], inputs=[folder, masks or folder.parent / "masks"])
-    report(check_folder(folder, masks=masks), json_file)
+    report(check_folder(folder, masks=masks, naming=naming), json_file)

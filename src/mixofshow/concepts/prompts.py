@@ -129,12 +129,17 @@ def _told(pipeline: Any, ids: Ids, states: Sequence[States]) -> EncodedText:
     return EncodedText(torch.cat([one.read for one in states], dim=-1), pooled)
 
 
-def prompt_ids(pipeline: Any, prompts: Sequence[str], vocabulary: Vocabulary, *, padded: bool = True) -> Ids:
-    """Token ids of prompts, with the vocabulary's words behind those of each text encoder. Raises TokenError."""
+def prompt_ids(
+    pipeline: Any, prompts: Sequence[str], vocabulary: Vocabulary, *, padded: bool = True, quiet: bool = False
+) -> Ids:
+    """Token ids of prompts, with the vocabulary's words behind those of each text encoder. Raises TokenError.
+
+    Words that are cut off are named in a warning, unless `quiet`.
+    """
     return tuple(
         torch.tensor(
             [
-                token_ids(prompt, one.tokenizer, vocabulary, one.first_id, one.length if padded else None)
+                token_ids(prompt, one.tokenizer, vocabulary, one.first_id, one.length if padded else None, quiet=quiet)
                 for prompt in prompts
             ],
             device=one.model.device,

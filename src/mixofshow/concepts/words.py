@@ -80,12 +80,18 @@ class Vocabulary:
 
 
 def token_ids(
-    prompt: str, tokenizer: Any, vocabulary: Vocabulary, first_id: int, length: int | None = None
+    prompt: str,
+    tokenizer: Any,
+    vocabulary: Vocabulary,
+    first_id: int,
+    length: int | None = None,
+    *,
+    quiet: bool = False,
 ) -> list[int]:
     """Token ids of a prompt with start and end token; word k of the vocabulary has the id `first_id` + k.
 
-    Cut and padded to `length` tokens, or neither when it is None. Words cut off are named in a warning; cutting
-    a placeholder raises TokenError.
+    Cut and padded to `length` tokens, or neither when it is None. Words cut off are named in a warning, unless `quiet`;
+    cutting a placeholder raises TokenError.
     """
     rows = {word: first_id + row for row, word in enumerate(vocabulary.embeddings)}
     ids: list[int] = []
@@ -95,15 +101,18 @@ def token_ids(
         return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
     kept, cut = ids[: length - 2], ids[length - 2 :]
     if cut:
-        _report_cut(prompt, cut, tokenizer, rows, length)
+        _report_cut(prompt, cut, tokenizer, rows, length, quiet=quiet)
     padding = tokenizer.pad_token_id
     return [tokenizer.bos_token_id, *kept, tokenizer.eos_token_id, *[padding] * (length - 2 - len(kept))]
 
 
-def _report_cut(prompt: str, cut: list[int], tokenizer: Any, rows: Mapping[str, int], length: int) -> None:
+def _report_cut(
+    prompt: str, cut: list[int], tokenizer: Any, rows: Mapping[str, int], length: int, *, quiet: bool
+) -> None:
     lost = [word for word, row in rows.items() if row in cut]
     if lost:
         raise TokenError(
             f"the prompt is longer than the text encoder's {length} tokens and {lost[0]} would be cut: '{shown(prompt)}'"
         )
-    logger.warning("prompt cut to %d tokens; lost: %r", length, tokenizer.decode(cut))
+    if not quiet:
+        logger.warning("prompt cut to %d tokens; lost: %r", length, tokenizer.decode(cut))

@@ -13,7 +13,8 @@ from typing import Final, Self
 
 from mixofshow.errors import ResourceError, shown
 from mixofshow.processes import end_with_parent
-from mixofshow.tuning.dataset import Beside, Finding, Reading, read_one
+from mixofshow.tuning.dataset import Beside, Reading, read_one
+from mixofshow.tuning.folder import Finding
 from mixofshow.tuning.pictures import label
 
 MEMORY: Final = 4 * 2**30
@@ -42,7 +43,14 @@ class ChildReader:
         except MemoryError:
             what = f"the decoder needs more than {MEMORY / 2**30:.3g} GB of memory"
         self._end()  # also after a MemoryError: who knows what the decoder has left behind
-        return Reading(None, (Finding(label(path), "error", what + (", here or in its mask" if beside.masks else "")),))
+        return Reading(
+            None,
+            (
+                Finding(
+                    label(path), "error", what + (", here or in its mask" if beside.masks or beside.masks_in else "")
+                ),
+            ),
+        )
 
     def _end(self) -> None:
         if self._child:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import csv
+import io
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,7 +18,8 @@ if TYPE_CHECKING:  # reading captions needs neither, and `mixofshow check` does 
 
     from mixofshow.tuning.settings import CaptionSettings
 
-METADATA: Final = "metadata.jsonl"
+METADATA: Final = ("metadata.jsonl", "metadata.csv")
+"""Captions of all pictures in one file, as in Hugging Face's folders of images."""
 MAX_CAPTION_BYTES: Final = 10_000
 MAX_METADATA_BYTES: Final = 100_000_000
 
@@ -69,10 +73,12 @@ TEMPLATES: Final[dict[str, tuple[str, ...]]] = {
 """Captions for a kind of concept; `{}` is its placeholder."""
 
 
-def varied(caption: str, placeholder: str, settings: CaptionSettings, generator: torch.Generator) -> str:
+def varied(
+    caption: str, placeholder: str, settings: CaptionSettings, generator: torch.Generator, keep: int | None = None
+) -> str:
     """The caption as this step shows it: from a template, its parts shuffled, or none at all, as the settings say.
 
-    With all of them off it is returned as it is and nothing is drawn.
+    With all of them off it is returned as it is and nothing is drawn. `keep` parts stay, in place of the settings'.
     """
     import torch
 
@@ -80,17 +86,35 @@ def varied(caption: str, placeholder: str, settings: CaptionSettings, generator:
         choices = TEMPLATES[settings.templates]
         caption = choices[int(torch.randint(len(choices), (), generator=generator))].format(placeholder)
     if settings.shuffle:
-        caption = _shuffled(caption, settings.keep, generator)
+        caption = _shuffled(caption, settings.keep if keep is None else keep, generator)
     if settings.dropout and float(torch.rand((), generator=generator)) < settings.dropout:
         return ""
     return caption
+
+
+def whole_in_any_order(caption: str, words: Collection[str], keep: int, fits: Callable[[str], bool]) -> tuple[str, int]:
+    """A caption that is shuffled, and how many of its first parts stay, so that no order can cut the concept's words.
+
+    `fits` tells whether a text can be encoded without cutting them. They are moved to the front only where they might
+    be cut: then they come first behind the parts that stay anyway, and stay too.
+    """
+    parts = _parts(caption)
+    naming = [part for part in parts[keep:] if any(word in part.lower() for word in words)]
+    others = [part for part in parts[keep:] if part not in naming]
+    if not naming or fits(", ".join([*parts[:keep], *others, *naming])):
+        return caption, keep
+    return ", ".join([*parts[:keep], *naming, *others]), keep + len(naming)
+
+
+def _parts(caption: str) -> list[str]:
+    return [part.strip() for part in caption.split(",") if part.strip()]
 
 
 def _shuffled(caption: str, keep: int, generator: torch.Generator) -> str:
     """What stands between commas in another order; the first `keep` parts stay."""
     import torch
 
-    parts = [part.strip() for part in caption.split(",") if part.strip()]
+    parts = _parts(caption)
     rest = parts[keep:]
     order = torch.randperm(len(rest), generator=generator).tolist()
     return ", ".join(parts[:keep] + [rest[place] for place in order])
@@ -127,42 +151,65 @@ def _one_line(text: str) -> tuple[str, list[str]]:
     return " ".join(text.replace("\0", " ").split()), notes
 
 
-def read_metadata(folder: Path, pictures: Collection[str]) -> tuple[dict[str, str], list[str]]:
-    """Captions by picture from the lines {"file_name": …, "text": …} of `metadata.jsonl`, and what is wrong with it.
+def read_metadata(folder: Path, pictures: Collection[str]) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """Captions by picture from `metadata.jsonl` or `metadata.csv`, and what is wrong with it, by the file's name.
 
-    Nothing if there is no such file. Raises DatasetError if it cannot be read at all.
+    Lines are {"file_name": …, "text": …}, or rows of such columns. Nothing if there is no such file. Raises
+    DatasetError if it cannot be read at all.
     """
-    path = folder / METADATA
-    if not path.exists():
-        return {}, []
-    if not path.is_file() or (size := path.stat().st_size) > MAX_METADATA_BYTES:
-        what = f"{size} bytes, at most {MAX_METADATA_BYTES} are read" if path.is_file() else "not a file"
-        raise DatasetError(f"{METADATA}: {what}")
+    there = [name for name in METADATA if (folder / name).exists()]
+    if len(there) > 1:
+        raise DatasetError(f"{there[0]}: there is {there[1]} too; keep one of them")
     captions: dict[str, str] = {}
     problems = []
-    for number, line in _lines(path):
-        try:
-            name, text = _entry(line, pictures)
-            if name in captions:
-                raise DatasetError(f"a second caption of {shown(name)}")
-            captions[name] = text
-        except DatasetError as error:
-            problems.append(f"line {number}: {error}")
+    for name in there:
+        rows = _rows if name.endswith(".csv") else _lines
+        for number, entry in rows(_metadata_bytes(folder / name)):
+            try:
+                picture, text = _entry(entry(), pictures)
+                if picture in captions:
+                    raise DatasetError(f"a second caption of {shown(picture)}")
+                captions[picture] = text
+            except DatasetError as error:
+                problems.append((name, f"line {number}: {error}"))
     return captions, problems
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not empty, with their numbers, the first of which is 1."""
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+def _metadata_bytes(path: Path) -> bytes:
+    if not path.is_file() or (size := path.stat().st_size) > MAX_METADATA_BYTES:
+        what = f"{size} bytes, at most {MAX_METADATA_BYTES} are read" if path.is_file() else "not a file"
+        raise DatasetError(f"{path.name}: {what}")
+    return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
 
 
-def _entry(line: bytes, pictures: Collection[str]) -> tuple[str, str]:
-    """A line's picture and caption. Raises DatasetError."""
+def _lines(data: bytes) -> Iterator[tuple[int, Callable[[], Any]]]:
+    """Entries of JSON lines that are not empty, with their numbers, the first of which is 1."""
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            yield number, partial(_json, line)
+
+
+def _json(line: bytes) -> Any:
     try:
-        entry: Any = parse_json(line.decode("utf-8"), "the line", DatasetError)
+        return parse_json(line.decode("utf-8"), "the line", DatasetError)
     except UnicodeDecodeError as error:
         raise DatasetError(f"not UTF-8 at its byte {error.start}; save the file as UTF-8") from error
+
+
+def _rows(data: bytes) -> Iterator[tuple[int, Callable[[], Any]]]:
+    """Entries of a table with a head. Raises DatasetError where it cannot go on."""
+    try:
+        rows = csv.DictReader(io.StringIO(data.decode("utf-8"), newline=""), restkey="more", strict=True)
+        for row in rows:
+            yield rows.line_num, partial(dict, row)
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{METADATA[1]}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
+    except csv.Error as error:
+        raise DatasetError(f"{METADATA[1]}: not a table of comma-separated values ({shown(error)})") from error
+
+
+def _entry(entry: Any, pictures: Collection[str]) -> tuple[str, str]:
+    """An entry's picture and caption. Raises DatasetError."""
     if not isinstance(entry, dict):
         raise DatasetError(f'expected {{"file_name": …, "text": …}}, found {shown(entry)}')
     name, text = (_text(entry, key) for key in ("file_name", "text"))

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from mixofshow.errors import DatasetError
+from mixofshow.errors import DatasetError, shown
 from mixofshow.outputs import write_text
 from mixofshow.terminal import print_table, say
 from mixofshow.tuning.apart import ChildReader
-from mixofshow.tuning.dataset import Finding, readings
+from mixofshow.tuning.dataset import readings
+from mixofshow.tuning.folder import Finding
+from mixofshow.tuning.naming import ANY_WORD, Naming
 from mixofshow.tuning.pictures import Alpha
 
 COLOURS: Final = {"error": "red", "warning": "yellow", "note": "default"}
@@ -25,17 +27,35 @@ def check_folder(
     instance_prompt: str = "the instance prompt",
     alpha: Alpha = "fill",
     background: str = "white",
+    naming: Naming | None = None,
 ) -> list[Finding]:
     """What there is to say about a folder's pictures, captions and masks, in the pictures' order; nothing is changed.
 
-    Empty if all of it is used as it is. Pictures are decoded in a child process: one that crashes the decoder, or takes
+    Empty if all of it is used as it is. With `naming`, captions that do not name the concept are errors; without it,
+    whether any of them names one is all that can be said. Pictures are decoded in a child process: one that crashes the decoder, or takes
     too much memory, is an error like any other. Raises DatasetError if there is no such folder or no picture in it.
     """
     with ChildReader() as child:
-        one_by_one = readings(
-            folder, instance_prompt=instance_prompt, masks=masks, alpha=alpha, background=background, read=child.read
+        every = list(
+            readings(
+                folder,
+                instance_prompt=instance_prompt,
+                masks=masks,
+                alpha=alpha,
+                background=background,
+                naming=naming,
+                read=child.read,
+            )
         )
-        return [finding for reading in one_by_one for finding in reading.findings]
+    unnamed = [reading.caption for reading in every if reading.caption and not ANY_WORD.search(reading.caption)]
+    found = [finding for reading in every for finding in reading.findings]
+    if unnamed and naming is None:
+        what = (
+            f"{len(unnamed)} have no <name> in them, such as '{shown(unnamed[0])}': it takes the place of the class word; "
+            "--name and --class-word tell whether that is there"
+        )
+        found.append(Finding("captions", "note", what))
+    return found
 
 
 def report(findings: Sequence[Finding], json_file: Path | None = None) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from mixofshow.errors import DatasetError
-from mixofshow.tuning.pictures import SUFFIXES, label, read_mask
+from mixofshow.tuning.pictures import label, read_mask
 
 
 def mask_folder(folder: Path, given: Path | None) -> Path | None:
@@ -21,19 +22,21 @@ def mask_folder(folder: Path, given: Path | None) -> Path | None:
     return beside if beside.is_dir() and not beside.samefile(folder) else None
 
 
-def read_mask_of(path: Path, folder: Path, image: Image.Image | None, own: Image.Image | None) -> Image.Image:
-    """The mask (L) of a picture's stem in the folder, else the one that its transparency made.
+def read_mask_of(
+    path: Path, files: Sequence[Path], folder: Path | None, image: Image.Image | None, own: Image.Image | None
+) -> Image.Image | None:
+    """The mask (L) of a picture out of its mask files, else the one that its transparency made.
 
-    It has the picture's size; that is not checked for a picture that could not be read. Raises DatasetError.
+    None without any, unless every picture should have one in `folder`. It has the picture's size; that is not checked
+    for a picture that could not be read. Raises DatasetError.
     """
-    files = [file for file in sorted(folder.iterdir()) if file.stem == path.stem and file.suffix.lower() in SUFFIXES]
-    if not files and own is not None:
+    if not files and (own is not None or folder is None):
         return own
     if not files:
         raise DatasetError(f"{label(path)}: no mask in {folder}; expected {label(path.with_suffix('.png'))}")
     if len(files) > 1:
         raise DatasetError(f"{label(path)}: {' and '.join(map(label, files))} in {folder}; keep one of them")
-    mask = read_mask(files[0], name=f"{label(path)}: its mask {label(folder)}/{label(files[0])}")
+    mask = read_mask(files[0], name=f"{label(path)}: its mask {label(files[0].parent)}/{label(files[0])}")
     if image is not None and mask.size != image.size:
         sizes = f"{mask.width} x {mask.height} pixels, the picture has {image.width} x {image.height}"
         raise DatasetError(f"{label(path)}: its mask has {sizes}; save the mask at the picture's size")

@@ -41,11 +41,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Feed:
-    """Pictures with captions, in their order. `tokenize` turns captions into ids."""
+    """Pictures with captions, in their order. `tokenize` turns captions into ids.
+
+    `keep` says how many of the first parts of each caption stay when it is shuffled.
+    """
 
     source: Source
     order: Order
     captions: Sequence[str]
+    keep: Sequence[int]
     settings: TuningSettings
     tokenize: Callable[[Sequence[str]], Ids]
 
@@ -58,7 +62,7 @@ class Feed:
         count = scheduler.config.num_train_timesteps
         timesteps = torch.randint(count, (len(indices),), generator=generator).to(noise.device)
         captions = [
-            varied(self.captions[index], self.settings.placeholder, self.settings.captions, generator)
+            varied(self.captions[index], self.settings.placeholder, self.settings.captions, generator, self.keep[index])
             for index in indices
         ]
         return Batch(pictures, noise, timesteps, self.tokenize(captions))

@@ -22,6 +22,11 @@ def make_optimizer(settings: OptimizerSettings, groups: Groups) -> Optimizer:
     return OPTIMIZERS[settings.name](groups, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay)
 
 
+def needed_package(settings: OptimizerSettings) -> str | None:
+    """The package that the optimizer comes from, None for torch's own."""
+    return {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}.get(settings.name)
+
+
 def make_schedule(settings: OptimizerSettings, optimizer: Optimizer, steps: int) -> LambdaLR:
     """The rates' course over all steps."""
     name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule

@@ -119,6 +119,11 @@ class CaptionSettings(Group):
     dropout: float = Field(0.0, ge=0, le=1, description="Share of pictures shown without any caption.")
     shuffle: bool = Field(False, description="Shuffle what stands between commas.")
     keep: int = Field(1, ge=0, description="How many of the first parts stay in place when shuffled.")
+    synonyms: str | None = Field(
+        None,
+        max_length=1000,
+        description="More words that captions may have for the class word, with commas between: dogs, puppy.",
+    )
 
 
 class OptimizerSettings(Group):
@@ -203,9 +208,8 @@ class TuningSettings(Group):
         """The settings that may stand in a concept file, by dotted name: how it was trained, not where or by whom."""
         private = {"name", "class_word", "data", "masks", "base", "instance_prompt", "skip_bad", "license", "author"}
         running = {"preview_every", "save_every", "tracker"}
-        table = self.model_dump(
-            mode="json", exclude={**dict.fromkeys(private | running, True), "prior": {"data", "prompt"}}
-        )
+        own = {"prior": {"data", "prompt"}, "captions": {"synonyms"}}
+        table = self.model_dump(mode="json", exclude={**dict.fromkeys(private | running, True), **own})
         return dict(_flat(table))
 
 

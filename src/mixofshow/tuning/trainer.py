@@ -6,7 +6,6 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,19 +18,18 @@ from mixofshow.bases.families import family_of, text_encoders
 from mixofshow.bases.loading import DTYPES, base_name, fingerprint
 from mixofshow.bases.parts import exclusive
 from mixofshow.concepts.concept import Concept, ConceptInfo
-from mixofshow.concepts.prompts import Ids, layerwise, prompt_ids
-from mixofshow.concepts.words import Vocabulary
+from mixofshow.concepts.prompts import layerwise
 from mixofshow.errors import SettingsError
 from mixofshow.outputs import check_outputs
 from mixofshow.progress import Progress, silent
 from mixofshow.tuning.attention import recorded_attention
-from mixofshow.tuning.batches import Order, Source
 from mixofshow.tuning.changes import refuse_altered
 from mixofshow.tuning.checkpoints import Identity, working_in
-from mixofshow.tuning.dataset import Example, inputs_of, read_folder, with_placeholder
+from mixofshow.tuning.conflicts import idle, refuse_impossible, slow_precision, tracker_of
+from mixofshow.tuning.dataset import Example, inputs_of, read_folder
+from mixofshow.tuning.feeds import make_feeds, naming_for
 from mixofshow.tuning.methods import METHODS, initial_words, initializers, word_names
-from mixofshow.tuning.objective import Feed, Objective
-from mixofshow.tuning.prior import prior_examples
+from mixofshow.tuning.objective import Objective
 from mixofshow.tuning.run import Finished, Preview, Run
 from mixofshow.tuning.settings import TuningSettings, make_settings, with_presets
 
@@ -64,7 +62,11 @@ def tune(
     """
     settings, pipeline = _asked(settings, pipeline, keys)
     place = None if folder is None else Path(folder)
+    refuse_impossible(settings, pipeline.device.type)
     check_outputs(shared=[place], inputs=inputs_of(settings))
+    for notice in (*idle(settings), slow_precision(settings, pipeline.device.type)):
+        if notice:
+            logger.warning("%s", notice)
     settings = with_presets(settings, base_name(pipeline))
     refuse_altered(pipeline)
     with _own_accelerate():
@@ -93,11 +95,15 @@ def _tune(
         masks=settings.masks,
         alpha=settings.pictures.alpha,
         background=settings.pictures.background,
+        naming=naming_for(settings),
     )
+    if settings.loss.attention_weight and not any(one.mask for one in examples):
+        logger.warning("loss.attention_weight does nothing: no picture has a mask")
     words = initial_words(pipeline, settings, torch.Generator().manual_seed(settings.seed))
     info = _describe(settings, pipeline, len(words()))  # before the layers are wrapped: the fingerprint is of the base
     total = settings.steps_for(len(examples), accelerator.num_processes)
-    feeds = list(_feeds(settings, pipeline, examples, total=total, accelerator=accelerator, progress=progress))
+    processes = accelerator.num_processes
+    feeds = make_feeds(settings, pipeline, examples, total=total, processes=processes, progress=progress)
     method = METHODS[settings.method]
     with (
         exclusive(pipeline),
@@ -129,9 +135,7 @@ def make_accelerator(settings: TuningSettings, pipeline: Any, folder: Path | Non
     if pipeline.unet.dtype not in (torch.float32, DTYPES[settings.precision]):
         held = str(pipeline.unet.dtype).removeprefix("torch.")
         raise SettingsError(f"precision {settings.precision}: the base's weights are {held}; load it as float32")
-    tracker = {"auto": "tensorboard" if find_spec("tensorboard") else "none"}.get(settings.tracker, settings.tracker)
-    if tracker != "none" and not find_spec(tracker):
-        raise SettingsError(f"tracker {tracker} is not installed: pip install {tracker}")
+    tracker = tracker_of(settings)
     # Text that leaves out the text encoder's last layers leaves out their changes too.
     unused = settings.unet.drop_kv > 0 or family_of(pipeline).skipped_text_layers > 0
     try:
@@ -146,40 +150,6 @@ def make_accelerator(settings: TuningSettings, pipeline: Any, folder: Path | Non
         )
     except ValueError as error:
         raise SettingsError(f"precision {settings.precision}: {error}") from error
-
-
-def _feeds(
-    settings: TuningSettings,
-    pipeline: Any,
-    examples: Sequence[Example],
-    *,
-    total: int,
-    accelerator: Accelerator,
-    progress: Progress,
-) -> Iterator[Feed]:
-    """The concept's pictures, and those of its class word if the prior counts."""
-    names = word_names(settings)
-    known = Vocabulary(dict.fromkeys(names, torch.empty(0)), {settings.placeholder: names} if len(names) > 1 else {})
-
-    def tokenize(captions: Sequence[str]) -> Ids:
-        return prompt_ids(pipeline, captions, known)
-
-    def feed(chosen: Sequence[Example], texts: Sequence[str], **changed: Any) -> Feed:
-        own = settings.model_copy(update=changed)
-        source = Source(chosen, own.pictures, pipeline, seed=own.seed)
-        batches = total * own.optimizer.accumulate * accelerator.num_processes
-        order = Order(source.groups, own.batch_size, batches=batches, seed=own.seed)
-        tokenize(texts)  # words that would be cut are found before the first step
-        return Feed(source, order, texts, own, tokenize)
-
-    yield feed(
-        examples,
-        [with_placeholder(one.caption, settings.placeholder, names, settings.class_word) for one in examples],
-    )
-    prior = prior_examples(settings, pipeline, progress)
-    plain = type(settings.captions)()  # the class word's pictures keep their caption
-    if prior:
-        yield feed(prior, [one.caption for one in prior], captions=plain)
 
 
 def _describe(settings: TuningSettings, pipeline: Any, layers: int) -> ConceptInfo:
@@ -203,6 +173,7 @@ def _describe(settings: TuningSettings, pipeline: Any, layers: int) -> ConceptIn
 
 def _identity(settings: TuningSettings, examples: Sequence[Example], info: ConceptInfo) -> Identity:
     facts = {**settings.for_file(), "name": settings.name, "class_word": settings.class_word}
+    facts["captions.synonyms"] = settings.captions.synonyms
     return Identity.of(facts, {one.name: one.digest for one in examples}, base_fingerprint=info.base_fingerprint)
 
 

@@ -174,6 +174,7 @@ class _Run:
             {
                 "settings": with_presets(settings, settings.base).for_file(),
                 "words": [settings.name, settings.class_word, settings.instance_prompt, settings.prior.prompt],
+                "synonyms": settings.captions.synonyms,
                 "data": folder_digest([data, masks, *filter(None, [settings.prior.data])]),
                 "base": self.fingerprint,
             }

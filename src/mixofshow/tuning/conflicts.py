@@ -1,0 +1,96 @@
+"""Settings that can never work together or on a device, and settings that do nothing beside the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Final
+
+from mixofshow.errors import SettingsError
+from mixofshow.tuning.methods import METHODS
+from mixofshow.tuning.optimizers import needed_package
+from mixofshow.tuning.pictures import colour_of
+from mixofshow.tuning.settings import TuningSettings, dotted_keys
+
+WORDS_ONLY: Final = ("p-plus", "textual-inversion")
+_LAYERS: Final = ("rank", "alpha", "targets", "orthogonal_slice")
+
+
+def tracker_of(settings: TuningSettings) -> str:
+    """Where curves go, or "none"."""
+    return {"auto": "tensorboard" if find_spec("tensorboard") else "none"}.get(settings.tracker, settings.tracker)
+
+
+def refuse_impossible(settings: TuningSettings, device: str) -> None:
+    """Raise SettingsError for what can never be done on a kind of device (cpu, cuda …), before anything is loaded."""
+    if settings.precision == "fp16" and device == "cpu":
+        raise SettingsError("precision fp16: needs a GPU, this run is on the CPU; take bf16 or fp32")
+    colour_of(settings.pictures.background)
+    if (tracker := tracker_of(settings)) != "none" and not find_spec(tracker):
+        raise SettingsError(f"tracker {tracker} is not installed: pip install {tracker}")
+    if (package := needed_package(settings.optimizer)) and not find_spec(package):
+        raise SettingsError(f"optimizer {settings.optimizer.name} is not installed: pip install {package}")
+
+
+def slow_precision(settings: TuningSettings, device: str) -> str | None:
+    """What there is to say of a precision that this CPU has no instructions for."""
+    import torch
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    if settings.precision != "bf16" or device != "cpu" or "AVX512" in capability or "AMX" in capability:
+        return None
+    return f"precision bf16: this CPU ({capability}) has no instructions for it; fp32 is faster"
+
+
+_Idle = Callable[[TuningSettings], bool]
+IDLE: Final[dict[str, tuple[str, _Idle]]] = {
+    "steps": ("epochs say how long", lambda one: one.epochs is not None),
+    "words.sigma": (
+        "no word of method {method} starts at random",
+        lambda one: "random" not in METHODS[one.method].starts,
+    ),
+    "loss.full_identity": ("loss.attention_weight is 0", lambda one: not one.loss.attention_weight),
+    "pictures.crops": ("pictures.fit is {pictures.fit}", lambda one: one.pictures.fit != "crop"),
+    "captions.keep": ("captions.shuffle is off", lambda one: not one.captions.shuffle),
+    "captions.shuffle": ("captions.templates replace all captions", lambda one: one.captions.templates != "none"),
+    "captions.synonyms": ("captions.templates replace all captions", lambda one: one.captions.templates != "none"),
+    "instance_prompt": ("captions.templates replace all captions", lambda one: one.captions.templates != "none"),
+    "prior.count": (
+        "prior.weight is 0, or prior.data is given",
+        lambda one: not one.prior.weight or bool(one.prior.data),
+    ),
+    "prior.data": ("prior.weight is 0", lambda one: not one.prior.weight),
+    "prior.prompt": ("prior.weight is 0", lambda one: not one.prior.weight),
+    "text_encoder.rate": ("method {method} leaves it as it is", lambda one: one.method not in ("ed-lora", "lora")),
+    "unet.rate": ("method {method} leaves it as it is", lambda one: one.method in WORDS_ONLY),
+    "unet.drop_kv": ("method {method} leaves them as they are", lambda one: one.method in WORDS_ONLY),
+    **{
+        f"{part}.{key}": ("method {method} trains no LoRA", lambda one: one.method not in ("ed-lora", "lora"))
+        for part in ("text_encoder", "unet")
+        for key in _LAYERS
+    },
+}
+"""By setting, why it does nothing, and when."""
+
+
+def idle(settings: TuningSettings) -> list[str]:
+    """A line for each setting that was given, is not as without it, and does nothing beside the others."""
+    found = []
+    for key, field in dotted_keys():
+        if key in IDLE and _was_given(settings, key) and _value(settings, key) != field.default:
+            why, is_idle = IDLE[key]
+            if is_idle(settings):
+                why = why.replace("{method}", settings.method).replace("{pictures.fit}", settings.pictures.fit)
+                found.append(f"{key} does nothing: {why}")
+    return found
+
+
+def _was_given(settings: TuningSettings, key: str) -> bool:
+    group, _, last = key.rpartition(".")
+    owner = getattr(settings, group) if group else settings
+    return last in owner.model_fields_set
+
+
+def _value(settings: TuningSettings, key: str) -> object:
+    group, _, last = key.rpartition(".")
+    return getattr(getattr(settings, group) if group else settings, last)

@@ -1,0 +1,96 @@
+"""What only some random steps meet, and what can never work, is found before the first: cases 10 and 17."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from PIL import Image
+
+from mixofshow import make_settings, tune
+from mixofshow.errors import DatasetError, SettingsError
+from mixofshow.tuning.captions import varied, whole_in_any_order
+from mixofshow.tuning.conflicts import refuse_impossible, slow_precision
+from mixofshow.tuning.settings import CaptionSettings
+
+TABLE = {"name": "mydog", "class_word": "dog", "data": "x"}
+WINDOW = 40
+
+
+def _fits(text):
+    """As a text encoder that reads so many letters."""
+    return all(place + len("<mydog>") <= WINDOW for place in range(len(text)) if text.startswith("<mydog>", place))
+
+
+@pytest.mark.parametrize(
+    "caption",
+    ["a, <mydog>, snow", "1dog, <mydog>, snow, solo, tree, grass, sky, sun", "a, b, c" + 9 * ", d" + ", a <mydog>"],
+)
+@pytest.mark.parametrize("keep", [0, 1])
+def test_no_order_cuts_the_concepts_words(caption, keep):
+    text, kept = whole_in_any_order(caption, {"<mydog>"}, keep, _fits)
+    settings = CaptionSettings(shuffle=True, keep=keep)
+    orders = {varied(text, "<mydog>", settings, torch.Generator().manual_seed(seed), kept) for seed in range(50)}
+    assert all(_fits(one) and sorted(one.split(", ")) == sorted(caption.split(", ")) for one in orders)
+    assert len(orders) > 1 or caption.count(",") == 2
+    assert (text, kept) == (caption, keep) or len(caption) > WINDOW  # short ones are shuffled as ever
+
+
+@pytest.fixture
+def data(tmp_path):
+    (tmp_path / "tags").mkdir()
+    for number, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / "tags" / f"{number}.png")
+    return tmp_path / "tags"
+
+
+def test_long_tags_are_shuffled_to_the_end_and_said_once(golden_pipeline, data, caplog):
+    """Case 10: the run died at a step that the seed decided, after a line for nearly every step."""
+    for number in range(2):
+        (data / f"{number}.txt").write_text("one man, <mydog>" + 40 * ", snow")
+    keys = {"steps": 6, "batch_size": 1, "captions.shuffle": True, "method": "textual-inversion"}
+    with caplog.at_level(logging.WARNING):
+        tune(golden_pipeline, data, name="mydog", class_word="man", **keys)
+    assert [one for one in caplog.messages if "cut" in one or "longer" in one] == [
+        "2 of 2: caption is longer than the text encoder's 77 tokens: its end is not read (0.png; 1.png)"
+    ]
+
+
+def test_a_caption_that_has_the_word_too_late_is_named_before_anything_else(golden_pipeline, data, monkeypatch):
+    (data / "1.txt").write_text("snow " * 90 + "<mydog>")
+    monkeypatch.setattr(golden_pipeline.vae, "encode", None)
+    with pytest.raises(
+        DatasetError, match="^1.png: its caption: the prompt is longer than the text encoder's 77 tokens"
+    ):
+        tune(golden_pipeline, data, name="mydog", class_word="man", steps=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"precision": "fp16"}, "precision fp16: needs a GPU, this run is on the CPU; take bf16 or fp32"),
+        ({"tracker": "wandb"}, "tracker wandb is not installed: pip install wandb"),
+        ({"optimizer.name": "adamw8bit"}, "optimizer adamw8bit is not installed: pip install bitsandbytes"),
+        ({"pictures.background": "whit"}, "'pictures.background': .* did you mean 'white'"),
+    ],
+)
+def test_what_can_never_work_here_is_refused_before_anything_is_loaded(change, message, monkeypatch):
+    monkeypatch.setattr("mixofshow.tuning.conflicts.find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=message):
+        refuse_impossible(make_settings({**TABLE, "tracker": "none", **change}), "cpu")
+
+
+def test_fp16_is_for_gpus(golden_pipeline, data):
+    """Case 17: a traceback, after the pictures were encoded."""
+    with pytest.raises(SettingsError, match="fp16: needs a GPU"):
+        tune(golden_pipeline, data, name="mydog", class_word="man", precision="fp16")
+    refuse_impossible(make_settings({**TABLE, "precision": "fp16", "tracker": "none"}), "cuda")
+
+
+@pytest.mark.parametrize(("capability", "slow"), [("AVX2", True), ("DEFAULT", True), ("AVX512", False)])
+def test_a_cpu_without_bf16_is_said(monkeypatch, capability, slow):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert bool(slow_precision(make_settings({**TABLE, "precision": "bf16"}), "cpu")) == slow
+    assert slow_precision(make_settings({**TABLE, "precision": "bf16"}), "cuda") is None
+    assert slow_precision(make_settings(TABLE), "cpu") is None
