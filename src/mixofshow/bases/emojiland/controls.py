@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 from diffusers import (
     ControlNetModel,
+    DDPMScheduler,
     StableDiffusionAdapterPipeline,
     StableDiffusionControlNetPipeline,
     T2IAdapter,
@@ -25,7 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mixofshow.bases.emojiland.autoencoder import to_images, to_tensor
-from mixofshow.bases.emojiland.generator import CAPTION_DROPOUT, WIDE_BATCH, noise_scheduler, step_weights
+from mixofshow.bases.emojiland.generator import CAPTION_DROPOUT, WIDE_BATCH, step_weights
 from mixofshow.bases.emojiland.training import Stage, flat_then_down, new_run, train
 from mixofshow.bases.emojiland.wordpieces import tokenize
 from mixofshow.bases.emojiland.world import (
@@ -185,7 +186,8 @@ def stage(name: str, base: Any, network: nn.Module, steps: int, batch: int) -> S
 
     1 - u³ of the way to full noise: a layout is decided early in sampling.
     """
-    kind, unet, scheduler = KINDS[name], base.unet, noise_scheduler()
+    kind, unet = KINDS[name], base.unet
+    scheduler = DDPMScheduler.from_config(base.scheduler.config)  # the noise that the base was trained with
     # The plain processor is a third faster than the fused kernel at these small sizes on CPU.
     unet.set_attn_processor(AttnProcessor())
     weights, empty = step_weights(scheduler), tokenize(base.tokenizer, [""])

@@ -8,6 +8,7 @@ from random import Random
 from typing import Final
 
 import torch
+from accelerate import Accelerator
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -168,10 +169,11 @@ class LatentCache:
         tokenizer: CLIPTokenizer,
         *,
         shards: int,
-        process: int,
-        processes: int,
+        accelerator: Accelerator,
     ) -> None:
         self.folder, self.picture, self.vae, self.tokenizer = folder, picture, vae, tokenizer
+        self.autocast = accelerator.autocast
+        process, processes = accelerator.process_index, accelerator.num_processes
         folder.mkdir(parents=True, exist_ok=True)
         for shard in range(process, shards, processes):
             if not self._path(shard).exists():
@@ -188,7 +190,7 @@ class LatentCache:
         random = Random(shard)
         pictures = [self.picture(random) for _ in range(self.SHARD)]
         images = to_tensor(picture.image for picture in pictures)
-        with torch.autocast(self.vae.device.type, torch.bfloat16):
+        with self.autocast():
             latents = [
                 self.vae.encode(part.to(self.vae.device)).latent_dist.mode().float() for part in images.split(64)
             ]

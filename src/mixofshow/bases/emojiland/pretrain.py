@@ -32,7 +32,7 @@ JUDGE: Final = WEIGHTS.parent / "judge"
 class Recipe:
     """How long and how fast each network learns. Batches are totals over all processes."""
 
-    autoencoder_steps: int = 3500
+    autoencoder_steps: int = 3400
     autoencoder_batch: int = 32
     autoencoder_rate: float = 2e-3
     generator_steps: int = 12_600
@@ -82,8 +82,7 @@ def _generator(recipe: Recipe, run: Path, accelerator: Accelerator, minutes: flo
             pipeline.vae.requires_grad_(False),
             pipeline.tokenizer,
             shards=shards,
-            process=accelerator.process_index,
-            processes=accelerator.num_processes,
+            accelerator=accelerator,
         )
         for folder, width, shards in (
             ("latents", SIZE, recipe.cached_shards),
