@@ -52,7 +52,9 @@ def check_outputs(
     """Raise unless all of this can be written where it is asked for, and none of it meets what is read.
 
     `files` and `folders` are replaced as a whole, `shared` folders are added to. `inputs` are what is read; what is
-    not there is passed over. Raises BadInputError for a name or place, ResourceError for a disk or its permissions.
+    not there is passed over. What killed processes left in these places is swept.
+
+    Raises BadInputError for a name or place, ResourceError for a disk or its permissions.
     """
     one_by_one, whole, added = ([one for one in group if one is not None] for group in (files, folders, shared))
     for path in one_by_one:
@@ -61,6 +63,8 @@ def check_outputs(
         check_folder(path)
     for path in added:
         _check(path, "folder", within=True)
+    for place in {*(path.parent for path in (*one_by_one, *whole)), *added}:
+        sweep(place)
     outputs = [*one_by_one, *whole, *added]
     for number, path in enumerate(outputs):
         _refuse_over_inputs(path, inputs=[one for one in inputs if one and _exists(one)], whole=path in whole)

@@ -10,7 +10,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from PIL import Image
 
 from mixofshow.concepts.concept import load_concept
 from mixofshow.errors import BadInputError, ResourceError, SettingsError
-from mixofshow.tuning.checkpoints import newest
 from mixofshow.tuning.settings import make_settings, printed
 from mixofshow.tuning.trainer import tune
 
@@ -109,33 +107,6 @@ def _command(tmp_path, settings, *more):
 
 def _environment():
     return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def test_kill_9_costs_at_most_one_save_interval(make, tmp_path):
-    settings = make(steps=400, save_every=5)
-    process = subprocess.Popen(
-        [sys.executable, *_command(tmp_path, settings)], env=_environment(), stderr=subprocess.DEVNULL
-    )
-    folder = tmp_path / "thing" / "checkpoints"
-    deadline = time.monotonic() + 120
-    while not list(folder.glob("step-*.pt")) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    time.sleep(1.3)
-    before = max(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.pt"))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    found = newest(folder)
-    assert found is not None and int(found.stem.removeprefix("step-")) >= before
-    assert not (tmp_path / "thing.safetensors").exists()
-    resumed = subprocess.run(
-        [sys.executable, *_command(tmp_path, make(steps=before + 20, save_every=5), "--resume")],
-        env=_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    # Fewer steps than before are another run; the configuration that was killed is the one that goes on.
-    assert resumed.returncode == 2 and "steps: 400 ->" in resumed.stderr
 
 
 def test_a_full_disk_ends_with_3_and_names_the_last_good_checkpoint(make, tmp_path):
