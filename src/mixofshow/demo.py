@@ -38,8 +38,8 @@ from mixofshow.outputs import check_outputs, refusals, write_text, writing
 from mixofshow.progress import terminal_bar
 from mixofshow.sampling.composition import compose
 from mixofshow.sampling.pipeline import MixOfShowPipeline
-from mixofshow.sampling.replay import maker_of, save_picture
-from mixofshow.sampling.settings import Composition, RegionEntry
+from mixofshow.sampling.replay import maker_of, resolved, save_picture
+from mixofshow.sampling.settings import STEPS, Composition, RegionEntry
 from mixofshow.terminal import say
 from mixofshow.tuning.settings import make_settings
 from mixofshow.tuning.trainer import tune
@@ -140,7 +140,8 @@ def _facts(
     turned = fuse_exactly(concepts[::-1], pipeline).model.weights
     equal = all(torch.equal(weight, turned[layer]) for layer, weight in gradient.model.weights.items())
     draw = MixOfShowPipeline.of(gradient.model)
-    there, again = (draw(f"a photo of a {first.concept.prompt}", seed=1)[0].tobytes() for _ in range(2))
+    prompt = f"a photo of a {first.concept.prompt}"
+    there, again = (draw(prompt, num_inference_steps=STEPS, seed=1)[0].tobytes() for _ in range(2))
     return [
         f"gradient fusion fits at least as well as weight fusion in {better} of {len(gradient.layers)} layers",
         f"<{name}> fused alone: largest residual {residual:.1e}, "
@@ -189,7 +190,7 @@ def _compositions(out: Path, models: Mapping[str, ConceptModel], *, seeds: int) 
         with terminal_bar("sampling") as progress:
             pictures[label] = [compose(pipeline, one, progress=progress)[0] for one in wanted]
         for one, image in zip(wanted, pictures[label], strict=True):
-            save_picture(image, out / f"wide-{number}-{one.seed}.png", one, maker)
+            save_picture(image, out / f"wide-{number}-{one.seed}.png", resolved(one, pipeline), maker)
     return pictures
 
 

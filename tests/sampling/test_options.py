@@ -19,7 +19,7 @@ from mixofshow.sampling.denoising import Moment, shared_weights
 from mixofshow.sampling.encoding import concepts_in, encode, without_concepts
 from mixofshow.sampling.latents import initial_latents
 
-ASKED = {"prompt": "two things near the castle", "width": 64, "height": 48, "num_inference_steps": 4}
+ASKED = {"prompt": "two things near the castle", "width": 64, "height": 48, "num_inference_steps": 4, "seed": 0}
 GOLDEN_BASE = Path(__file__).parents[1] / "goldens" / "pipeline"
 LEFT, RIGHT = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
 

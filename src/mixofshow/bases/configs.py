@@ -93,10 +93,35 @@ BETAS: Final = {"beta_start", "beta_end", "trained_betas"}
 
 
 @contextlib.contextmanager
-def strangers_model(problem: str, error: type[MixOfShowError] = BaseModelError) -> Iterator[None]:
-    """Whatever a library raises inside is an `error`, the model's: it believes configurations, and fails in any way."""
+def quiet() -> Iterator[None]:
+    """Inside, diffusers and transformers show errors only, and no progress bars; afterwards what they did before."""
+    # Loading a tiny model takes a second; importing diffusers takes four, so only those who load pay for it.
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    both = (diffusers_logging, transformers_logging)
+    libraries = [(one, one.get_verbosity(), one.is_progress_bar_enabled()) for one in both]
     try:
+        for library, *_ in libraries:
+            library.disable_progress_bar()
+            library.set_verbosity_error()
         yield
+    finally:
+        for library, verbosity, bars in libraries:
+            library.set_verbosity(verbosity)
+            if bars:
+                library.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def strangers_model(problem: str, error: type[MixOfShowError] = BaseModelError) -> Iterator[None]:
+    """Whatever a library raises inside is an `error`, the model's: it believes configurations, and fails in any way.
+
+    What it would print about that stays unsaid.
+    """
+    try:
+        with quiet():
+            yield
     except (MixOfShowError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as foreign:  # tokenizers' panics are no Exception

@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 
 from mixofshow.bases.checkpoints import SUFFIX, check_weights, load_checkpoint
-from mixofshow.bases.configs import check_configs, strangers_model
+from mixofshow.bases.configs import check_configs, quiet, strangers_model
 from mixofshow.bases.families import family_of, text_encoders
 from mixofshow.bases.originals import predict
 from mixofshow.bases.parts import exclusive, own_tensors
@@ -38,6 +38,7 @@ LONGEST_NAME: Final = 128
 _PLAIN_NAME: Final = re.compile(r"[^/\\.~][^/\\]*(/[^/\\.][^/\\]*)?")
 
 
+@quiet()
 def load_base(
     name: str | Path,
     *,
@@ -56,7 +57,6 @@ def load_base(
     what its UNet predicts, epsilon or v_prediction, where neither its configuration nor the file says so. Raises
     BaseModelError, and SettingsError for an unknown dtype.
     """
-    _quiet()
     dtype = _dtype(dtype)
     # bfloat16 has too few digits to tell base models apart: that is done with those of half precision.
     precise = torch.float16 if dtype == torch.bfloat16 else dtype
@@ -85,16 +85,6 @@ def _dtype(named: torch.dtype | str) -> torch.dtype:
     if named not in DTYPES:
         raise SettingsError(f"dtype: expected one of {', '.join(DTYPES)}, found '{shown(named)}'")
     return DTYPES[named]
-
-
-def _quiet() -> None:
-    # Loading a tiny model takes a second; importing diffusers takes four, so only those who load pay for it.
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()
 
 
 def _from_folder(name: str | Path, *, dtype: torch.dtype, variant: str | None, download: bool) -> Any:

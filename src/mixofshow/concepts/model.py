@@ -115,11 +115,11 @@ class ConceptModel:
         with exclusive(self.pipeline), replaced(self.pipeline, self.weights):
             yield
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, **options: Any) -> None:
         """Write a diffusers folder that plain diffusers loads, with the words' vectors and a manifest beside it.
 
-        For plain diffusers each word is also a token, whose vector is the mean over the layers. Raises BaseModelError
-        while adapters (LoRAs) are attached.
+        For plain diffusers each word is also a token, whose vector is the mean over the layers. `options` are those of
+        its `save_pretrained`, as `variant`. Raises BaseModelError while adapters (LoRAs) are attached.
         """
         refuse_adapters(self.pipeline, "saving")
         concepts = tuple(self.concepts)  # read before anything is written, perhaps over them
@@ -127,7 +127,7 @@ class ConceptModel:
             pipeline = self.as_diffusers()
             for _, tokenizer in family_of(pipeline).text_encoders:
                 _forget_last_call(getattr(pipeline, tokenizer))
-            pipeline.save_pretrained(temporary)
+            pipeline.save_pretrained(temporary, **options)
             vectors = {word: vector.contiguous() for word, vector in self.vocabulary.embeddings.items()}
             write_tensors(temporary / VECTORS, vectors, {"format": "pt"})
             write_text(temporary / MANIFEST, json.dumps(self.manifest.model_dump(mode="json"), indent=1) + "\n")

@@ -9,6 +9,7 @@ from mixofshow.concepts.concept import Concept
 from mixofshow.grids import grid
 from mixofshow.outputs import writing
 from mixofshow.sampling.pipeline import MixOfShowPipeline
+from mixofshow.sampling.settings import STEPS
 from mixofshow.tuning.run import Preview
 
 STRENGTHS: Final = {"words only (0)": 0.0, "0.7": 0.7, "1.0": 1.0}
@@ -23,7 +24,7 @@ def preview_grids(pipeline: Any, folder: Path, *, images: int = 4) -> Preview:
             image
             for strength in STRENGTHS.values()
             for image in MixOfShowPipeline.single(pipeline, concept, strength=strength)(
-                f"a photo of a {concept.prompt}", num_images_per_prompt=images
+                f"a photo of a {concept.prompt}", num_images_per_prompt=images, num_inference_steps=STEPS, seed=0
             )
         ]
         seeds = [f"seed {seed}" for seed in range(images)]

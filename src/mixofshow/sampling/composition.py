@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +19,7 @@ from mixofshow.sampling.regions import Region, entry_region
 from mixofshow.sampling.settings import Composition, ControlEntry, RegionEntry
 from mixofshow.sampling.steering import open_controls, with_known_controls
 
+_SIZE: Final = re.compile(r"([0-9]{1,5})[xX]([0-9]{1,5})")
 ENTRIES: Final[dict[Any, type[BaseModel]]] = {"regions": RegionEntry, "controls": ControlEntry}
 """What the lists in a composition are made of."""
 NAMING: Final = ("image", "mask", "picture", "network", "strength_map")
@@ -58,10 +60,10 @@ def _with_pictures(composition: Composition, source: str, folder: Path | None) -
 
 def parse_size(text: str) -> tuple[int, int]:
     """(width, height) from "160x64". Raises SettingsError."""
-    width, _, height = text.lower().partition("x")
-    if not (width.isdigit() and height.isdigit()):
-        raise SettingsError(f"size '{shown(text)}': expected WIDTHxHEIGHT, such as 160x64")
-    return int(width), int(height)
+    match = _SIZE.fullmatch(text)
+    if not match:
+        raise SettingsError(f"size '{shown(text)}': expected WIDTHxHEIGHT in pixels, such as 160x64")
+    return int(match[1]), int(match[2])
 
 
 def region_entry(text: str) -> dict[str, Any]:

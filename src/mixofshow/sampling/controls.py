@@ -77,9 +77,13 @@ class PictureControl(ABC):
         `latents` (rows, channels, height, width) is the model's input; `text` (prompts, layers, tokens, dim), of
         which equal parts of the rows share one; `told` what the UNet is told beside the text, see `conditions`.
         """
-        if self.strength == 0 or (step - 1) / steps < self.start or step / steps > self.end:
+        if self.strength == 0 or not self.holds(step, steps):
             return {}
         return self._added(latents, timestep, text, told or {})
+
+    def holds(self, step: int, steps: int) -> bool:
+        """Whether step `step` of `steps`, from 1, lies between start and end."""
+        return self.start <= (step - 1) / steps and step / steps <= self.end
 
     @abstractmethod
     def _added(self, latents: Tensor, timestep: Tensor, text: Tensor, told: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,11 +220,14 @@ def require_fit(network: Any, unet: Any, source: str = "control") -> None:
         _require(found == expected, f"{shown(source)}: {name}", found, f"the base model's {expected}")
 
 
-def require_all_fit(controls: Sequence[Any], unet: Any) -> None:
-    """The same for those of some controls that have a network, which are called by their numbers."""
+def require_all_fit(controls: Sequence[Any], unet: Any, steps: int) -> None:
+    """The same for those of some controls that have a network, called by their numbers; each must count in some step."""
     for number, control in enumerate(controls):
         if isinstance(control, PictureControl):
             require_fit(control.network, unet, f"controls[{number}]")
+            counts = control.strength == 0 or any(control.holds(step, steps) for step in range(1, steps + 1))
+            extent = f"{control.start:g} to {control.end:g}"
+            _require(counts, f"controls[{number}]: start, end", extent, f"a whole step of {steps} between them")
 
 
 def _facts(network: Any, unet: Any) -> Iterator[tuple[str, object, object]]:

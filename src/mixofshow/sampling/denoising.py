@@ -15,10 +15,11 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from torch import Tensor
 
 from mixofshow.bases.families import conditions
-from mixofshow.errors import MixOfShowError, SettingsError
+from mixofshow.errors import SettingsError
 from mixofshow.progress import Progress, silent
 from mixofshow.sampling.attention import RegionalAttention, regional
 from mixofshow.sampling.encoding import EncodedPrompt
+from mixofshow.sampling.latents import require_finite
 
 
 class Control(Protocol):
@@ -100,6 +101,7 @@ def denoise(
     num_inference_steps: int,
     guidance_scale: float,
     guidance_rescale: float = 0.0,
+    eta: float = 0.0,
     start: Tensor | None = None,
     strength: float = 1.0,
     generators: Sequence[torch.Generator] = (),
@@ -107,17 +109,19 @@ def denoise(
     predicting: Predicting = shared_weights,
     correct: Correct | None = None,
     step_end: StepEnd | None = None,
+    interrupted: Callable[[], bool] = bool,
     progress: Progress = silent,
 ) -> Tensor:
     """Noise to clean latents with the pipeline's own scheduler and classifier-free guidance.
 
     With clean latents to `start` from, only the last steps are done, a share `strength` of all; these are counted on,
-    so that a region's steps mean the same. Some schedulers draw noise in every step: picture k's from generator k.
+    so that a region's steps mean the same. Some schedulers draw noise in every step: picture k's from generator k, and
+    of DDIM's as much as `eta` says. Once `interrupted`, no further step is done. Raises MixOfShowError for numbers that
+    are not finite.
     """
     scheduler, timesteps, latents = _begin(pipeline, noise, num_inference_steps, start, strength)
     skipped = len(scheduler.timesteps) - len(timesteps)
-    draws = generators and "generator" in inspect.signature(scheduler.step).parameters
-    noise_source = {"generator": list(generators)} if draws else {}
+    how = _for_step(scheduler, generators, eta)
     sides = 2 if encoded.guided else 1
 
     def batched(latents: Tensor, timestep: Tensor) -> Tensor:
@@ -126,6 +130,8 @@ def denoise(
     told = conditions(pipeline, encoded.pooled, rows := torch.cat([latents] * sides))
     with predicting(pipeline, encoded, rows) as predict:
         for done, timestep in enumerate(timesteps):
+            if interrupted():
+                break
             step = min((skipped + done) // scheduler.order + 1, num_inference_steps)
             if correct:
                 latents = correct(Moment(predict, timestep, step, num_inference_steps, batched), latents)
@@ -134,14 +140,18 @@ def denoise(
             prediction = predict(batch, timestep, step, added([one.residuals(*seen, told=told) for one in controls]))
             if encoded.guided:
                 prediction = guided(prediction, guidance_scale, guidance_rescale)
-            latents = scheduler.step(prediction, timestep, latents, **noise_source, return_dict=False)[0]
-            if not torch.isfinite(latents).all():
-                raise MixOfShowError(
-                    f"sampling: numbers that are not finite appeared at step {step} of {num_inference_steps}"
-                )
+            latents = scheduler.step(prediction, timestep, latents, **how, return_dict=False)[0]
             latents = step_end(done, timestep, latents) if step_end else latents
+            require_finite(latents, f"step {step} of {num_inference_steps}")
             progress(done + 1, len(timesteps), {})
     return latents
+
+
+def _for_step(scheduler: Any, generators: Sequence[torch.Generator], eta: float) -> dict[str, Any]:
+    """What the scheduler's step takes beside prediction, timestep and latents."""
+    known = inspect.signature(scheduler.step).parameters
+    how = {"generator": list(generators)} if generators and "generator" in known else {}
+    return how | ({"eta": eta} if eta and "eta" in known else {})
 
 
 def _begin(

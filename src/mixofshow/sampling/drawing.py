@@ -10,6 +10,7 @@ from PIL import Image
 
 from mixofshow.concepts.concept import load_concept
 from mixofshow.concepts.model import load_model, load_unfused, with_concept
+from mixofshow.errors import SettingsError, shown
 from mixofshow.grids import grid
 from mixofshow.outputs import writing
 from mixofshow.progress import Progress, silent
@@ -17,7 +18,7 @@ from mixofshow.sampling.composition import as_part, compose, variations
 from mixofshow.sampling.layout import draw_layout
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.regions import entry_region
-from mixofshow.sampling.replay import maker_of, save_picture
+from mixofshow.sampling.replay import maker_of, resolved, save_picture
 from mixofshow.sampling.settings import Composition
 
 
@@ -52,7 +53,7 @@ def draw_pictures(
     progress: Progress = silent,
 ) -> None:
     """Write a composition's pictures and, if asked for, the regions over the first of them."""
-    maker = maker_of(pipeline)
+    maker, composition = maker_of(pipeline), resolved(composition, pipeline)
     images = compose(pipeline, composition, progress=progress)
     for number, (image, target) in enumerate(zip(images, targets, strict=True)):
         save_picture(image, target, composition, maker, number)
@@ -65,6 +66,8 @@ def draw_grid(
 ) -> None:
     """Write one sheet: a column for each seed, a row for each value of the setting in `vary`; see `variations`."""
     rows = list(variations(composition, vary))
+    if len({one.num for _, one in rows}) > 1 or any(one.seed != composition.seed for _, one in rows):
+        raise SettingsError(f"vary: a column is a seed, so that seed and num cannot vary; found '{shown(vary)}'")
     images: list[Image.Image] = []
     for number, (_, one) in enumerate(rows):
         images += compose(pipeline, one, progress=as_part(progress, number, len(rows)))

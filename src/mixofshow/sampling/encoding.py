@@ -36,7 +36,7 @@ class EncodedPrompt:
 def encode(
     model: ConceptModel,
     prompt: str | Sequence[str],
-    negative_prompt: str,
+    negative_prompt: str | Sequence[str],
     regions: Sequence[Region],
     *,
     width: int,
@@ -46,6 +46,7 @@ def encode(
 ) -> EncodedPrompt:
     """All prompts of a composition, layer by layer; `steps` are the first and last to be done, from 1.
 
+    There is one negative prompt for all, or one for each prompt; a region without one has that of the prompt.
     Raises RegionError, TokenError, SettingsError.
     """
     if steps:
@@ -56,23 +57,27 @@ def encode(
     for shape in shapes:
         require_a_cell(shape, columns=width // factor, rows=height // factor)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    given = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
+    negatives = given if len(set(given)) > 1 else given[:1]
 
-    def sides(positive: Sequence[str], negative: str) -> EncodedText:
+    def sides(positive: Sequence[str], negative: Sequence[str]) -> EncodedText:
         text = encode_prompts(model.pipeline, positive, model.vocabulary)
         if not guided:
             return text
-        without = encode_prompts(model.pipeline, [negative] * len(positive), model.vocabulary)
-        return joined([unprompted(model.pipeline, negative, without), text])
+        without = [
+            unprompted(model.pipeline, one, encode_prompts(model.pipeline, [one], model.vocabulary)) for one in negative
+        ]
+        return joined([*without, text])
 
     texts = []
     for region, shape in zip(regions, shapes, strict=True):
-        negative = negative_prompt if region.negative_prompt is None else region.negative_prompt
+        own = negatives if region.negative_prompt is None else [region.negative_prompt]
         for one in _stages(region, model):
             words = concept_places(model, one.prompt)
             concepts = concepts_in(model, one.prompt)
-            text = sides([one.prompt], negative).hidden
+            text = sides([one.prompt] * len(own), own).hidden
             texts.append(RegionText(shape, text, one.weight, one.first_step, one.last_step, words, concepts))
-    whole = sides(prompts, negative_prompt)
+    whole = sides(prompts, negatives * (len(prompts) // len(negatives)))
     return EncodedPrompt(whole.hidden, tuple(texts), guided, whole.pooled)
 
 

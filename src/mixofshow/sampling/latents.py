@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from mixofshow.bases.families import autoencoder
+from mixofshow.errors import MixOfShowError
 
 
 def initial_latents(pipeline: Any, generators: Sequence[torch.Generator], *, width: int, height: int) -> Tensor:
@@ -22,6 +23,13 @@ def initial_latents(pipeline: Any, generators: Sequence[torch.Generator], *, wid
 def noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
     """Normal numbers, each picture's from its own generator: (pictures, *shape), on the generators' device."""
     return torch.stack([torch.randn(*shape, generator=one, device=one.device) for one in generators])
+
+
+def require_finite(tensor: Tensor, where: str) -> Tensor:
+    """The tensor itself. Raises MixOfShowError, rather than that a picture is black, where a number is not finite."""
+    if not torch.isfinite(tensor).all():
+        raise MixOfShowError(f"sampling: numbers that are not finite appeared at {where}")
+    return tensor
 
 
 def picture_latents(
@@ -40,11 +48,13 @@ def picture_latents(
             vae.encode(one[None]).latent_dist.sample(generator)
             for one, generator in zip(pixels, generators, strict=True)
         ]
-    return (torch.cat(drawn) * vae.config.scaling_factor).to(pipeline.unet.dtype)
+    latents = (torch.cat(drawn) * vae.config.scaling_factor).to(pipeline.unet.dtype)
+    return require_finite(latents, "the latents of the picture to start from")
 
 
 def decode(pipeline: Any, latents: Tensor, output_type: str = "pil") -> Any:
     """Clean latents to RGB pictures: a list of them, or one array ("np") or tensor ("pt") of all."""
     with autoencoder(pipeline) as vae:
         pictures = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    require_finite(pictures, "decoding; in half precision, load the base in fp32 or bf16")
     return pipeline.image_processor.postprocess(pictures, output_type=output_type)

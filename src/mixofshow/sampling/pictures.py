@@ -6,17 +6,17 @@ import base64
 import binascii
 import io
 import stat
-import warnings
 from pathlib import Path
 from typing import Final
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from mixofshow import images
 from mixofshow.errors import BadInputError, shown
+from mixofshow.images import read_grey, read_image
 
 MAX_FILE_BYTES: Final = 64 * 2**20
-MAX_PIXELS: Final = 2**24
-FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP")
+FORMATS: Final = (*images.FORMATS, "BMP")
 _EMBEDDED: Final = "data:image/png;base64,"
 
 Source = str | Path | Image.Image
@@ -26,7 +26,7 @@ Source = str | Path | Image.Image
 def read_picture(source: Source, mode: str) -> Image.Image:
     """The picture, upright, in the mode "L" or "RGB"; what is transparent is black. Raises BadInputError naming it."""
     if isinstance(source, Image.Image):
-        return _plain(source, "the picture", mode)
+        return decode_picture(source, "the picture", mode)
     if isinstance(source, str) and is_embedded(source):
         return decode_picture(_from_text(source), "the embedded picture", mode)
     return decode_picture(picture_bytes(Path(source)), str(source), mode)
@@ -62,25 +62,8 @@ def picture_bytes(path: Path) -> bytes:
         raise BadInputError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from error
 
 
-def decode_picture(data: bytes, name: str, mode: str) -> Image.Image:
+def decode_picture(data: bytes | Image.Image, name: str, mode: str) -> Image.Image:
     """What `read_picture` makes of a file's bytes; `name` is for messages."""
-    try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            warnings.simplefilter("ignore")
-            return _plain(image, name, mode)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadInputError(
-            f"{shown(name)}: not a picture that can be read ({shown(error)}); expected one of {', '.join(FORMATS)}"
-        ) from error
-
-
-def _plain(image: Image.Image, name: str, mode: str) -> Image.Image:
-    if image.width * image.height > MAX_PIXELS:
-        raise BadInputError(
-            f"{shown(name)}: {image.width} x {image.height} pixels, at most {MAX_PIXELS} in all are read"
-        )
-    upright = ImageOps.exif_transpose(image)
-    if upright.has_transparency_data:
-        black = Image.new("RGBA", upright.size, "black")
-        upright = Image.alpha_composite(black, upright.convert("RGBA"))
-    return upright.convert(mode)
+    if mode == "L":
+        return read_grey(data, shown(name), formats=FORMATS)
+    return read_image(data, shown(name), background="black", formats=FORMATS).image

@@ -3,122 +3,127 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Final, Protocol, Self
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
+from diffusers.pipelines.auto_pipeline import SUPPORTED_TASKS_MAPPINGS
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import Image
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from mixofshow.bases.families import family_of
 from mixofshow.bases.parts import exclusive
 from mixofshow.concepts.concept import Concept
 from mixofshow.concepts.model import ConceptModel, load_model, with_concept
 from mixofshow.concepts.words import Vocabulary
-from mixofshow.errors import SettingsError
+from mixofshow.errors import SettingsError, nearest, shown
 from mixofshow.progress import Progress, silent
+from mixofshow.sampling.asked import Asked, Callback, checked
 from mixofshow.sampling.attend import attend_and_excite
-from mixofshow.sampling.controls import require_all_fit
 from mixofshow.sampling.denoising import Control, Predicting, denoise, shared_weights
 from mixofshow.sampling.encoding import EncodedPrompt, encode
 from mixofshow.sampling.latents import decode, initial_latents, picture_latents
 from mixofshow.sampling.own_weights import own_models
 from mixofshow.sampling.own_weights import own_weights as predicting_own
 from mixofshow.sampling.regions import Region
-from mixofshow.sampling.settings import Drawing, make_drawing
 
-MAX_SEED: Final = 2**63
-OUTPUTS: Final = ("pil", "np", "pt", "latent")
-
-Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
-"""diffusers' `callback_on_step_end`: (pipeline, step, timestep, {"latents": …}) to what is to be changed of these."""
+LOADING: Final = ("base", "device", "dtype", "variant", "config", "download")
+"""Options of `load_model`, which `from_pretrained` takes too."""
 
 
 class Pictures(list[Any]):
-    """Pictures as a list; as `images` too, which is where diffusers' pipelines put theirs."""
+    """Pictures as a list; `images` is what diffusers' pipelines have there: with "np", "pt", "latent" all in one array."""
+
+    nsfw_content_detected = None
+    """No safety checker is run."""
+
+    def __init__(self, images: Any) -> None:
+        super().__init__(images)
+        self.images = self if isinstance(images, list) else images
+
+
+class HasModel(Protocol):
+    """What `fuse` gives."""
 
     @property
-    def images(self) -> Pictures:
-        """The list itself."""
-        return self
+    def model(self) -> ConceptModel:
+        """The fused model."""
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What is asked for beside prompts and regions."""
+class _Drawing(DiffusionPipeline):  # type: ignore[misc]
+    """What a pipeline of diffusers' becomes when its model knows concepts."""
 
-    drawing: Drawing
-    guidance_scale: float
-    generators: Sequence[torch.Generator]
-    images: Sequence[Image.Image]
-    size: tuple[int, int]
+    base_class: ClassVar[str]
+    _callback_tensor_inputs: ClassVar = ["latents"]
+    model: ConceptModel
+    """The words and weights that it draws with, on its own modules."""
 
-    @property
-    def steps(self) -> tuple[int, int]:
-        """The first and last step that are done, from 1: those from a picture begin later."""
-        steps = self.drawing.steps
-        share = self.drawing.image_strength if self.images else 1.0
-        return min(steps - min(int(steps * share), steps) + 1, steps), steps
-
-    @property
-    def guided(self) -> bool:
-        """Whether there is a negative prompt's side."""
-        return self.guidance_scale != 1.0
-
-
-class MixOfShowPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # type: ignore[misc]
-    """Draws pictures with a model that knows concepts; in all else a pipeline of diffusers.
-
-    `MixOfShowPipeline.of(model)` takes a ConceptModel; `.from_pretrained(name)` an embedded base, a base folder, a
-    fused folder or a delta file; `.single(pipeline, concept)` a base with one concept file. Modules are shared with the
-    model, not copied. A base of another family than SD 1.x and 2.x makes a pipeline of that one's class, see KINDS.
-
-        draw = MixOfShowPipeline.from_pretrained("out/fused")
-        draw("a photo of a castle", regions=[Region("a <reddog>", (0, 0, 80, 64))], width=160, height=64)[0].save("a.png")
-
-    The constructor is diffusers' own, of the five parts; a pipeline made by it knows no concept.
-    """
-
-    base_class: ClassVar = "StableDiffusionPipeline"
-    model_cpu_offload_seq = "text_encoder->unet->vae"
-    _callback_tensor_inputs: Final = ["latents"]
-
-    def __init__(self, vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, scheduler: Any) -> None:
-        super().__init__()
-        self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
-        self._prepare(vae)
-
-    def _prepare(self, vae: Any) -> None:
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    def _prepare(self, parts: Mapping[str, Any], **config: Any) -> None:
+        """As diffusers' own constructor, which would also change old configurations of modules that we only borrow."""
+        DiffusionPipeline.__init__(self)
+        self.register_modules(**parts)
+        self.register_to_config(**config)
+        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self.model = ConceptModel(self)
-        """The words and weights that it draws with, on its own modules."""
-        self._given = self.model
+        self._interrupt = False
 
     @classmethod
-    def of(cls, model: ConceptModel) -> Self:
-        """From a model that is loaded already."""
+    def of(cls, model: ConceptModel | HasModel) -> Self:
+        """From a model that is loaded already, or from what `fuse` gave."""
+        model = model if isinstance(model, ConceptModel) else model.model
         base = model.pipeline
-        kind = KINDS[family_of(base).pipeline_class]
+        kind: Any = KINDS[family_of(base).pipeline_class]
         parts, settings = kind._get_signature_keys(kind)
-        made = kind(**{part: getattr(base, part) for part in parts}, **{key: base.config[key] for key in settings})
+        config = {key: base.config[key] for key in settings if key in base.config}
+        made: Self = kind(**{part: getattr(base, part, None) for part in parts}, **config)
         made.register_to_config(_name_or_path=base.config.get("_name_or_path"))
         made.set_progress_bar_config(disable=True)
-        made.model, made._given = replace(model, pipeline=made), model
+        made.model = replace(model, pipeline=made)
+        return made
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **options: Any) -> Self:
+        """As diffusers': a pipeline on the modules of another. Concepts that the other knows are known here too."""
+        made = super().from_pipe(pipeline, **options)
+        known = getattr(pipeline, "model", None)
+        if isinstance(known, ConceptModel):
+            made.model = replace(known, pipeline=made)
         return made
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options: Any) -> Self:
-        """From an embedded base's name, a diffusers folder, a fused folder or a delta file; options of `load_model`."""
+        """From an embedded base's name, a diffusers folder, a fused folder or a delta file; options of `load_model`.
+
+        Of diffusers' options `torch_dtype`, `local_files_only` and parts of the pipeline (`scheduler=…`) are taken too.
+        Raises SettingsError for others.
+        """
+        parts = {part: options.pop(part) for part in ("vae", "scheduler", "unet") if part in options}
         if "torch_dtype" in options:
             options["dtype"] = options.pop("torch_dtype")
-        return cls.of(load_model(name, **options))
+        if "local_files_only" in options:
+            options["download"] = not options.pop("local_files_only")
+        options.pop("use_safetensors", None)  # nothing else is read
+        for option in options:
+            if option not in LOADING:
+                raise SettingsError(f"from_pretrained: unknown option '{shown(option)}'{nearest(option, LOADING)}")
+        made = cls.of(load_model(name, **options))
+        made.register_modules(**parts)
+        return made
 
     @classmethod
     def load(cls, name: str | Path, **options: Any) -> Self:
@@ -130,9 +135,22 @@ class MixOfShowPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # t
         """From a base model and one concept; strength 0 keeps only its words, 1 is as tuned."""
         return cls.of(with_concept(pipeline, concept, unet=strength, text_encoder=strength))
 
-    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
-        """Write a fused folder, which plain diffusers loads too."""
-        self._given.save(Path(save_directory))
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **others: Any,
+    ) -> None:
+        """Write a fused folder, which plain diffusers loads too. Raises SettingsError for what cannot be done here."""
+        if not safe_serialization:
+            raise SettingsError("safe_serialization: expected True, a pickle can run code; found False")
+        if push_to_hub or others:
+            asked = ", ".join(["push_to_hub"] * push_to_hub + [*others])
+            raise SettingsError(f"save_pretrained: {shown(asked)}: not done here; save a folder and upload that")
+        self.model.save(save_directory, variant=variant, max_shard_size=max_shard_size)
 
     def fuse_lora(self, *_: Any, **__: Any) -> None:
         """Refused: a concept's weights would take the place of the fused ones. Raises SettingsError."""
@@ -144,118 +162,110 @@ class MixOfShowPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # t
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int | None = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: list[Tensor] | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guidance_rescale: float = 0.0,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  as diffusers has it; only read
         *,
         regions: Sequence[Region] = (),
-        negative_prompt: str = "",
         image: Image.Image | Sequence[Image.Image] | None = None,
-        num_images_per_prompt: int = 1,
-        seed: int = 0,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        strength: float = 0.8,
+        seed: int | None = None,
         own_weights: bool | Sequence[Concept] = False,
         controls: Sequence[Control] = (),
-        output_type: str = "pil",
-        callback_on_step_end: Callback | None = None,
         progress: Progress = silent,
         **settings: Any,
-    ) -> Pictures:
-        """Pictures of each prompt in turn, RGB; picture k is the one that `seed + k` gives alone (up to rounding).
+    ) -> Any:
+        """Pictures of each prompt in turn, RGB; see `Asked` and docs/sampling.md. What diffusers has too is as there.
 
-        The `settings` are those of Drawing: `width`, `height`, `num_inference_steps`, `guidance_scale` and so on. With an
-        `image` (or one for each picture), drawing starts from it and goes as far as `strength` says. Instead of a seed, a
-        `generator` may be given, for all pictures or one for each. `own_weights` draws every region with its concept's
-        own weights, un-fused (the concepts may be given). What `controls` add is summed; see `make_control`.
-        `callback_on_step_end` is diffusers', and may change the latents; `progress` is told (step, steps, {}).
-        `output_type` is pil, np, pt or latent. Raises RegionError, TokenError, SettingsError, BadInputError.
+        But `guidance_scale` None is what suits the base. With `regions` prompts hold in places. With a `seed`, picture k
+        is the one that `seed + k` gives alone (up to rounding). From an `image`, drawing goes as far as `strength` says.
+        `settings` are those of Drawing. Raises RegionError, TokenError, SettingsError, BadInputError.
         """
-        drawing, prompts = make_drawing(settings), [prompt] if isinstance(prompt, str) else list(prompt)
-        _require(num_images_per_prompt >= 1, "num_images_per_prompt", num_images_per_prompt, "at least 1")
-        _require(bool(prompts), "prompt", prompts, "at least one")
-        _require(output_type in OUTPUTS, "output_type", output_type, "one of " + ", ".join(OUTPUTS))
-        _require(not (own_weights and drawing.attend), "attend", drawing.attend, "0 with own_weights")
-        require_all_fit(controls, self.unet)
-        generators = _generators(seed, generator, num_images_per_prompt * len(prompts))
-        asked = self._asked(drawing, generators, image)
-        encoding = partial(self._encode, prompts, negative_prompt, regions, asked)
+        given = {name: value for name, value in locals().items() if name not in ("self", "return_dict")}
+        pictures = self._draw(checked(self, given))
+        return pictures if return_dict else (pictures.images, pictures.nsfw_content_detected)
+
+    def _draw(self, asked: Asked) -> Pictures:
+        """All that is asked for."""
+        self._interrupt = False
+        self._guidance_scale, self._guidance_rescale = asked.guidance_scale, asked.drawing.guidance_rescale
         with contextlib.ExitStack() as stack, exclusive(self):
-            predicting = self._predicting(own_weights, regions, encoding, drawing.isolated_steps)
+            predicting = self._predicting(asked)
             stack.enter_context(self.model.active())
-            run = partial(
-                self._denoise,
-                encoding(self.model.vocabulary),
-                asked,
-                controls=controls,
-                predicting=predicting,
-                step_end=partial(self._step_end, callback_on_step_end),
-            )
-            latents = self._passes(run, asked, progress)
-            pictures = latents if output_type == "latent" else decode(self, latents, output_type)
+            run = partial(self._denoise, self._encode(asked, self.model.vocabulary), asked, predicting)
+            latents = self._passes(run, asked)
+            pictures = latents if asked.output_type == "latent" else decode(self, latents, asked.output_type)
         self.maybe_free_model_hooks()
         return Pictures(pictures)
 
-    def _asked(self, drawing: Drawing, generators: Sequence[torch.Generator], image: Any) -> _Asked:
-        scale = self.model.usual_guidance if drawing.guidance_scale is None else drawing.guidance_scale
-        images = [] if image is None else [image] if isinstance(image, Image.Image) else list(image)
-        _require(len(images) in (0, 1, len(generators)), "image", f"{len(images)}", f"1 or {len(generators)} pictures")
-        size = drawing.size(self, images[0] if images else None)
-        return _Asked(drawing, scale, generators, images, size)
-
-    def _encode(
-        self,
-        prompts: Sequence[str],
-        negative_prompt: str,
-        regions: Sequence[Region],
-        asked: _Asked,
-        vocabulary: Vocabulary,
-    ) -> EncodedPrompt:
+    def _encode(self, asked: Asked, vocabulary: Vocabulary) -> EncodedPrompt:
         model, (width, height) = replace(self.model, vocabulary=vocabulary), asked.size
         how: dict[str, Any] = {"width": width, "height": height, "guided": asked.guided, "steps": asked.steps}
-        return encode(model, prompts, negative_prompt, regions, **how)
+        return encode(model, asked.prompts, asked.negatives, asked.regions, **how)
 
-    def _predicting(
-        self,
-        own_weights: bool | Sequence[Concept],
-        regions: Sequence[Region],
-        encoding: Callable[[Vocabulary], EncodedPrompt],
-        isolate: int,
-    ) -> Predicting:
-        if own_weights is False:
+    def _predicting(self, asked: Asked) -> Predicting:
+        isolate = asked.drawing.isolated_steps
+        if asked.own_weights is False:
             return partial(shared_weights, isolate=isolate)
-        concepts = self.model.concepts if own_weights is True else own_weights
-        return predicting_own(own_models(self.model, concepts, regions, encoding), isolate=isolate)
+        concepts = self.model.concepts if asked.own_weights is True else asked.own_weights
+        return predicting_own(
+            own_models(self.model, concepts, asked.regions, partial(self._encode, asked)), isolate=isolate
+        )
 
-    def _passes(self, run: Callable[..., Tensor], asked: _Asked, progress: Progress) -> Tensor:
+    def _passes(self, run: Callable[..., Tensor], asked: Asked) -> Tensor:
         """The picture, and if asked for, the same enlarged and drawn over."""
         (width, height), drawing = asked.size, asked.drawing
         start = self._latents_of(asked.images, asked, (width, height)) if asked.images else None
-        latents = run((width, height), start=start, strength=drawing.image_strength, progress=progress)
-        if drawing.upscale > 1:
+        latents = run((width, height), noise=asked.latents, start=start, strength=drawing.image_strength)
+        if drawing.upscale > 1 and not self._interrupt:
             larger = drawing.enlarged(self, width, height)
             start = self._latents_of(decode(self, latents), asked, larger)
-            latents = run(larger, start=start, strength=drawing.upscale_strength, progress=progress)
+            latents = run(larger, noise=None, start=start, strength=drawing.upscale_strength)
         return latents
 
-    def _latents_of(self, images: Sequence[Image.Image], asked: _Asked, size: tuple[int, int]) -> Tensor:
+    def _latents_of(self, images: Sequence[Image.Image], asked: Asked, size: tuple[int, int]) -> Tensor:
         return picture_latents(self, images, asked.generators, width=size[0], height=size[1])
 
     def _denoise(
         self,
         encoded: EncodedPrompt,
-        asked: _Asked,
+        asked: Asked,
+        predicting: Predicting,
         size: tuple[int, int],
         *,
+        noise: Tensor | None,
         start: Tensor | None,
-        progress: Progress,
-        **how: Any,
+        strength: float,
     ) -> Tensor:
         drawing = asked.drawing
-        noise = initial_latents(self, asked.generators, width=size[0], height=size[1])
+        if noise is None:
+            noise = initial_latents(self, asked.generators, width=size[0], height=size[1])
         with self.progress_bar(total=drawing.steps) as bar:
 
             def told(step: int, total: int, info: Any) -> None:
-                bar.total = total
+                bar.total = self._num_timesteps = total
                 bar.update()
-                progress(step, total, info)
+                asked.progress(step, total, info)
 
             return denoise(
                 self,
@@ -264,11 +274,16 @@ class MixOfShowPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # t
                 num_inference_steps=drawing.steps,
                 guidance_scale=asked.guidance_scale,
                 guidance_rescale=drawing.guidance_rescale,
+                eta=asked.eta,
                 start=start,
+                strength=strength,
                 generators=asked.generators,
+                controls=asked.controls,
+                predicting=predicting,
                 correct=attend_and_excite(drawing.attend) if drawing.attend else None,
+                step_end=partial(self._step_end, asked.callback),
+                interrupted=lambda: self._interrupt,
                 progress=told,
-                **how,
             )
 
     def _step_end(self, callback: Callback | None, step: int, timestep: Tensor, latents: Tensor) -> Tensor:
@@ -276,55 +291,68 @@ class MixOfShowPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # t
         return (changed or {}).get("latents", latents)
 
 
-class MixOfShowXLPipeline(StableDiffusionXLLoraLoaderMixin, MixOfShowPipeline):  # type: ignore[misc]
-    """The same for bases of the SDXL family."""
+class MixOfShowPipeline(_Drawing, StableDiffusionPipeline):  # type: ignore[misc]
+    """Draws pictures with a model that knows concepts; in all else a pipeline of diffusers.
 
-    base_class: ClassVar = "StableDiffusionXLPipeline"
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
+    `MixOfShowPipeline.of(model)` takes a ConceptModel; `.from_pretrained(name)` an embedded base, a base folder, a
+    fused folder or a delta file; `.single(pipeline, concept)` a base with one concept file. Modules are shared with the
+    model, not copied. A base of another family than SD 1.x and 2.x makes a pipeline of that one's class, see KINDS.
+
+        draw = MixOfShowPipeline.from_pretrained("out/fused")
+        draw("a photo of a castle", regions=[Region("a <reddog>", (0, 0, 80, 64))], width=160, height=64)[0].save("a.png")
+
+    The constructor is diffusers' own, but that no safety checker is needed, nor run; a pipeline made by it, or by
+    `from_pipe`, knows no concept.
+    """
+
+    base_class: ClassVar = "StableDiffusionPipeline"
 
     def __init__(
         self,
-        *,
-        vae: Any,
-        text_encoder: Any,
-        text_encoder_2: Any,
-        tokenizer: Any,
-        tokenizer_2: Any,
-        unet: Any,
-        scheduler: Any,
-        force_zeros_for_empty_prompt: bool = True,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        safety_checker: Any = None,
+        feature_extractor: Any = None,
+        image_encoder: Any = None,
+        requires_safety_checker: bool = False,
     ) -> None:
-        DiffusionPipeline.__init__(self)
-        self.register_modules(
-            vae=vae,
-            text_encoder=text_encoder,
-            text_encoder_2=text_encoder_2,
-            tokenizer=tokenizer,
-            tokenizer_2=tokenizer_2,
-            unet=unet,
-            scheduler=scheduler,
-        )
-        self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
-        self._prepare(vae)
+        parts = {name: value for name, value in locals().items() if name not in ("self", "requires_safety_checker")}
+        parts.pop("__class__", None)
+        self._prepare(parts, requires_safety_checker=requires_safety_checker)
+        self._is_unet_config_sample_size_int = isinstance(unet.config.sample_size, int)
+
+
+class MixOfShowXLPipeline(_Drawing, StableDiffusionXLPipeline):  # type: ignore[misc]
+    """The same for bases of the SDXL family."""
+
+    base_class: ClassVar = "StableDiffusionXLPipeline"
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        text_encoder_2: CLIPTextModelWithProjection,
+        tokenizer: CLIPTokenizer,
+        tokenizer_2: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        image_encoder: Any = None,
+        feature_extractor: Any = None,
+        force_zeros_for_empty_prompt: bool = True,
+        add_watermarker: bool | None = None,
+    ) -> None:
+        parts = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        del parts["force_zeros_for_empty_prompt"], parts["add_watermarker"]  # no mark is put into pictures
+        self._prepare(parts, force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
+        self.default_sample_size, self.watermark = unet.config.sample_size, None
 
 
 KINDS: Final = {kind.base_class: kind for kind in (MixOfShowPipeline, MixOfShowXLPipeline)}
 """The pipeline for each class of base."""
-
-
-def _generators(
-    seed: int, given: torch.Generator | Sequence[torch.Generator] | None, count: int
-) -> list[torch.Generator]:
-    """One for each picture."""
-    if isinstance(given, torch.Generator):
-        return [given] * count
-    if given is not None:
-        _require(len(given) == count, "generator", f"{len(given)}", f"{count}, one for each picture")
-        return list(given)
-    _require(0 <= seed < MAX_SEED, "seed", seed, f"0 to {MAX_SEED - 1}")
-    return [torch.Generator().manual_seed(seed + number) for number in range(count)]
-
-
-def _require(holds: bool, name: str, value: object, expected: str) -> None:
-    if not holds:
-        raise SettingsError(f"{name}: expected {expected}, found {value}")
+# So that AutoPipelineFor….from_pipe knows what ours are.
+SUPPORTED_TASKS_MAPPINGS.append(
+    OrderedDict({"stable-diffusion": MixOfShowPipeline, "stable-diffusion-xl": MixOfShowXLPipeline})
+)

@@ -19,12 +19,14 @@ from torch import Tensor
 
 from mixofshow.bases.families import family_of
 from mixofshow.bases.parts import plain
-from mixofshow.errors import BadInputError, SettingsError, field_problem, shown
+from mixofshow.errors import SettingsError, field_problem, shown
 from mixofshow.files import raw
+from mixofshow.images import opened
 from mixofshow.outputs import writing
 from mixofshow.progress import Progress, silent
 from mixofshow.reading import parse_json
 from mixofshow.sampling.composition import compose, make_composition
+from mixofshow.sampling.pictures import picture_bytes, read_picture
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.settings import Composition
 
@@ -80,24 +82,33 @@ def model_hash(pipeline: MixOfShowPipeline) -> str:
 
 
 def save_picture(image: Image.Image, path: Path, composition: Composition, maker: Maker, number: int = 0) -> None:
-    """Write a PNG that carries the composition of just this picture, number k of those composed, and its maker."""
+    """Write a PNG that carries the composition of just this picture, number k of those composed, and its maker.
+
+    All of its values are written, so that later defaults do not matter; see `resolved`.
+    """
     alone = composition.model_copy(update={"seed": composition.seed + number, "num": 1})
-    about = {"composition": alone.model_dump(mode="json", exclude_defaults=True), "maker": maker.model_dump()}
+    about = {"composition": alone.model_dump(mode="json"), "maker": maker.model_dump()}
+    _save(image, path, json.dumps(about))
+
+
+def _save(image: Image.Image, path: Path, text: str) -> None:
     note = PngInfo()
-    note.add_text(PNG_KEY, json.dumps(about))
+    note.add_text(PNG_KEY, text)
     with writing(path) as temporary:
         image.save(temporary, "PNG", pnginfo=note)
 
 
+def resolved(composition: Composition, pipeline: MixOfShowPipeline) -> Composition:
+    """The composition with the values that this pipeline would take for those that it leaves open."""
+    start = read_picture(composition.image, "RGB") if composition.image else None
+    width, height = composition.size(pipeline, start)
+    guidance = pipeline.model.usual_guidance if composition.guidance_scale is None else composition.guidance_scale
+    return composition.model_copy(update={"width": width, "height": height, "guidance_scale": guidance})
+
+
 def read_note(path: Path) -> tuple[Composition, Maker]:
     """What a PNG carries. Raises SettingsError when it carries nothing of ours, BadInputError when it is no PNG."""
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            text = image.info.get(PNG_KEY)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise BadInputError(f"{path}: not a PNG that can be read ({shown(error)})") from error
-    if text is None:
-        raise SettingsError(f"{path}: carries no composition")
+    text = _note(path)
     try:
         about = parse_json(text, str(path), SettingsError)
         return make_composition(about["composition"], str(path)), Maker.model_validate(about["maker"])
@@ -105,6 +116,15 @@ def read_note(path: Path) -> tuple[Composition, Maker]:
         raise SettingsError(f"{path}: {field_problem(error.errors()[0], Maker.model_fields)}") from error
     except (ValueError, TypeError, KeyError) as error:
         raise SettingsError(f"{path}: what it carries is not the expected table ({shown(error)})") from error
+
+
+def _note(path: Path) -> str:
+    """The text that a PNG carries for us."""
+    with opened(picture_bytes(path), str(path), formats=("PNG",)) as image:
+        text = image.info.get(PNG_KEY)
+    if text is None:
+        raise SettingsError(f"{shown(path)}: carries no composition")
+    return str(text)
 
 
 def composition_of(path: Path) -> Composition:
@@ -129,7 +149,10 @@ def replay(pipeline: MixOfShowPipeline, path: Path, out: Path, *, progress: Prog
         if (changed := _differences(before, maker)) != "":
             logger.warning("%s was drawn with %s; the bytes may differ", path, changed)
         (image,) = compose(pipeline, composition, progress=progress)
-        save_picture(image, out, composition, maker)
+        if maker == before:  # said as it was, by whatever version
+            _save(image, out, _note(path))
+        else:
+            save_picture(image, out, resolved(composition, pipeline), maker)
 
 
 def _named(concepts: Mapping[str, str]) -> str:

@@ -31,7 +31,7 @@ from mixofshow.fusion.stages import fuse
 from mixofshow.fusion.store import Store
 from mixofshow.outputs import write_text
 from mixofshow.sampling.pipeline import MixOfShowPipeline
-from mixofshow.sampling.replay import maker_of, save_picture
+from mixofshow.sampling.replay import maker_of, resolved, save_picture
 from mixofshow.sampling.settings import Composition
 from mixofshow.tuning.settings import TuningSettings
 from mixofshow.tuning.trainer import tune
@@ -144,11 +144,12 @@ def _fuse(job: FuseJob) -> None:
 
 def _draw(job: DrawJob) -> None:
     model = _model(job.model, job.device)
-    maker = maker_of(MixOfShowPipeline.of(model))
+    pipeline = MixOfShowPipeline.of(model)
+    maker = maker_of(pipeline)
     for request in job.requests:
         images, paths = draw(model, request.composition), request.paths(job.folder)
         for number, (image, path) in enumerate(zip(images, paths, strict=True)):
-            save_picture(image, path, request.composition, maker, number)
+            save_picture(image, path, resolved(request.composition, pipeline), maker, number)
 
 
 @lru_cache(maxsize=1)

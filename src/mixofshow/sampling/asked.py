@@ -1,0 +1,213 @@
+"""What a call of the pipeline asks for: checked, and said in our words."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from PIL import Image
+from torch import Tensor
+
+from mixofshow.concepts.concept import Concept
+from mixofshow.errors import RegionError, SettingsError, shown
+from mixofshow.progress import Progress
+from mixofshow.sampling.controls import require_all_fit
+from mixofshow.sampling.denoising import Control
+from mixofshow.sampling.regions import Region
+from mixofshow.sampling.settings import Drawing, make_drawing
+
+logger = logging.getLogger(__name__)
+
+MAX_SEED: Final = 2**63
+OUTPUTS: Final = ("pil", "np", "pt", "latent")
+TENSORS: Final = ("latents",)
+"""What `callback_on_step_end` may be given."""
+_EMBEDS: Final = "give the prompt itself: it is encoded once for each cross-attention layer"
+_STEPS: Final = "give num_inference_steps, or set them in a scheduler of your own (pipeline.scheduler)"
+_IP_ADAPTER: Final = "use controls=[make_control(…)], or StableDiffusionPipeline.from_pipe(this)"
+_SIZES: Final = "the size of the picture itself is told; enlarge with upscale"
+_ONE_PROMPT: Final = "give prompt, which both text encoders read"
+REFUSED: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("prompt_embeds", "negative_prompt_embeds"), _EMBEDS),
+    **dict.fromkeys(("pooled_prompt_embeds", "negative_pooled_prompt_embeds"), _EMBEDS),
+    **dict.fromkeys(("timesteps", "sigmas", "denoising_end"), _STEPS),
+    **dict.fromkeys(("ip_adapter_image", "ip_adapter_image_embeds"), _IP_ADAPTER),
+    **dict.fromkeys(("prompt_2", "negative_prompt_2"), _ONE_PROMPT),
+    **dict.fromkeys(("original_size", "target_size", "negative_original_size", "negative_target_size"), _SIZES),
+    **dict.fromkeys(("crops_coords_top_left", "negative_crops_coords_top_left"), _SIZES),
+    "cross_attention_kwargs": "a LoRA's strength is set by set_adapters(names, weights)",
+}
+"""Arguments of diffusers' pipelines that are not taken here, and what to do instead."""
+
+Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
+"""diffusers' `callback_on_step_end`: (pipeline, step, timestep, {"latents": …}) to what is to be changed of these."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A call, checked. `images` are those to start from, `latents` the noise, where they are given."""
+
+    prompts: Sequence[str]
+    negatives: Sequence[str]
+    regions: Sequence[Region]
+    drawing: Drawing
+    guidance_scale: float
+    generators: Sequence[torch.Generator]
+    images: Sequence[Image.Image]
+    size: tuple[int, int]
+    eta: float
+    latents: Tensor | None
+    own_weights: bool | Sequence[Concept]
+    controls: Sequence[Control]
+    output_type: str
+    callback: Callback | None
+    progress: Progress
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """The first and last step that are done, from 1: those from a picture begin later."""
+        steps = self.drawing.steps
+        share = self.drawing.image_strength if self.images else 1.0
+        return min(steps - min(int(steps * share), steps) + 1, steps), steps
+
+    @property
+    def guided(self) -> bool:
+        """Whether there is a negative prompt's side."""
+        return self.guidance_scale != 1.0
+
+
+def checked(pipeline: Any, given: dict[str, Any]) -> Asked:
+    """A call's arguments, by name, as they are meant. Raises SettingsError, RegionError."""
+    settings = given.pop("settings")
+    for name, way_out in REFUSED.items():
+        value = settings.pop(name, None) if name in settings else given.pop(name, None)
+        empty = value is None or (isinstance(value, tuple | list | dict) and not any(value))
+        require(empty, name, type(value).__name__, f"None here; {way_out}")
+    chosen = {"num_inference_steps", "guidance_scale", "guidance_rescale", "width", "height", "strength", "clip_skip"}
+    named = {name: given.pop(name) for name in chosen}
+    drawing = make_drawing({name: value for name, value in named.items() if value is not None} | settings)
+    prompts, negatives = _texts(given["prompt"], given["negative_prompt"])
+    each, own = given["num_images_per_prompt"] or 1, given["own_weights"]
+    require(isinstance(each, int) and each >= 1, "num_images_per_prompt", each, "at least 1")
+    require(given["output_type"] in OUTPUTS, "output_type", given["output_type"], "one of " + ", ".join(OUTPUTS))
+    require(not (own and drawing.attend), "attend", drawing.attend, "0 with own_weights")
+    require(not drawing.attend or drawing.steps > 2, "attend", drawing.attend, "0 with fewer than 3 steps")
+    require_all_fit(given["controls"], pipeline.unet, drawing.steps)
+    count = each * len(prompts)
+    images = _pictures(given["image"], count)
+    width, height = drawing.size(pipeline, images[0] if images else None)
+    require(not images or given["latents"] is None, "latents", "latents and an image", "one of the two")
+    asked = Asked(
+        prompts=prompts,
+        negatives=negatives,
+        regions=_regions(given["regions"]),
+        drawing=drawing,
+        guidance_scale=pipeline.model.usual_guidance if drawing.guidance_scale is None else drawing.guidance_scale,
+        generators=_generators(given["seed"], given["generator"], count),
+        images=images,
+        size=(width, height),
+        eta=_eta(given["eta"], pipeline.scheduler),
+        latents=_latents(given["latents"], pipeline, count, width, height),
+        own_weights=own,
+        controls=given["controls"],
+        output_type=given["output_type"],
+        callback=_callback(given["callback_on_step_end"], given["callback_on_step_end_tensor_inputs"]),
+        progress=given["progress"],
+    )
+    _say_unused(asked)
+    return asked
+
+
+def _texts(prompt: Any, negative: Any) -> tuple[list[str], list[str]]:
+    """Prompts, and a negative prompt for each."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    holds = isinstance(prompts, list | tuple) and bool(prompts) and all(isinstance(one, str) for one in prompts)
+    require(holds, "prompt", shown(prompt), "a text or a list of texts")
+    if negative is None or isinstance(negative, str):
+        return list(prompts), [negative or ""] * len(prompts)
+    holds = isinstance(negative, list | tuple) and all(isinstance(one, str) for one in negative)
+    require(holds, "negative_prompt", shown(negative), "a text, or a list of texts")
+    require(len(negative) == len(prompts), "negative_prompt", len(negative), f"{len(prompts)}, one for each prompt")
+    return list(prompts), list(negative)
+
+
+def _regions(given: Any) -> Sequence[Region]:
+    for number, one in enumerate(given):
+        if not isinstance(one, Region):
+            found = type(one).__name__
+            raise RegionError(f"regions[{number}]: expected a Region, found {found}; Region(prompt, (left, top, …))")
+    return tuple(given)
+
+
+def _pictures(given: Any, count: int) -> list[Image.Image]:
+    images = [] if given is None else [given] if isinstance(given, Image.Image) else list(given)
+    require(len(images) in (0, 1, count), "image", f"{len(images)}", f"1 or {count} pictures")
+    for one in images:
+        require(isinstance(one, Image.Image), "image", type(one).__name__, "pictures (PIL.Image.Image)")
+    return images
+
+
+def _generators(seed: Any, given: Any, count: int) -> list[torch.Generator]:
+    """One for each picture; without a seed, a random one, as torch's own randomness has it."""
+    if isinstance(given, torch.Generator):
+        return [given] * count
+    if given is not None:
+        require(len(given) == count, "generator", f"{len(given)}", f"{count}, one for each picture")
+        return list(given)
+    seed = int(torch.randint(2**62, ())) if seed is None else seed
+    holds = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < MAX_SEED
+    require(holds, "seed", shown(seed), f"a whole number from 0 to {MAX_SEED - 1}")
+    return [torch.Generator().manual_seed(seed + number) for number in range(count)]
+
+
+def _eta(eta: float, scheduler: Any) -> float:
+    require(isinstance(eta, int | float) and 0 <= eta <= 1, "eta", shown(eta), "0 to 1")
+    knows = "eta" in inspect.signature(scheduler.step).parameters
+    require(not eta or knows, "eta", eta, f"0: {type(scheduler).__name__} has none; DDIMScheduler does")
+    return eta
+
+
+def _latents(given: Tensor | None, pipeline: Any, count: int, width: int, height: int) -> Tensor | None:
+    if given is None:
+        return None
+    factor = pipeline.vae_scale_factor
+    expected = (count, pipeline.unet.config.in_channels, height // factor, width // factor)
+    require(tuple(given.shape) == expected, "latents", tuple(given.shape), f"shape {expected}")
+    return given.to(pipeline._execution_device, pipeline.unet.dtype)
+
+
+def _callback(callback: Any, names: Sequence[str]) -> Callback | None:
+    """The callback, which sees the latents and nothing else."""
+    if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+        names = callback.tensor_inputs
+    unknown = [name for name in names if name not in TENSORS]
+    require(not unknown, "callback_on_step_end_tensor_inputs", shown(", ".join(unknown)), "latents, and nothing else")
+    if callback is None or names:
+        return callback
+    return lambda pipeline, step, timestep, _: callback(pipeline, step, timestep, {})
+
+
+def _say_unused(asked: Asked) -> None:
+    """Warn of what is asked for and changes nothing in this call."""
+    drawing = asked.drawing
+    unused = {
+        "negative_prompt": any(asked.negatives) and not asked.guided and "without guidance (guidance_scale 1)",
+        "guidance_rescale": drawing.guidance_rescale and not asked.guided and "without guidance (guidance_scale 1)",
+        "isolate": drawing.isolate and len(asked.regions) < 2 and "with fewer than two regions",
+        "attend": drawing.attend and not asked.regions and "without regions",
+        "own_weights": asked.own_weights is not False and not asked.regions and "without regions",
+    }
+    for name, where in unused.items():
+        if where:
+            logger.warning("%s changes nothing %s", name, where)
+
+
+def require(holds: bool, name: str, value: object, expected: str) -> None:
+    """Raise SettingsError unless it holds."""
+    if not holds:
+        raise SettingsError(f"{name}: expected {expected}, found {value}")
