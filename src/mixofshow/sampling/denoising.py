@@ -115,14 +115,12 @@ def denoise(
     """Noise to clean latents with the pipeline's own scheduler and classifier-free guidance.
 
     With clean latents to `start` from, only the last steps are done, a share `strength` of all; these are counted on,
-    so that a region's steps mean the same. Some schedulers draw noise in every step: picture k's from generator k, and
-    of DDIM's as much as `eta` says. Once `interrupted`, no further step is done. Raises MixOfShowError for numbers that
-    are not finite.
+    so that a region's steps mean the same. Some schedulers draw noise in every step (DDIM as much as `eta` says):
+    picture k's from generator k. Raises MixOfShowError for numbers that are not finite.
     """
     scheduler, timesteps, latents = _begin(pipeline, noise, num_inference_steps, start, strength)
-    skipped = len(scheduler.timesteps) - len(timesteps)
+    skipped, sides = len(scheduler.timesteps) - len(timesteps), 2 if encoded.guided else 1
     how = _for_step(scheduler, generators, eta)
-    sides = 2 if encoded.guided else 1
 
     def batched(latents: Tensor, timestep: Tensor) -> Tensor:
         return scheduler.scale_model_input(torch.cat([latents] * sides), timestep)
@@ -131,7 +129,7 @@ def denoise(
     with predicting(pipeline, encoded, rows) as predict:
         for done, timestep in enumerate(timesteps):
             if interrupted():
-                break
+                return latents
             step = min((skipped + done) // scheduler.order + 1, num_inference_steps)
             if correct:
                 latents = correct(Moment(predict, timestep, step, num_inference_steps, batched), latents)
