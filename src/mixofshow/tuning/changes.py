@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, Protocol
 
@@ -101,7 +102,7 @@ class _LowRankChange:
 
     def finished(self) -> LowRank:
         down, up = self._factors()
-        return LowRank(_stored(down.flatten(1)), _stored(self.alpha * up.flatten(1)))
+        return LowRank.of(_stored(down), _stored(self.alpha * up))
 
 
 def _shared_rows(layer: str, width: int, own: TextEncoderSettings | UNetSettings) -> Tensor | None:
@@ -125,6 +126,21 @@ def _shared_rows(layer: str, width: int, own: TextEncoderSettings | UNetSettings
     return (basis * triangle.diagonal().sign()).T[first:]
 
 
+def _lora(
+    layers: Mapping[str, nn.Module], own: TextEncoderSettings | UNetSettings, paths: Mapping[str, tuple[str, str]]
+) -> LoraConfig:
+    """Of the layers of one part. A layer that has fewer inputs or outputs than the rank gets as many: more say nothing."""
+    ranks = {paths[name][1]: min(own.rank, *matrix(module).shape) for name, module in layers.items()}
+    small = {} if own.orthogonal_slice is not None else {path: r for path, r in ranks.items() if r < own.rank}
+    return LoraConfig(
+        r=own.rank,
+        lora_alpha=own.alpha * own.rank,  # type: ignore[arg-type]  # peft scales by lora_alpha / r, the reference by alpha
+        target_modules=list(ranks),
+        rank_pattern={re.escape(path): rank for path, rank in small.items()},
+        alpha_pattern={re.escape(path): own.alpha * rank for path, rank in small.items()},
+    )
+
+
 @contextlib.contextmanager
 def low_rank_layers(pipeline: Any, settings: TuningSettings) -> Iterator[Changes]:
     """Inside, the layers that the settings aim at are wrapped by peft; yields them. Afterwards all is as before."""
@@ -138,9 +154,9 @@ def low_rank_layers(pipeline: Any, settings: TuningSettings) -> Iterator[Changes
     parts = dict.fromkeys(part for part, _ in paths.values())
     try:
         for part in parts:
-            own, targets = kinds[kind_of(f"{part}.")], [path for of, path in paths.values() if of == part]
-            # peft scales by lora_alpha / r; the reference scales by alpha.
-            config = LoraConfig(r=own.rank, lora_alpha=own.alpha * own.rank, target_modules=targets)  # type: ignore[arg-type]
+            config = _lora(
+                {name: layers[name] for name, (of, _) in paths.items() if of == part}, kinds[kind_of(f"{part}.")], paths
+            )
             inject_adapter_in_model(config, getattr(pipeline, part), ADAPTER)
         yield {
             name: _LowRankChange(getattr(pipeline, part).get_submodule(path), kinds[kind_of(name)].alpha, downs[name])

@@ -40,7 +40,7 @@ class TextEncoderSettings(Group):
     """The change of the text encoder."""
 
     rate: float = Field(1e-5, ge=0, le=1, description="Learning rate.")
-    rank: int = Field(4, ge=1, le=256, description="Rank of the LoRA.")
+    rank: int = Field(4, ge=1, le=256, description="Rank of the LoRA; of small layers, as much as they have.")
     alpha: float = Field(1.0, gt=0, le=100, description="Scale of the LoRA: W0 + alpha · up · down (not alpha / rank).")
     targets: Literal["attention", "layers"] = Field(
         "attention", description="Attention only, or whole layers (with their feed-forward)."
@@ -57,12 +57,13 @@ class UNetSettings(Group):
     """The change of the UNet."""
 
     rate: float = Field(1e-4, ge=0, le=1, description="Learning rate.")
-    rank: int = Field(4, ge=1, le=256, description="Rank of the LoRA.")
+    rank: int = Field(4, ge=1, le=256, description="Rank of the LoRA; of small layers, as much as they have.")
     alpha: float = Field(1.0, gt=0, le=100, description="Scale of the LoRA: W0 + alpha · up · down (not alpha / rank).")
-    targets: Literal["keys-and-values", "attention", "feed-forward", "projections"] = Field(
+    targets: Literal["keys-and-values", "attention", "feed-forward", "projections", "convolutions", "all"] = Field(
         "attention",
-        description="Attention; or with the feed-forward; or with that and proj_in and proj_out. keys-and-values: only "
-        "what cross-attention makes of the words, where many concepts fit into one small model.",
+        description="Attention; or with the feed-forward; or with that and proj_in and proj_out; or with all that and the "
+        "convolutions of resnets and samplers (LoCon); or every layer. keys-and-values: only what cross-attention makes "
+        "of the words, where many concepts fit into one small model.",
     )
     drop_kv: float = Field(
         0.0, ge=0, le=1, description="Share of steps without the change of cross-attention's keys and values."
