@@ -42,6 +42,14 @@ _CORE: Final = (
 """Tag, what is written so, and with which characters it begins (§10.3.2 of YAML 1.2; merges are 1.1's)."""
 
 
+def named_in(folder: Path, name: str | Path) -> Path:
+    """Where a path leads that a file in `folder` names: relative to it, and `~` is the user's home."""
+    try:
+        return folder / Path(name).expanduser()
+    except RuntimeError:  # ~nobody
+        return folder / name
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises BadInputError."""
     return parse_json(read_bytes(path, MAX_JSON_BYTES, BadInputError), str(path))

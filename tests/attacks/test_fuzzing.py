@@ -28,25 +28,28 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mixofshow import cli
-from mixofshow.bases.loading import fingerprint, load_base
+from mixofshow.bases.loading import load_base
 from mixofshow.cli.options import assignments
 from mixofshow.concepts.concept import METADATA_KEY as CONCEPT_KEY
 from mixofshow.concepts.concept import Concept, load_concept
 from mixofshow.concepts.delta import METADATA_KEY as DELTA_KEY
 from mixofshow.concepts.interchange.importing import open_concept
 from mixofshow.concepts.interchange.settings import ImportSettings
-from mixofshow.concepts.model import CONCEPTS, MANIFEST, load_model, with_concept
+from mixofshow.concepts.manifest import MANIFEST
+from mixofshow.concepts.model import load_model, with_concept
 from mixofshow.errors import MixOfShowError
 from mixofshow.evaluation.study import build_study, score_study
 from mixofshow.evaluation.suite.settings import read_suite
 from mixofshow.files import TensorFile
 from mixofshow.fusion import store
 from mixofshow.fusion.editing import fused_from
+from mixofshow.fusion.jobs import inputs_of as job_inputs
 from mixofshow.fusion.settings import make_fusion_settings
 from mixofshow.fusion.solving import check_method
 from mixofshow.fusion.statistics import Seen
 from mixofshow.reading import read_table
 from mixofshow.sampling.composition import from_options
+from mixofshow.sampling.composition import inputs_of as composition_inputs
 from mixofshow.sampling.regions import entry_region
 from mixofshow.sampling.replay import PNG_KEY, read_note
 from mixofshow.tuning.captions import read_caption, read_metadata
@@ -189,6 +192,8 @@ def readers(
         patch.setattr("mixofshow.concepts.delta._digest", lambda *_: "0")
         patch.setattr("mixofshow.fusion.store._digest", lambda _: "0")
         patch.setattr("mixofshow.fusion.store._metadata", lambda text: _written(store.METADATA_KEY, text))
+        for load in ("load_base", "load_named_base"):  # bases are read as readers of their own
+            patch.setattr(f"mixofshow.concepts.model.{load}", lambda *_, **__: golden_pipeline)
         yield {
             **_of_tensors(folder, golden_pipeline, concept),
             **_of_settings(),
@@ -249,7 +254,13 @@ def _of_settings() -> dict[str, Reader]:
     concepts = [{"name": "a", "class_word": "b", "data": "c"}, {"name": "d", "class_word": "e", "data": "f"}]
     fusion = {"method": "gradient", "options": {"ridge": 1e-6}, "weights": {"a": 1, "b": 0.5}, "steps": 3, "prior": 0.1}
 
+    def lists(path: Path) -> None:
+        shutil.copy(path, path.with_suffix(".yaml"))
+        job_inputs([path.with_suffix(".yaml")])
+        make_fusion_settings({key: one for key, one in read_table(path).items() if key not in ("concepts", "base")})
+
     def compose(path: Path) -> None:
+        composition_inputs(path, {})
         for entry in from_options(path, {}).regions:
             entry_region(entry)
 
@@ -260,6 +271,7 @@ def _of_settings() -> dict[str, Reader]:
             {"base": "emojiland", "concepts": concepts}, as_yaml, lambda path: several(read_table(path))
         ),
         "fusion": Reader(fusion, as_yaml, lambda path: check_method(make_fusion_settings(read_table(path)))),
+        "list of concepts": Reader({"concepts": ["a", "b"], "base": "c", "steps": 3}, as_yaml, lists),
         "options": Reader(
             ["ridge=1e-6", "a={b: [1, ~]}"],
             as_json,
@@ -335,17 +347,10 @@ def _of_pictures() -> dict[str, Reader]:
 
 
 def _of_models(folder: Path, pipeline: Any, concept: Concept) -> dict[str, Reader]:
-    model = with_concept(pipeline, concept)
-    model.manifest.update(
-        base="golden",
-        base_fingerprint=fingerprint(pipeline),
-        concepts=[{"name": concept.info.name, "hash": concept.hash, "words": ["<a>"], "class_word": "dog"}],
-        settings={"method": "gradient", "steps": 3},
-    )
     fused = folder / "fused"
-    model.save(fused)
-    (fused / CONCEPTS).mkdir(exist_ok=True)
-    concept.save(fused / CONCEPTS / f"{concept.info.name}.safetensors")
+    with_concept(pipeline, concept).save(fused)
+    manifest = {**json.loads((fused / MANIFEST).read_text()), "settings": {"method": "gradient", "steps": 3}}
+    (fused / MANIFEST).write_text(json.dumps(manifest))
     made = {}
 
     def at(place: str, read: Callable[[], object]) -> Callable[[Path], None]:
@@ -363,7 +368,6 @@ def _of_models(folder: Path, pipeline: Any, concept: Concept) -> dict[str, Reade
     for place in (*places, "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"):
         tree = json.loads((fused / place).read_text())
         made[f"model: {place}"] = Reader(tree, as_json, at(place, lambda: load_base(fused)))
-    manifest = json.loads((fused / MANIFEST).read_text())
     made["manifest"] = Reader(manifest, as_json, at(MANIFEST, lambda: load_model(fused)))
     made["manifest, edited"] = Reader(manifest, as_json, at(MANIFEST, lambda: fused_from(fused, pipeline)))
     return made
@@ -371,7 +375,7 @@ def _of_models(folder: Path, pipeline: Any, concept: Concept) -> dict[str, Reade
 
 NAMES = (
     *("concept", "delta", "recording", "LoRA of others", "tensors", "composition", "tuning", "several concepts"),
-    *("fusion", "options", "suite", "study", "answers", "picture's note", "caption", "captions"),
+    *("fusion", "list of concepts", "options", "suite", "study", "answers", "picture's note", "caption", "captions"),
     *("manifest", "manifest, edited", "model: model_index.json", "model: unet/config.json"),
     *("model: text_encoder/config.json", "model: vae/config.json", "model: scheduler/scheduler_config.json"),
     "model: tokenizer/tokenizer_config.json",

@@ -1,28 +1,38 @@
 """What comes from outside is read once, with limits, and told of in one line that can be printed.
 
-Covers F1, F2, F24 (YAML), F38, F39 (merges, infinite numbers, half characters, brackets in tables), F11, F14, F9 and F13
-(foreign errors at the door), and the length of messages.
+Covers F1, F2, F3, F6, F24, G9 (`~`), F38, F39 (merges, infinite numbers, half characters, brackets in tables), F11, F14,
+F9 and F13 (foreign errors at the door), and the length of messages.
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import os
+import struct
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from mixofshow import cli
+from mixofshow.bases.loading import load_base
 from mixofshow.cli.options import assignments
-from mixofshow.errors import BadInputError, MixOfShowError, ResourceError, SettingsError, ours, shown
-from mixofshow.reading import MAX_YAML_BYTES, parse_json, parse_table, parse_value, read_bytes, read_table
+from mixofshow.errors import BadInputError, BaseModelError, MixOfShowError, ResourceError, SettingsError, ours, shown
+from mixofshow.evaluation.suite.settings import make_suite
+from mixofshow.fusion.jobs import inputs_of
+from mixofshow.reading import MAX_YAML_BYTES, named_in, parse_json, parse_table, parse_value, read_bytes, read_table
+from mixofshow.sampling.composition import make_composition, parse_size
+from mixofshow.sampling.replay import read_note
 from mixofshow.terminal import print_table, say
+from mixofshow.tuning.settings import make_settings
 
 MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{k}: &a{k} {{<<: [*a{k - 1}, *a{k - 1}]}}\n" for k in range(1, 26))
 ALIASES = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
@@ -116,6 +126,48 @@ def test_only_regular_files_are_read_and_no_more_than_is_allowed(read, tmp_path)
     (tmp_path / "large").write_bytes(bytes(MAX_YAML_BYTES + 1))
     with pytest.raises(SettingsError, match=f"{MAX_YAML_BYTES + 1} bytes, at most {MAX_YAML_BYTES} are read"):
         read_table(tmp_path / "large")
+
+
+def test_what_a_table_names_lies_beside_it_or_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    there = Path("there")
+    assert named_in(there, "a/b") == there / "a" / "b"
+    assert named_in(there, "~/a") == tmp_path / "a"
+    assert named_in(there, "/a") == Path("/a")
+    assert named_in(there, "~nobody-of-this-name/a") == there / "~nobody-of-this-name" / "a"
+    table = {"name": "dog", "class_word": "dog", "data": "~/pictures", "masks": "~/masks", "prior.data": "~/prior"}
+    settings = make_settings(table)
+    assert [settings.data, settings.masks, settings.prior.data] == [
+        tmp_path / name for name in ("pictures", "masks", "prior")
+    ]
+    concept = {"name": "cat", "kind": "object", "class_word": "cat", "folder": "~/cat", "files": {"lora": "~/x"}}
+    (suite,) = make_suite({"concepts": [concept], "methods": ["lora+average"]}).concepts
+    assert (suite.folder, suite.files["lora"]) == (tmp_path / "cat", tmp_path / "x")
+    (tmp_path / "list.yaml").write_text("concepts: [~/a.safetensors]")
+    assert tmp_path / "a.safetensors" in inputs_of([tmp_path / "list.yaml"])
+    Image.new("RGB", (8, 8)).save(tmp_path / "rough.png")
+    assert make_composition({"prompt": "a", "image": "~/rough.png"}, folder=there).image
+    with pytest.raises(BaseModelError, match=f"{tmp_path}/none: "):
+        load_base("~/none")
+
+
+@pytest.mark.parametrize("text", ["²x64", "9" * 5_000 + "x64", "-8x8", "x", "8x", "1e3x8"])
+def test_sizes_are_plain_numbers(text):
+    with pytest.raises(SettingsError, match="expected WIDTHxHEIGHT"):
+        parse_size(text)
+
+
+def test_a_picture_that_is_replayed_is_a_regular_file_of_sane_size(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(BadInputError, match="regular file"):
+        read_note(tmp_path / "pipe.png")
+    data = io.BytesIO()
+    Image.new("L", (1, 1)).save(data, "PNG")
+    head = b"IHDR" + struct.pack(">II", 60_000, 60_000) + data.getvalue()[24:29]
+    bomb = data.getvalue()[:12] + head + struct.pack(">I", zlib.crc32(head)) + data.getvalue()[33:]
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    with pytest.raises(BadInputError, match="bomb.png: "):
+        read_note(tmp_path / "bomb.png")
 
 
 @pytest.mark.parametrize(

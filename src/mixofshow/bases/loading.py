@@ -17,6 +17,7 @@ from mixofshow.bases.originals import predict
 from mixofshow.bases.parts import exclusive, own_tensors
 from mixofshow.errors import BaseModelError, SettingsError, shown
 from mixofshow.files import raw
+from mixofshow.reading import named_in
 
 EMBEDDED: Final = {"emojiland": Path(__file__).parent / "emojiland" / "weights"}
 """Base models that ship with the package."""
@@ -58,6 +59,7 @@ def load_base(
     BaseModelError, and SettingsError for an unknown dtype.
     """
     dtype = _dtype(dtype)
+    name = named_in(Path(), name) if str(name).startswith("~") else name
     # bfloat16 has too few digits to tell base models apart: that is done with those of half precision.
     precise = torch.float16 if dtype == torch.bfloat16 else dtype
     with strangers_model(f"{name}: could not be loaded as a base model"):

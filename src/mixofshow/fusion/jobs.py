@@ -20,7 +20,7 @@ from mixofshow.fusion.editing import edited, edited_settings, fused_from
 from mixofshow.fusion.settings import FusionSettings, make_fusion_settings, on_top
 from mixofshow.fusion.solving import check_method
 from mixofshow.fusion.store import tell_of_threads
-from mixofshow.reading import MAX_YAML_BYTES, parse_json, read_bytes, read_table
+from mixofshow.reading import MAX_YAML_BYTES, named_in, parse_json, read_bytes, read_table
 
 BASE: Final = "emojiland"
 """The base of those who name none."""
@@ -84,7 +84,7 @@ def inputs_of(files: Sequence[Path], *, model: Path | None = None, out: Path | N
         table = read_table(files[0])
         listed = table.get("concepts")
         named = [*(listed if isinstance(listed, list) else ()), table.get("base")]
-    return [*files, *(files[0].parent / one for one in named if isinstance(one, str))]
+    return [*files, *(named_in(files[0].parent, one) for one in named if isinstance(one, str))]
 
 
 class _Listed(BaseModel):
@@ -111,7 +111,7 @@ def _job_of_list(source: Path, settings: FusionSettings, base: str | None, loadi
         how = ImportSettings(
             words=one.concept_name, unet_alpha=one.unet_alpha, text_encoder_alpha=one.text_encoder_alpha
         )
-        concepts.append(open_concept(source.parent / one.lora_path, pipeline, how))
+        concepts.append(open_concept(named_in(source.parent, one.lora_path), pipeline, how))
     return Job(pipeline, concepts, settings)
 
 
@@ -132,10 +132,10 @@ def _job_of_table(
         raise SettingsError(f"{source}: 'concepts': expected a list of concept files, found {shown(files)}")
     if not isinstance(named, str):
         raise SettingsError(f"{source}: 'base': expected a name or folder, found {shown(named)}")
-    beside = source.parent / named
+    beside = named_in(source.parent, named)
     base = base or (str(beside) if beside.is_dir() else named)
     checked = on_top(make_fusion_settings(settings, str(source)), given)
-    return _job([source.parent / file for file in files], checked, base, loading)
+    return _job([named_in(source.parent, file) for file in files], checked, base, loading)
 
 
 def _job_of_model(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from mixofshow.errors import RegionError, SettingsError, field_problem, nearest, shown
 from mixofshow.progress import Progress, silent
-from mixofshow.reading import parse_table, read_table
+from mixofshow.reading import named_in, parse_table, read_table
 from mixofshow.sampling.pictures import embedded, is_embedded, read_picture
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.regions import Region, entry_region
@@ -52,7 +53,7 @@ def _with_pictures(composition: Composition, source: str, folder: Path | None) -
             return name
         if folder is None:
             raise SettingsError(f"{source}: expected the picture itself, found a file's name, '{shown(name)}'")
-        return embedded(read_picture(folder / name, mode))
+        return embedded(read_picture(named_in(folder, name), mode))
 
     regions = tuple(entry.model_copy(update={"mask": read(entry.mask, "L")}) for entry in composition.regions)
     return composition.model_copy(update={"regions": regions, "image": read(composition.image, "RGB")})
@@ -78,7 +79,11 @@ def control_entry(text: str) -> dict[str, Any]:
     """A control as a table, from "network: NAME, picture: FILE, strength: 0.8": keys as in YAML. Raises SettingsError."""
     table = parse_table(f"{{{text}}}", f"control '{shown(text)}'")
     # Files are named from here, but the composition's are named from beside its YAML.
-    files = {key: Path(table[key]) for key in ("network", "picture", "strength_map") if isinstance(table.get(key), str)}
+    files = {
+        key: named_in(Path(), table[key])
+        for key in ("network", "picture", "strength_map")
+        if isinstance(table.get(key), str)
+    }
     # A network's name is a folder's, or is known without one.
     return table | {key: str(file.absolute()) for key, file in files.items() if key != "network" or file.is_dir()}
 
@@ -95,9 +100,10 @@ def from_options(path: Path | None, options: Mapping[str, Any]) -> Composition:
 def inputs_of(path: Path | None, options: Mapping[str, Any]) -> list[Path]:
     """The files that `from_options` reads: the YAML, and the pictures and networks that it or the options name."""
     table, folder = _table(path, options), path.parent if path else Path()
-    entries = [table, *(table.get("regions") or ()), *(table.get("controls") or ())]
+    lists = [listed for key in ENTRIES if isinstance(listed := table.get(key), list)]
+    entries = [table, *chain.from_iterable(lists)]
     names = [entry.get(key) for entry in entries if isinstance(entry, Mapping) for key in NAMING]
-    named = [folder / name for name in names if isinstance(name, str) and not is_embedded(name)]
+    named = [named_in(folder, name) for name in names if isinstance(name, str) and not is_embedded(name)]
     return [path, *named] if path else named
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from mixofshow.errors import SettingsError, shown
+from mixofshow.reading import named_in
 from mixofshow.sampling.controls import (
     MAX_STRENGTH,
     PictureControl,
@@ -57,12 +58,12 @@ def _check(entry: ControlEntry, regions: int, name: str) -> None:
 
 def _known(entry: ControlEntry, folder: Path) -> ControlEntry:
     """The entry with its files as they are named from the working folder, and their hashes."""
-    beside = folder / entry.network
+    beside = named_in(folder, entry.network)
     network = os.path.relpath(beside) if beside.is_dir() else entry.network
     weighed = entry.strength_map
     if weighed is not None and not is_embedded(weighed):
-        weighed = embedded(read_picture(folder / weighed, "L"))
-    named = {"network": network, "picture": os.path.relpath(folder / entry.picture), "strength_map": weighed}
+        weighed = embedded(read_picture(named_in(folder, weighed), "L"))
+    named = {"network": network, "picture": os.path.relpath(named_in(folder, entry.picture)), "strength_map": weighed}
     found = entry.model_copy(update=named)
     hashes = {"network_hash": _network_hash(found), "picture_hash": _picture(found)[1]}
     return found.model_copy(update=hashes)

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from mixofshow.errors import SettingsError, field_problem, listed, shown
+from mixofshow.reading import named_in
 
+Place = Annotated[Path, AfterValidator(partial(named_in, Path()))]
+"""A path as it is named from the working folder."""
 MAX_GROUPS: Final = 4
 """Dots in a key that count; there are no such depths."""
 
@@ -148,7 +152,7 @@ class PriorSettings(Group):
 
     weight: float = Field(0.0, ge=0, description="Weight of their loss; 0: none are used.")
     count: int = Field(50, ge=1, le=10_000, description="How many the base draws before the first step.")
-    data: Path | None = Field(None, description="Folder of pictures to use instead.")
+    data: Place | None = Field(None, description="Folder of pictures to use instead.")
     prompt: str | None = Field(None, description="Their caption; default: a photo of a CLASS_WORD.")
 
 
@@ -157,8 +161,8 @@ class TuningSettings(Group):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,30}$", description="The concept; prompts call it <name>.")
     class_word: str = Field(max_length=64, description="An ordinary word for what it is.")
-    data: Path = Field(description="Folder of pictures, captions in .txt files beside them or in metadata.jsonl.")
-    masks: Path | None = Field(None, description="Folder of masks with the pictures' names; default: DATA/../masks.")
+    data: Place = Field(description="Folder of pictures, captions in .txt files beside them or in metadata.jsonl.")
+    masks: Place | None = Field(None, description="Folder of masks with the pictures' names; default: DATA/../masks.")
     base: str = Field(
         "emojiland",
         description="Embedded base, diffusers folder, or hub id in the local cache, for the command line to load.",

@@ -12,7 +12,7 @@ from mixofshow.errors import SettingsError, field_problem, nearest, shown
 from mixofshow.evaluation.prompts import ByCategory, prompts_by_category, prompts_without_concepts
 from mixofshow.fusion.settings import FusionSettings, make_fusion_settings
 from mixofshow.fusion.solving import check_method
-from mixofshow.reading import read_table
+from mixofshow.reading import named_in, read_table
 from mixofshow.sampling.settings import STEPS
 from mixofshow.tuning.methods import METHODS
 from mixofshow.tuning.settings import Group, TuningSettings, make_settings, merged, nested
@@ -29,7 +29,7 @@ OWN_FUSION: Final[Mapping[str, Mapping[str, Any]]] = {
 
 
 def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
-    return Path((info.context or {}).get("folder", "")) / path
+    return named_in(Path((info.context or {}).get("folder", "")), path)
 
 
 File = Annotated[Path, AfterValidator(_beside_the_file)]
@@ -203,8 +203,8 @@ def read_suite(path: Path, over: Mapping[str, Any] | None = None) -> Suite:
     """A suite from a YAML file, with some keys `over` its own. Raises SettingsError naming the file and the field."""
     table = read_table(path) | dict(over or {})
     for key in ("base", "clip", "dino"):  # each a folder or a name
-        if isinstance(named := table.get(key), str) and (path.parent / named).is_dir():
-            table[key] = str(path.parent / named)
+        if isinstance(named := table.get(key), str) and named_in(path.parent, named).is_dir():
+            table[key] = str(named_in(path.parent, named))
     return make_suite(table, source=str(path), folder=path.parent)
 
 
