@@ -302,10 +302,15 @@ def solve_ridge(moments: Tensor, pulls: Tensor, ridge: float) -> Tensor:
     return pulls @ (vectors * inverse) @ vectors.T
 
 
+def require_known(name: str) -> None:
+    """Raise SettingsError unless there is a method of this name."""
+    if name not in METHODS:
+        raise SettingsError(f"unknown fusion method '{shown(name)}'{nearest(name, METHODS)}")
+
+
 def method_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The method's settings: its defaults with the given ones. Raises SettingsError for unknown names and wrong types."""
-    if name not in METHODS:
-        raise SettingsError(f"unknown fusion method '{name}'{nearest(name, METHODS)}")
+    require_known(name)
     parameters = inspect.signature(METHODS[name]).parameters.values()
     known = {one.name: one.default for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY}
     kinds, settings = get_type_hints(METHODS[name]), dict(known)

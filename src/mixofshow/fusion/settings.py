@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
-from mixofshow.errors import SettingsError, field_problem
+from mixofshow.tables import Settings
 
+USUAL: Final = "gradient"
 PAPER: Final[dict[str, Any]] = {
     "prompts": ("photo of a {}", "{}"),
     "picture_prompts": ("photo of a {}",),
@@ -19,7 +20,6 @@ PAPER: Final[dict[str, Any]] = {
 PROMPTS: Final = ("photo of a {}", "{}", "a photo of a {} on a red background", "a {} on a blue background")
 PICTURE_PROMPTS: Final = (PROMPTS[0], *PROMPTS[2:])
 """More than the paper's, so that what is kept is the concept and not one picture of it (docs/how-it-works.md)."""
-Settings = TypeVar("Settings", bound=BaseModel)
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 
 
@@ -39,10 +39,8 @@ Weights = Annotated[
 ]
 
 
-class RecordingSettings(BaseModel):
+class RecordingSettings(Settings):
     """What a concept reads and draws while it is recorded. Prompts aside, the defaults are the paper's (Mix-of-Show §4.1)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     prompts: tuple[str, ...] = Field(PROMPTS, min_length=1, description="What the text side reads; {} is the concept.")
     picture_prompts: tuple[str, ...] = Field(
@@ -62,7 +60,7 @@ class RecordingSettings(BaseModel):
 class FusionSettings(RecordingSettings):
     """How concepts are fused."""
 
-    method: str = Field("gradient", description="gradient, average, or another of docs/how-it-works.md.")
+    method: str = Field(USUAL, description="gradient, average, or another of docs/how-it-works.md.")
     options: Mapping[str, Any] = Field(
         default_factory=dict, description="The method's own settings; picture.ridge=0.1 is for one stage only."
     )
@@ -103,6 +101,16 @@ class FusionSettings(RecordingSettings):
         "results.",
     )
 
+    @field_validator("method")
+    @classmethod
+    def _known(cls, method: str) -> str:
+        """Raises SettingsError. The table of methods needs torch, so that the usual one is not looked up."""
+        if method != USUAL:
+            from mixofshow.fusion.methods import require_known
+
+            require_known(method)
+        return method
+
     @property
     def counting(self) -> Literal["equal", "energy"] | dict[str, float]:
         """The weights, as given or as they suit the method."""
@@ -116,19 +124,12 @@ class FusionSettings(RecordingSettings):
 
 def make_fusion_settings(table: Mapping[str, Any], source: str = "settings") -> FusionSettings:
     """Settings from a table. Raises SettingsError that names the field."""
-    return _checked(FusionSettings, table, source)
+    return FusionSettings.of(table, source)
 
 
 def make_recording_settings(table: Mapping[str, Any], source: str = "settings") -> RecordingSettings:
     """The same for recording alone."""
-    return _checked(RecordingSettings, table, source)
-
-
-def _checked(kind: type[Settings], table: Mapping[str, Any], source: str) -> Settings:
-    try:
-        return kind.model_validate(dict(table))
-    except ValidationError as error:
-        raise SettingsError(f"{source}: {field_problem(error.errors()[0], kind.model_fields)}") from error
+    return RecordingSettings.of(table, source)
 
 
 def on_top(settings: FusionSettings, given: Mapping[str, Any]) -> FusionSettings:

@@ -9,20 +9,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from PIL import Image
-from pydantic import BaseModel, ValidationError
 
-from mixofshow.errors import RegionError, SettingsError, field_problem, nearest, shown
+from mixofshow.errors import RegionError, SettingsError, nearest, shown
 from mixofshow.progress import Progress, silent
 from mixofshow.reading import named_in, parse_table, read_table
 from mixofshow.sampling.pictures import embedded, is_embedded, read_picture
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.regions import Region, entry_region
-from mixofshow.sampling.settings import Composition, ControlEntry, RegionEntry
+from mixofshow.sampling.settings import ENTRIES, Composition
 from mixofshow.sampling.steering import open_controls, with_known_controls
 
 _SIZE: Final = re.compile(r"([0-9]{1,5})[xX]([0-9]{1,5})")
-ENTRIES: Final[dict[Any, type[BaseModel]]] = {"regions": RegionEntry, "controls": ControlEntry}
-"""What the lists in a composition are made of."""
 NAMING: Final = ("image", "mask", "picture", "network", "strength_map")
 """Keys, in a composition and in its lists, whose values name files."""
 
@@ -33,13 +30,7 @@ def make_composition(table: Mapping[str, Any], source: str = "composition", fold
     Without a folder no file is read: then the pictures must be part of it already. Raises SettingsError naming the
     field and the nearest known one, RegionError, BadInputError for a picture.
     """
-    try:
-        made = Composition.model_validate(table)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        known = ENTRIES.get(problem["loc"][0], Composition) if len(problem["loc"]) > 1 else Composition
-        raise SettingsError(f"{source}: {field_problem(problem, known.model_fields)}") from error
-    made = _with_pictures(made, source, folder)
+    made = _with_pictures(Composition.of(table, source), source, folder)
     for entry in made.regions:
         entry_region(entry)
     return with_known_controls(made, source, folder)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from mixofshow.errors import SettingsError, field_problem
+from mixofshow.errors import SettingsError
+from mixofshow.tables import Settings
 
 Box = tuple[float, float, float, float]
 """(left, top, right, bottom)."""
@@ -22,10 +23,8 @@ ALSO: Final = {"num_inference_steps": "steps", "strength": "image_strength"}
 """What diffusers' pipelines call some of the settings."""
 
 
-class Drawing(BaseModel):
+class Drawing(Settings):
     """Size, steps, guidance, and what is done beside them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     width: int | None = Field(None, ge=1)
     height: int | None = Field(None, ge=1)
@@ -39,6 +38,12 @@ class Drawing(BaseModel):
         False, ge=0, description="Regions do not read each other in self-attention: true, or for so many first steps."
     )
     attend: float = Field(0, ge=0, le=1, description="Move latents toward a region's missing subject, by this rate.")
+
+    @classmethod
+    def known_keys(cls, problem: Mapping[str, Any]) -> Iterable[str]:
+        """The keys, and what diffusers calls some of them; in a list, those of its entries."""
+        entry = ENTRIES.get(problem["loc"][0]) if len(problem["loc"]) > 1 else None
+        return entry.model_fields if entry else [*cls.model_fields, *ALSO]
 
     @property
     def isolated_steps(self) -> int:
@@ -111,6 +116,10 @@ class ControlEntry(BaseModel):
     picture_hash: str | None = None
 
 
+ENTRIES: Final[dict[Any, type[BaseModel]]] = {"regions": RegionEntry, "controls": ControlEntry}
+"""What the lists in a composition are made of."""
+
+
 class Composition(Drawing):
     """Prompts, places, size and seed. Two equal compositions give equal pictures on one machine."""
 
@@ -131,7 +140,4 @@ class Composition(Drawing):
 
 def make_drawing(table: Mapping[str, Any]) -> Drawing:
     """Checked settings, under our names or diffusers'. Raises SettingsError naming the field and the nearest known one."""
-    try:
-        return Drawing.model_validate({ALSO.get(key, key): value for key, value in table.items()})
-    except ValidationError as error:
-        raise SettingsError(field_problem(error.errors()[0], [*Drawing.model_fields, *ALSO])) from error
+    return Drawing(**{ALSO.get(key, key): value for key, value in table.items()})

@@ -7,15 +7,16 @@ the models below.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from mixofshow.errors import SettingsError, field_problem, listed, shown
+from mixofshow.errors import SettingsError, shown
 from mixofshow.reading import named_in
+from mixofshow.tables import Settings
 
 Place = Annotated[Path, AfterValidator(partial(named_in, Path()))]
 """A path as it is named from the working folder."""
@@ -156,7 +157,7 @@ class PriorSettings(Group):
     prompt: str | None = Field(None, description="Their caption; default: a photo of a CLASS_WORD.")
 
 
-class TuningSettings(Group):
+class TuningSettings(Settings):
     """Settings of one concept. The defaults are the reference's for Stable Diffusion 1.x (Mix-of-Show §4.1)."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,30}$", description="The concept; prompts call it <name>.")
@@ -197,6 +198,11 @@ class TuningSettings(Group):
 
     license: str | None = Field(None, max_length=4000, description="Your terms, for the concept file.")
     author: str | None = Field(None, max_length=1000, description="Who made it, for the concept file.")
+
+    @classmethod
+    def known_keys(cls, problem: Mapping[str, Any]) -> Iterable[str]:
+        """All keys, with their groups and without."""
+        return _all_names()
 
     @property
     def placeholder(self) -> str:
@@ -246,17 +252,13 @@ def make_settings(table: Mapping[str, Any], source: str = "settings") -> TuningS
     They hold what was given; what the base and the method need comes below it where the base is known, see
     `with_presets`.
     """
-    try:
-        return TuningSettings.model_validate(nested(table))
-    except ValidationError as error:
-        problems = [field_problem(one, _all_names()) for one in error.errors()]
-        raise SettingsError(f"{source}: {listed(problems)}") from error
+    return TuningSettings.of(nested(table), source)
 
 
 def with_presets(settings: TuningSettings, base: str) -> TuningSettings:
     """The settings on top of what the method and the base of this name need: presets hold where nothing was given."""
     preset = merged(BASE_PRESETS.get(base, {}), METHOD_PRESETS.get(settings.method, {}))
-    return TuningSettings.model_validate(merged(preset, settings.model_dump(exclude_unset=True)))
+    return TuningSettings(**merged(preset, settings.model_dump(exclude_unset=True)))
 
 
 def several(

@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from mixofshow.errors import SettingsError, field_problem
+from mixofshow.tables import Settings
 
 
-class ImportSettings(BaseModel):
+class ImportSettings(Settings):
     """What a file of another tool does not say, or what is to be different."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str | None = Field(
         None,
@@ -44,7 +42,4 @@ class ConvertSettings(ImportSettings):
 
 def make_convert_settings(table: Mapping[str, Any], source: str = "options") -> ConvertSettings:
     """Settings from a table. Raises SettingsError that names the field."""
-    try:
-        return ConvertSettings.model_validate(dict(table))
-    except ValidationError as error:
-        raise SettingsError(f"{source}: {field_problem(error.errors()[0], ConvertSettings.model_fields)}") from error
+    return ConvertSettings.of(table, source)
