@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from mixofshow import MixOfShowPipeline, Region, load_model, load_unfused
 from mixofshow.bases.loading import GUIDANCE, fingerprint
 from mixofshow.concepts.model import ConceptModel, with_concept
-from mixofshow.errors import BadInputError
+from mixofshow.errors import BadInputError, BaseModelError
 
 ASKED = {"width": 64, "height": 48, "num_inference_steps": 2, "seed": 3}
 BASE = "tests/goldens/pipeline"
@@ -86,6 +90,16 @@ def test_a_reloaded_model_has_no_delta(folder, fused, tmp_path):
     load_unfused(folder, base=BASE).save_delta(tmp_path / "delta.safetensors")
     again = load_model(tmp_path / "delta.safetensors", base=BASE)
     assert np.abs(picture(again, fused) - picture(fused, fused)).max() <= 1
+
+
+def test_a_fused_model_that_is_not_finite_is_not_taken_apart(fused, tmp_path):
+    """F31: with own weights the broken layer was not drawn with, and a picture came out."""
+    broken = replace(fused, pipeline=copy.deepcopy(fused.pipeline))
+    with torch.no_grad():
+        broken.pipeline.unet.conv_out.bias[0] = torch.nan
+    broken.save(tmp_path / "broken")
+    with pytest.raises(BaseModelError, match="tensor 'conv_out.bias' has numbers that are not finite"):
+        load_unfused(tmp_path / "broken", base=BASE)
 
 
 def test_a_delta_knows_the_class_words(golden_pipeline, golden_concepts, tmp_path):

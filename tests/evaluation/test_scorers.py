@@ -110,3 +110,11 @@ def test_a_network_of_photographs_tells_things_of_a_set_apart_that_it_has_never_
     torch.testing.assert_close(features.norm(dim=-1), torch.ones(9))
     cosines = (features @ features.T).unflatten(0, (3, 3)).unflatten(2, (3, 3)).mean((1, 3))
     assert (cosines.argmax(1) == torch.arange(3)).all()
+
+
+def test_judges_are_on_the_device_that_is_asked_for(clip_folder):
+    """B28: they judged on the CPU whatever the device was. This one computes nothing, so it can give nothing back."""
+    scorer = clip_scorer(clip_folder, device="meta")
+    for look in (lambda: scorer.images(PICTURES), lambda: scorer.texts(["a cat"])):
+        with pytest.raises((NotImplementedError, RuntimeError), match="meta tensor"):
+            look()

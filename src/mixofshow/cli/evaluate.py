@@ -91,7 +91,10 @@ def _evaluate_files(
         name: run([case.concept for case in cases], pipeline, FusionSettings(method=name)).model
         for name in method or ["gradient", "average"]
     }
-    scorer, settings = scorer_for(base, clip), protocol.EvaluationSettings(images_per_prompt=images)
+    scorer, settings = (
+        scorer_for(base, clip, device=str(pipeline.device)),
+        protocol.EvaluationSettings(images_per_prompt=images),
+    )
     with terminal_bar("evaluating") as progress:
         scores = protocol.evaluate(pipeline, cases, fused, scorer, settings, progress=progress)
     print_alignments(protocol.means(scores))

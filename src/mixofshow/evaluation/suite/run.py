@@ -70,8 +70,8 @@ def run_suite(
         run = _Run(suite, cache, device, each, bars)
         suite = run.suite
         folders = {one.name: _folder(one, cache) for one in suite.concepts}
-        scorer = scorer_for(suite.base, suite.clip)  # before anything that takes long
-        others = _other_judges(suite)
+        scorer = scorer_for(suite.base, suite.clip, device=device)  # before anything that takes long
+        others = _other_judges(suite, device)
         images = {
             part: {name: references_of(folder / part) for name, folder in folders.items()}
             for part in ("reference", "train")
@@ -93,9 +93,9 @@ def run_suite(
     return results
 
 
-def _other_judges(suite: Suite) -> dict[str, ImageTower]:
-    judges = {"dino_alignment": dino_scorer(suite.dino)} if suite.dino else {}
-    return judges | ({"imagenet_alignment": imagenet_scorer()} if suite.imagenet else {})
+def _other_judges(suite: Suite, device: str) -> dict[str, ImageTower]:
+    judges = {"dino_alignment": dino_scorer(suite.dino, device=device)} if suite.dino else {}
+    return judges | ({"imagenet_alignment": imagenet_scorer(device=device)} if suite.imagenet else {})
 
 
 def _check_outputs(suite: Suite, out: Path, cache: Path) -> None:
