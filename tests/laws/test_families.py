@@ -249,7 +249,7 @@ def test_the_loss_is_of_the_bases_own_prediction(base, make):
     sizes = torch.tensor([[48.0, 64, 0, 0, 48, 64]] * 2)
     told = {"added_cond_kwargs": {"text_embeds": pooled[0], "time_ids": sizes}} if pooled else {}
     made = base.unet(noisy, timesteps, hidden, **told).sample
-    torch.testing.assert_close(found, (made - target).square().mean(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found, (made - target).square().sum(1).mean(), atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()
