@@ -290,6 +290,13 @@ def sweep(parent: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def restore(path: Path) -> None:
+    """Where nothing is at `path`, put back what a process had there that was killed while it replaced it."""
+    with contextlib.suppress(OSError, ValueError):
+        if not path.exists():
+            sweep(path.parent)
+
+
 @contextlib.contextmanager
 def holding(folder: Path) -> Iterator[bool | None]:
     """Hold a folder's lock, which ends with the process; yields False if another has it, None where there are none."""

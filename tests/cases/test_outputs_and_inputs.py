@@ -16,7 +16,7 @@ from PIL import Image
 from mixofshow import cli, outputs
 from mixofshow.concepts.concept import load_concept
 from mixofshow.concepts.interchange.exporting import export_concept
-from mixofshow.concepts.model import with_concept
+from mixofshow.concepts.model import ConceptModel, load_model, with_concept
 from mixofshow.errors import BadInputError, ResourceError
 from mixofshow.files import write_tensors
 from mixofshow.outputs import writing, writing_folder
@@ -128,14 +128,7 @@ def test_what_we_wrote_is_replaced_as_long_as_it_holds_nothing_else(
 ):
     def save(number: int) -> None:
         if kind == "model":
-            golden = with_concept(golden_pipeline, golden_concepts[number])
-            type(golden)(
-                golden_pipeline,
-                golden.vocabulary,
-                {},
-                {"concepts": [{"name": golden_concepts[number].info.name}]},
-                golden.concepts,
-            ).save(tmp_path / "f")
+            with_concept(golden_pipeline, golden_concepts[number]).save(tmp_path / "f")
         else:
             export_concept(golden_concepts[number], golden_pipeline, tmp_path / "f", kind)
         if not listing:
@@ -226,6 +219,14 @@ def test_what_a_killed_process_left_is_put_back_and_swept(tmp_path):
     assert (tmp_path / "f" / "old").exists()
 
 
+def test_a_model_that_was_about_to_be_replaced_is_found_by_its_reader(golden_pipeline, tmp_path):
+    killed = tmp_path / "0123".join(outputs.STAGING) / outputs.ASIDE
+    killed.mkdir(parents=True)
+    ConceptModel(golden_pipeline).save(killed / "f")
+    assert load_model(tmp_path / "f").vocabulary.embeddings == {}
+    assert [one.name for one in tmp_path.iterdir()] == ["f"]
+
+
 def test_a_run_keeps_away_from_pictures(tmp_path):
     target = tmp_path / "dog.safetensors"
     assert run_folder(target) == tmp_path / "dog"
@@ -253,10 +254,11 @@ def test_previews_and_checkpoints_stay_out_of_the_pictures_and_the_line_can_be_r
     assert {one.name for one in (tmp_path / "dog-run").iterdir()} == {"checkpoints", "000001.png", "000002.png"}
 
 
-def test_outputs_may_be_texts(golden_pipeline, golden_concepts, tmp_path):
+def test_outputs_may_be_texts_and_writing_says_nothing(golden_pipeline, golden_concepts, tmp_path, capfd):
     golden_concepts[0].save(str(tmp_path / "a.safetensors"))
     model = with_concept(golden_pipeline, load_concept(tmp_path / "a.safetensors"))
     model.save(str(tmp_path / "f"))
     model.save_delta(str(tmp_path / "d.safetensors"))
     write_tensors(str(tmp_path / "t"), {"a": torch.zeros(1)}, {})
     assert len(list(tmp_path.iterdir())) == 4
+    assert capfd.readouterr() == ("", "")

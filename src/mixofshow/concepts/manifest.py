@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mixofshow.concepts.concept import Concept, load_concept
 from mixofshow.errors import ConceptFileError, field_problem
+from mixofshow.outputs import restore
 from mixofshow.reading import parse_json, read_bytes
 
 MANIFEST: Final = "concepts.json"
@@ -69,6 +70,7 @@ def make_manifest(table: Any, name: str) -> Manifest:
 
 def read_manifest(folder: Path) -> Manifest:
     """What a saved model's folder says of itself. Raises ConceptFileError."""
+    restore(folder)
     path = folder / MANIFEST
     return make_manifest(parse_json(read_bytes(path), str(path), ConceptFileError), str(path))
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mixofshow.bases.checkpoints import is_checkpoint
+from mixofshow.bases.configs import quiet
 from mixofshow.bases.families import TextEncoder, family_of, of_encoders, text_encoders, token_width
 from mixofshow.bases.layers import count_groups, layer, matrix
 from mixofshow.bases.loading import (
@@ -43,7 +44,7 @@ from mixofshow.concepts.manifest import (
 from mixofshow.concepts.words import Vocabulary, check_word
 from mixofshow.errors import BadInputError, BaseModelError, ConceptFileError, shown
 from mixofshow.files import parse_tensors, write_tensors
-from mixofshow.outputs import write_text, writing_folder
+from mixofshow.outputs import restore, write_text, writing_folder
 from mixofshow.reading import read_bytes
 
 VECTORS: Final = "concepts.safetensors"
@@ -123,7 +124,7 @@ class ConceptModel:
         """
         refuse_adapters(self.pipeline, "saving")
         concepts = tuple(self.concepts)  # read before anything is written, perhaps over them
-        with writing_folder(Path(folder)) as temporary, self.active():
+        with writing_folder(folder) as temporary, self.active(), quiet():
             pipeline = self.as_diffusers()
             for _, tokenizer in family_of(pipeline).text_encoders:
                 _forget_last_call(getattr(pipeline, tokenizer))
@@ -218,6 +219,7 @@ def load_model(name: str | Path, *, base: str | Path | None = None, **options: A
     ConceptFileError, TokenError.
     """
     path = Path(name)
+    restore(path)
     if (path.is_file() or path.suffix == SUFFIX) and not is_checkpoint(path):
         return _on_base(load_delta(path), str(name), base, **options)
     pipeline = load_base(name, **options)
