@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args, get_origin
+
 import pytest
 from PIL import Image
 
 from mixofshow import make_settings, tune
+from mixofshow.cli.options import _help
 from mixofshow.errors import DatasetError
 from mixofshow.tuning.check import check_folder
 from mixofshow.tuning.conflicts import idle
 from mixofshow.tuning.dataset import read_folder, readings
 from mixofshow.tuning.naming import naming_of
+from mixofshow.tuning.settings import TuningSettings, dotted_keys
 
 PROMPT = "a photo of a <mydog>"
 NAMING = naming_of("<mydog>", ("<mydog1>", "<mydog2>"), "dog")
@@ -154,7 +158,7 @@ def test_all_captions_that_name_nothing_are_listed_with_their_files(folder):
         ("02.txt", "error"),
     ]
     (hint,) = check_folder(folder)
-    assert str(hint).startswith("captions: 2 have no <name> in them, such as 'two dogs in the snow'")
+    assert str(hint).startswith("captions: no <name> in 2 of them, such as 'two dogs in the snow'")
     (folder / "02.txt").write_text("a dog")
     assert _captions(folder, naming=NAMING, skip_bad=True) == ["a dog"]
 
@@ -186,3 +190,11 @@ def test_the_run_says_them(golden_pipeline, folder, caplog):
     tune(golden_pipeline, folder, name="mydog", class_word="man", **keys)
     assert "prior.count does nothing: prior.weight is 0" in caplog.text
     assert "loss.attention_weight does nothing: no picture has a mask" in caplog.text
+
+
+def test_the_help_of_tune_says_what_each_setting_is_and_takes():
+    for key, field in dotted_keys(TuningSettings):
+        said = _help(field)
+        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        assert len(said) > 10 and all(str(choice) in said for choice in choices), key
+    assert "One of fp32, bf16, fp16. Default: fp32." in _help(TuningSettings.model_fields["precision"])

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from accelerate.state import AcceleratorState
 from peft import LoraConfig
 from PIL import Image
@@ -14,7 +15,7 @@ from PIL import Image
 from mixofshow import make_settings, tune
 from mixofshow.bases.loading import USUAL_GUIDANCE
 from mixofshow.concepts.model import ConceptModel
-from mixofshow.errors import ResourceError, SettingsError
+from mixofshow.errors import BaseModelError, ResourceError, SettingsError
 from mixofshow.progress import silent
 from mixofshow.tuning import objective
 from mixofshow.tuning.batches import Pictures
@@ -144,11 +145,23 @@ def test_a_base_with_somebodys_lora_is_refused_and_left_alone(golden_pipeline, d
     golden_pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"]), "theirs")
     try:
         before = golden_pipeline.get_list_adapters()
-        with pytest.raises(SettingsError, match="unet: a LoRA is attached to this base; take it off with unload_lora"):
+        with pytest.raises(
+            BaseModelError, match=r"tuning: the pipeline has adapters attached \(theirs\); take them off"
+        ):
             tune(golden_pipeline, data, name="thing", class_word="man", **QUICK)
         assert golden_pipeline.get_list_adapters() == before == {"unet": ["theirs"]}
     finally:
         golden_pipeline.unload_lora_weights()
+
+
+def test_a_base_that_is_offloaded_is_refused(golden_pipeline, data):
+    hook = AlignDevicesHook(execution_device="cpu")
+    add_hook_to_module(golden_pipeline.unet, hook)
+    try:
+        with pytest.raises(BaseModelError, match=r"tuning: unet: offloaded; call remove_all_hooks\(\)"):
+            tune(golden_pipeline, data, name="thing", class_word="man", **QUICK)
+    finally:
+        remove_hook_from_module(golden_pipeline.unet)
 
 
 def test_pictures_of_the_class_word_are_drawn_as_the_base_draws_best(monkeypatch):

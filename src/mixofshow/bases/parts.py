@@ -58,6 +58,13 @@ def refuse_adapters(pipeline: Any, what: str) -> None:
         )
 
 
+def refuse_hooks(pipeline: Any, what: str) -> None:
+    """Raise BaseModelError where accelerate moves parts to and fro, which training does not follow."""
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    if moved := [name for name, part in parts.items() if any(hasattr(one, "_hf_hook") for one in part.modules())]:
+        raise BaseModelError(f"{what}: {', '.join(moved)}: offloaded; call remove_all_hooks() and to(device) before")
+
+
 def parameter_of(module: Any) -> nn.Parameter:
     """A layer's own weight, also where something is added to it whenever it is read."""
     parametrized = getattr(module, "parametrizations", {})

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Collection, Mapping
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, Final, get_origin
+from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -104,5 +104,15 @@ def _setting_option(name: str, key: str, field: Any) -> Parameter:
     elif get_origin(field.annotation) is tuple:
         kind = list[str]
     panel = f"Settings: {key.rpartition('.')[0] or 'the run'}"
-    option = typer.Option(*spellings, help=field.description, rich_help_panel=panel, metavar="VALUE")
+    option = typer.Option(*spellings, help=_help(field), rich_help_panel=panel, metavar="VALUE")
     return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
+
+
+def _help(field: Any) -> str:
+    """What a setting is, which values it takes, and its default."""
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    said = (field.description or "").rstrip(".")
+    parts = [f"{said}." if said else "", f"One of {', '.join(map(str, choices))}." if choices else ""]
+    plain = isinstance(field.default, str | int | float) and not isinstance(field.default, bool)
+    parts.append(f"Default: {field.default}." if plain else "On by default." if field.default is True else "")
+    return " ".join(part for part in parts if part)

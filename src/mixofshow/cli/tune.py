@@ -34,7 +34,10 @@ def tune(
     loading: dict[str, Any],
     given: dict[str, Any],
 ) -> None:
-    """Tune a concept on a folder of pictures. Every key of the YAML is an option too, on top of it."""
+    """Tune a concept on a folder of pictures. Every key of the YAML is an option too, on top of it.
+
+    Defaults are for Stable Diffusion; the embedded base and some methods have their own, which --print-config shows.
+    """
     from mixofshow.outputs import check_outputs
     from mixofshow.reading import read_table
     from mixofshow.tuning import settings as tuning

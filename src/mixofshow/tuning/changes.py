@@ -10,7 +10,6 @@ from typing import Any, Final, Protocol
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -50,18 +49,6 @@ def switched_off(changes: Iterable[TrainedChange]) -> Iterator[None]:
     finally:
         for change in changes:
             change.enable(True)
-
-
-def refuse_altered(pipeline: Any) -> None:
-    """Raise SettingsError for a base on which something hangs: a concept would be learned on top, and fit no base."""
-    for name, part in pipeline.components.items():
-        modules = list(part.modules()) if isinstance(part, nn.Module) else []
-        if any(isinstance(module, BaseTunerLayer) for module in modules):
-            raise SettingsError(
-                f"{name}: a LoRA is attached to this base; take it off with unload_lora_weights() first"
-            )
-        if any(hasattr(module, "_hf_hook") for module in modules):
-            raise SettingsError(f"{name}: is kept off its device by accelerate; call remove_all_hooks() and to(device)")
 
 
 def keys_and_values(layers: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def check_folder(
     found = [finding for reading in every for finding in reading.findings]
     if unnamed and naming is None:
         what = (
-            f"{len(unnamed)} have no <name> in them, such as '{shown(unnamed[0])}': it takes the place of the class word; "
+            f"no <name> in {len(unnamed)} of them, such as '{shown(unnamed[0])}': it takes the place of the class word; "
             "--name and --class-word tell whether that is there"
         )
         found.append(Finding("captions", "note", what))

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
-from mixofshow.errors import DatasetError, shown
+from mixofshow.errors import LISTED, DatasetError, listed, shown
 from mixofshow.tuning.captions import METADATA, read_caption, read_metadata
 from mixofshow.tuning.folder import Finding, look_into, picture_paths
 from mixofshow.tuning.masks import mask_folder, read_mask_of
@@ -25,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 DARK: Final = 128
 """A mask without brighter values is taken for black: such as one of zeros and ones."""
-
-SHOWN_AT_ONCE: Final = 10
 
 
 @dataclass(frozen=True)
@@ -108,12 +106,12 @@ def read_folder(
     # A bad line of metadata is no bad picture: leaving it out would train its picture with another caption.
     whole = any(error.file in METADATA for error in errors)
     if errors and (not skip_bad or not examples or whole):
-        raise DatasetError(_listed(errors) + ("" if skip_bad or whole else "; --skip-bad leaves them out"))
+        raise DatasetError(_some_of(errors) + ("" if skip_bad or whole else "; --skip-bad leaves them out"))
     if errors:
         bad = sum(any(finding.level == "error" for finding in reading.findings) for reading in every)
-        logger.warning("%d of %d pictures are used; left out: %s", len(examples), len(examples) + bad, _listed(errors))
+        logger.warning("%d of %d pictures are used; left out: %s", len(examples), len(examples) + bad, _some_of(errors))
     if doubts := [finding for finding in findings if finding.level == "warning"]:
-        logger.warning("%s", _listed(doubts))
+        logger.warning("%s", _some_of(doubts))
     return examples
 
 
@@ -227,8 +225,7 @@ def _with_repeats(reading: Reading, name: str, seen: dict[str, str]) -> Reading:
     return replace(reading, findings=(*reading.findings, repeat))
 
 
-def _listed(findings: Sequence[Finding]) -> str:
+def _some_of(findings: Sequence[Finding]) -> str:
     """The first findings in one line, and how many more there are."""
-    more = len(findings) - SHOWN_AT_ONCE
-    rest = [f"and {more} more; `mixofshow check` lists them"] if more > 0 else []
-    return "; ".join([*map(str, findings[:SHOWN_AT_ONCE]), *rest])
+    more = "; `mixofshow check` lists them" if len(findings) > LISTED else ""
+    return listed([str(one) for one in findings]) + more

@@ -138,9 +138,9 @@ class OptimizerSettings(Group):
     name: Literal["adamw", "adamw8bit", "prodigy"] = Field(
         "adamw", description="adamw8bit needs bitsandbytes, prodigy needs prodigyopt (set all rates to 1 for it)."
     )
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    weight_decay: float = Field(0.01, ge=0, le=1)
+    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the gradient's mean.")
+    beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the mean of its squares.")
+    weight_decay: float = Field(0.01, ge=0, le=1, description="Share by which numbers shrink, times the rate.")
     max_grad_norm: float = Field(1.0, gt=0, description="Longer gradients are cut to this length.")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Linear and cosine fall to 0.")
     warmup: int = Field(0, ge=0, description="Steps over which the rates rise from 0.")
@@ -162,7 +162,9 @@ class TuningSettings(Settings):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,30}$", description="The concept; prompts call it <name>.")
     class_word: str = Field(max_length=64, description="An ordinary word for what it is.")
-    data: Place = Field(description="Folder of pictures, captions in .txt files beside them or in metadata.jsonl.")
+    data: Place = Field(
+        description="Folder of pictures, captions in .txt or .caption files beside them, metadata.jsonl or metadata.csv."
+    )
     masks: Place | None = Field(None, description="Folder of masks with the pictures' names; default: DATA/../masks.")
     base: str = Field(
         "emojiland",
@@ -173,12 +175,16 @@ class TuningSettings(Settings):
     )
     skip_bad: bool = Field(False, description="Leave out pictures that cannot be read instead of stopping.")
 
-    method: Literal["ed-lora", "lora", "p-plus", "textual-inversion", "custom-diffusion"] = "ed-lora"
-    steps: int = Field(1000, ge=1, le=1_000_000)
+    method: Literal["ed-lora", "lora", "p-plus", "textual-inversion", "custom-diffusion"] = Field(
+        "ed-lora", description="What is trained: words, and with them LoRA, or keys and values in full."
+    )
+    steps: int = Field(1000, ge=1, le=1_000_000, description="Steps of the optimizer.")
     epochs: int | None = Field(None, ge=1, le=1_000_000, description="Passes over all pictures; instead of steps.")
     batch_size: int = Field(4, ge=1, le=1024, description="Pictures per batch and process.")
-    seed: int = Field(0, ge=0, lt=2**63)
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    seed: int = Field(0, ge=0, lt=2**63, description="Of everything random.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="Of the base's weights and of what is computed; fp16 needs a GPU. What is trained is fp32."
+    )
     gradient_checkpointing: bool = Field(False, description="Less memory, a third more time.")
 
     words: WordSettings = WordSettings()

@@ -16,14 +16,13 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from mixofshow.bases.families import family_of, text_encoders
 from mixofshow.bases.loading import DTYPES, base_name, fingerprint
-from mixofshow.bases.parts import exclusive
+from mixofshow.bases.parts import exclusive, refuse_adapters, refuse_hooks
 from mixofshow.concepts.concept import Concept, ConceptInfo
 from mixofshow.concepts.prompts import layerwise
 from mixofshow.errors import SettingsError
 from mixofshow.outputs import check_outputs
 from mixofshow.progress import Progress, silent
 from mixofshow.tuning.attention import recorded_attention
-from mixofshow.tuning.changes import refuse_altered
 from mixofshow.tuning.checkpoints import Identity, working_in
 from mixofshow.tuning.conflicts import idle, refuse_impossible, slow_precision, tracker_of
 from mixofshow.tuning.dataset import Example, inputs_of, read_folder
@@ -58,7 +57,7 @@ def tune(
     early with what has been learned. A run that ends early hands that to `stopped`, if it is given, and raises its cause:
     KeyboardInterrupt, or DivergedError where the numbers are not finite any more. One that comes to its end hands the
     concept to `finished`; where that has no room for it, the last state is kept in `folder`. Raises DatasetError,
-    TokenError, SettingsError, ResourceError.
+    TokenError, SettingsError, BaseModelError, ResourceError.
     """
     settings, pipeline = _asked(settings, pipeline, keys)
     place = None if folder is None else Path(folder)
@@ -68,7 +67,8 @@ def tune(
         if notice:
             logger.warning("%s", notice)
     settings = with_presets(settings, base_name(pipeline))
-    refuse_altered(pipeline)
+    refuse_adapters(pipeline, "tuning")
+    refuse_hooks(pipeline, "tuning")
     with _own_accelerate():
         accelerator = make_accelerator(settings, pipeline, place)
         with working_in(place if accelerator.is_main_process else None):
