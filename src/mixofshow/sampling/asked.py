@@ -92,7 +92,8 @@ def checked(pipeline: Any, given: dict[str, Any]) -> Asked:
     named = {name: given.pop(name) for name in chosen}
     drawing = make_drawing({name: value for name, value in named.items() if value is not None} | settings)
     prompts, negatives = _texts(given["prompt"], given["negative_prompt"])
-    each, own = given["num_images_per_prompt"] or 1, given["own_weights"]
+    each, own = given["num_images_per_prompt"], given["own_weights"]
+    each = 1 if each is None else each
     require(isinstance(each, int) and each >= 1, "num_images_per_prompt", each, "at least 1")
     require(given["output_type"] in OUTPUTS, "output_type", given["output_type"], "one of " + ", ".join(OUTPUTS))
     require(not (own and drawing.attend), "attend", drawing.attend, "0 with own_weights")
