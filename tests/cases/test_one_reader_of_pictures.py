@@ -16,6 +16,7 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from mixofshow import MixOfShowPipeline, load_base
+from mixofshow.bases.configs import quiet
 from mixofshow.bases.loading import GUIDANCE
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.errors import BadInputError, SettingsError
@@ -154,6 +155,12 @@ def test_loading_leaves_the_libraries_as_loud_as_they_were():
         for one in libraries:
             one.set_verbosity_info()
             one.enable_progress_bar()
+        first, second = quiet(), quiet()  # as two threads that load at once
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert all(one.get_verbosity() == 40 for one in libraries)
+        second.__exit__(None, None, None)
         load_base("tests/goldens/pipeline")
         assert all(one.get_verbosity() == 20 and one.is_progress_bar_enabled() for one in libraries)
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import threading
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -92,25 +93,40 @@ MAX_NUMBER: Final = 10**6
 BETAS: Final = {"beta_start", "beta_end", "trained_betas"}
 
 
+_LOUDNESS: Final = threading.Lock()
+_INSIDE: Final[list[int]] = []
+"""The threads that want quiet."""
+_LOUD: Final[list[tuple[Any, int, bool]]] = []
+"""Libraries, and how loud they were before the first of them."""
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, diffusers and transformers show errors only, and no progress bars; afterwards what they did before."""
+    """Inside, diffusers and transformers show errors only, and no progress bars; afterwards what they did before.
+
+    Where several threads are inside, after the last.
+    """
     # Loading a tiny model takes a second; importing diffusers takes four, so only those who load pay for it.
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    both = (diffusers_logging, transformers_logging)
-    libraries = [(one, one.get_verbosity(), one.is_progress_bar_enabled()) for one in both]
+    with _LOUDNESS:
+        if not _INSIDE:
+            libraries = (diffusers_logging, transformers_logging)
+            _LOUD[:] = [(one, one.get_verbosity(), one.is_progress_bar_enabled()) for one in libraries]
+            for library in libraries:
+                library.disable_progress_bar()
+                library.set_verbosity_error()
+        _INSIDE.append(threading.get_ident())
     try:
-        for library, *_ in libraries:
-            library.disable_progress_bar()
-            library.set_verbosity_error()
         yield
     finally:
-        for library, verbosity, bars in libraries:
-            library.set_verbosity(verbosity)
-            if bars:
-                library.enable_progress_bar()
+        with _LOUDNESS:
+            _INSIDE.pop()
+            for library, verbosity, bars in () if _INSIDE else _LOUD:
+                library.set_verbosity(verbosity)
+                if bars:
+                    library.enable_progress_bar()
 
 
 @contextlib.contextmanager
