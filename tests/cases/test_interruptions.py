@@ -16,9 +16,14 @@ import pytest
 from PIL import Image
 
 from mixofshow import cli
+from mixofshow.cli.fuse import _write_fused
 from mixofshow.concepts.concept import load_concept
+from mixofshow.concepts.model import ConceptModel
 from mixofshow.demo import run_demo
 from mixofshow.errors import BadInputError, ResourceError
+from mixofshow.evaluation.suite import run_suite
+from mixofshow.evaluation.suite.settings import Suite
+from mixofshow.fusion.stages import Fused
 from mixofshow.outputs import holding
 from mixofshow.reading import parse_table
 from mixofshow.terminal import forgiving_output
@@ -157,6 +162,17 @@ def test_a_run_whose_result_finds_no_room_is_kept_and_says_where(golden_pipeline
     assert load_concept(tmp_path / "thing.safetensors").hash == again.hash
 
 
+def test_of_several_results_of_a_fusion_one_without_room_costs_no_other(golden_pipeline, tmp_path, monkeypatch):
+    def full(self, path):
+        raise ResourceError(f"{path}: could not be written (No space left on device)")
+
+    fused = Fused(ConceptModel(golden_pipeline), {})
+    monkeypatch.setattr(ConceptModel, "save", full)
+    with pytest.raises(ResourceError, match="f: could not be written"):
+        _write_fused(fused, tmp_path / "f", tmp_path / "d.safetensors", None, None)
+    assert [one.name for one in tmp_path.iterdir()] == ["d.safetensors"]
+
+
 def test_a_preview_without_room_costs_no_training(golden_pipeline, make, tmp_path, caplog):
     def preview(concept, step):
         raise ResourceError("000001.png: could not be written (No space left on device)")
@@ -228,6 +244,14 @@ def test_the_demo_keeps_off_folders_that_are_not_its_own(tmp_path):
     with pytest.raises(BadInputError, match="holds files that are not the demo's"):
         run_demo(tmp_path)
     assert len(list(tmp_path.rglob("*"))) == 4
+
+
+def test_a_suite_writes_over_no_report_that_is_not_a_suites(tmp_path):
+    (tmp_path / "report.html").write_text("mine")
+    suite = Suite(concepts=("reddog",), methods=("ed-lora+average",))
+    with pytest.raises(BadInputError, match="report.html: is there and of no suite"):
+        run_suite(suite, tmp_path)
+    assert [one.name for one in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_the_home_folder_in_yaml_is_ones_own(monkeypatch):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mixofshow.cli.options import BASE_PANEL, Base, Device, Storage, assignments, bases, with_loading, with_settings
-from mixofshow.errors import SettingsError
+from mixofshow.errors import ResourceError, SettingsError
 from mixofshow.fusion.settings import FusionSettings, RecordingSettings
 from mixofshow.progress import terminal_bar
 from mixofshow.terminal import say
@@ -117,16 +119,31 @@ def fuse(
 
 
 def _write_fused(fused: Fused, out: Path | None, as_delta: Path | None, rank: int | None, report: Path | None) -> None:
-    if out:
-        fused.model.save(out)
-    _print_fused(out, fused)
-    if as_delta:
-        _write_delta(as_delta, fused.model, rank)
-    if report:
-        from mixofshow.evaluation.fusion_report import fusion_page
+    """Each that is asked for; one that finds no room keeps no other from being written. Raises the first's error."""
+    failed: list[ResourceError] = []
+    with _noted(failed):
+        if out:
+            fused.model.save(out)
+        _print_fused(out, fused)
+    with _noted(failed):
+        if as_delta:
+            _write_delta(as_delta, fused.model, rank)
+    with _noted(failed):
+        if report:
+            from mixofshow.evaluation.fusion_report import fusion_page
 
-        fusion_page(fused).save(report)
-        say(report)
+            fusion_page(fused).save(report)
+            say(report)
+    if failed:
+        raise failed[0]
+
+
+@contextlib.contextmanager
+def _noted(failed: list[ResourceError]) -> Iterator[None]:
+    try:
+        yield
+    except ResourceError as error:
+        failed.append(error)
 
 
 def _print_fused(out: Path | None, fused: Fused) -> None:

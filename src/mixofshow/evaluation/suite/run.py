@@ -17,7 +17,7 @@ from mixofshow.bases.emojiland.concepts import write_concept
 from mixofshow.bases.loading import EMBEDDED, fingerprint, load_base, scheduler_settings
 from mixofshow.concepts.concept import load_concept
 from mixofshow.concepts.model import ConceptModel
-from mixofshow.errors import SettingsError
+from mixofshow.errors import BadInputError, SettingsError, shown
 from mixofshow.evaluation.protocol import references_of
 from mixofshow.evaluation.scorers import ImageTower, dino_scorer, imagenet_scorer, scorer_for
 from mixofshow.evaluation.suite.index import NAME as INDEX
@@ -101,8 +101,12 @@ def _other_judges(suite: Suite, device: str) -> dict[str, ImageTower]:
 def _check_outputs(suite: Suite, out: Path, cache: Path) -> None:
     read = [file for one in suite.concepts for file in (one.folder, *one.files.values())]
     base = [] if suite.base in EMBEDDED else [Path(suite.base)]
-    names = ("results.json", "results.csv", "report.html", INDEX)
-    check_outputs(files=[out / name for name in names], shared=[cache], inputs=[*read, *base])
+    files = [out / name for name in ("results.json", "results.csv", "report.html", INDEX)]
+    check_outputs(files=files, shared=[cache], inputs=[*read, *base])
+    if there := [] if cache.is_dir() else [path for path in files if path.exists()]:
+        raise BadInputError(
+            f"{shown(there[0], 100)}: is there and of no suite, for there is no cache; choose another --out"
+        )
 
 
 def _folder(concept: ConceptEntry, cache: Path) -> Path:
