@@ -116,8 +116,7 @@ def opened(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own warnings: what matters is an error or a note
             with Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=list(formats)) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise error(f"{name}: {image.width} x {image.height} pixels, at most {MAX_PIXELS} are read")
+                _refuse_huge(image, name, error)
                 yield image
     except (MixOfShowError, MemoryError):
         raise
@@ -127,6 +126,11 @@ def opened(
         Exception
     ) as broken:  # a broken file makes Pillow raise almost anything: struct.error, KeyError, zlib.error …
         raise error(f"{name}: not a readable picture ({_reason(source, broken, formats)})") from broken
+
+
+def _refuse_huge(image: Image.Image, name: str, error: Error) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise error(f"{name}: {image.width} x {image.height} pixels, at most {MAX_PIXELS} are read")
 
 
 def _decoded(
@@ -139,9 +143,9 @@ def _decoded(
     """What `finish` makes of the upright picture. Raises an `error`."""
     notes: list[str] = []
     if isinstance(source, Image.Image):
-        if source.width * source.height > MAX_PIXELS or source.mode == "F":
-            kind = f"{source.width} x {source.height} pixels of mode {source.mode}"
-            raise error(f"{name}: {kind}, expected whole numbers of 8 or 16 bits and at most {MAX_PIXELS} pixels")
+        _refuse_huge(source, name, error)
+        if source.mode == "F":
+            raise error(f"{name}: fractions (mode F), expected whole numbers of 8 or 16 bits")
         return finish(ImageOps.exif_transpose(source), notes)
     with opened(source, name, formats=formats, error=error) as image:
         _refuse_animations(image, name, notes, error)

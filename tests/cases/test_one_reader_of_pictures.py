@@ -76,7 +76,7 @@ def test_what_is_no_single_picture_is_refused(tmp_path):
     frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:])
     with pytest.raises(BadInputError, match="an animation of 2 frames"):
         read_picture(tmp_path / "a.png", "L")
-    with pytest.raises(BadInputError, match="mode F, expected whole numbers"):
+    with pytest.raises(BadInputError, match="fractions .mode F., expected whole numbers"):
         read_picture(Image.new("F", (8, 8)), "L")
 
 

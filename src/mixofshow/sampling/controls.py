@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixofshow.bases.configs import check_config, strangers_model
+from mixofshow.bases.configs import check_config, quiet, strangers_model
 from mixofshow.bases.loading import EMBEDDED_CONTROLS
 from mixofshow.errors import BadInputError, SettingsError, nearest, shown
 from mixofshow.reading import parse_json, read_bytes
@@ -94,7 +94,8 @@ class PictureControl(ABC):
         rows, columns = latents.shape[-2:]
         key = (rows, columns, latents.dtype, latents.device)
         if self._fitted is None or self._fitted[0] != key:
-            self.network.to(latents.device, latents.dtype)
+            with quiet():  # diffusers warns of nothing, in so many words
+                self.network.to(latents.device, latents.dtype)
             fitted = _fit(self.picture, width=columns * factor, height=rows * factor, channels=channels)
             self._fitted = key, fitted.to(latents)
         return self._fitted[1]
