@@ -81,6 +81,21 @@ def test_what_can_never_work_here_is_refused_before_anything_is_loaded(change, m
         refuse_impossible(make_settings({**TABLE, "tracker": "none", **change}), "cpu")
 
 
+def test_prodigy_takes_one_rate_for_all():
+    """It was a traceback of the library's, after the pictures were encoded."""
+    with pytest.raises(
+        SettingsError, match="prodigy: takes one rate for all, found 1e-05, 0.0001, 0.001; set words.rate"
+    ):
+        refuse_impossible(make_settings({**TABLE, "optimizer.name": "prodigy", "tracker": "none"}), "cpu")
+    words = {**TABLE, "optimizer.name": "prodigy", "tracker": "none", "method": "p-plus"}
+    refuse_impossible(make_settings(words), "cpu")
+
+
+def test_words_that_start_too_long_are_refused(golden_pipeline, data):
+    with pytest.raises(SettingsError, match=r"words.sigma: 10 makes words \d+ times as long .* may hold 100"):
+        tune(golden_pipeline, data, name="mydog", class_word="man", **{"words.sigma": 10.0, "steps": 1})
+
+
 def test_fp16_is_for_gpus(golden_pipeline, data):
     """Case 17: a traceback, after the pictures were encoded."""
     with pytest.raises(SettingsError, match="fp16: needs a GPU"):

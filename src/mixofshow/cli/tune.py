@@ -69,6 +69,7 @@ def _place(several: list[TuningSettings], device: str) -> Any:
     from accelerate import PartialState
 
     from mixofshow.tuning.conflicts import refuse_impossible
+    from mixofshow.tuning.settings import with_presets
 
     try:
         place = PartialState().device if device == "auto" else torch.device(device)
@@ -76,7 +77,7 @@ def _place(several: list[TuningSettings], device: str) -> Any:
         raise SettingsError(f"device '{shown(device)}': expected cpu, cuda, cuda:1, mps or the like") from error
     PartialState(cpu=place.type == "cpu")
     for settings in several:
-        refuse_impossible(settings, place.type)
+        refuse_impossible(with_presets(settings, settings.base), place.type)
     return place
 
 

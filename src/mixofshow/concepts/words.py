@@ -96,7 +96,9 @@ def token_ids(
     rows = {word: first_id + row for row, word in enumerate(vocabulary.embeddings)}
     ids: list[int] = []
     for piece in vocabulary.split(prompt):
-        ids.extend([rows[piece]] if piece in rows else tokenizer(piece, add_special_tokens=False).input_ids)
+        ids.extend(
+            [rows[piece]] if piece in rows else tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+        )
     if length is None:
         return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
     kept, cut = ids[: length - 2], ids[length - 2 :]

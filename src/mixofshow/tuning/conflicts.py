@@ -30,6 +30,18 @@ def refuse_impossible(settings: TuningSettings, device: str) -> None:
         raise SettingsError(f"tracker {tracker} is not installed: pip install {tracker}")
     if (package := needed_package(settings.optimizer)) and not find_spec(package):
         raise SettingsError(f"optimizer {settings.optimizer.name} is not installed: pip install {package}")
+    rates = sorted({settings.words.rate, *_rates_of_weights(settings)} - {0})
+    if settings.optimizer.name == "prodigy" and len(rates) > 1:
+        raise SettingsError(
+            f"optimizer prodigy: takes one rate for all, found {', '.join(f'{rate:g}' for rate in rates)}; set "
+            "words.rate, text_encoder.rate and unet.rate to 1"
+        )
+
+
+def _rates_of_weights(settings: TuningSettings) -> tuple[float, ...]:
+    """Of what the method trains beside the words."""
+    own = {"custom-diffusion": (settings.unet.rate,), **dict.fromkeys(WORDS_ONLY, ())}
+    return own.get(settings.method, (settings.text_encoder.rate, settings.unet.rate))
 
 
 def slow_precision(settings: TuningSettings, device: str) -> str | None:

@@ -99,8 +99,10 @@ class Run:
             with interrupts_noted() as interrupted:
                 self._steps(progress, preview, interrupted)
         except (KeyboardInterrupt, DivergedError) as cause:
-            logger.warning("stopped after step %d of %d; what was learned so far is kept", self.step, self.total)
-            if self._go_back_to_finite_numbers() and self.step:
+            good = self._go_back_to_finite_numbers() and self.step > 0
+            kept = "what was learned so far is kept" if good else "there is nothing to keep"
+            logger.warning("stopped after step %d of %d; %s", self.step, self.total, kept)
+            if good:
                 self._save_at_the_end()
                 if stopped and self.accelerator.is_main_process:
                     stopped(self.concept(), self.step)

@@ -17,7 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from mixofshow.bases.families import family_of, text_encoders
 from mixofshow.bases.loading import DTYPES, base_name, fingerprint
 from mixofshow.bases.parts import exclusive, refuse_adapters, refuse_hooks
-from mixofshow.concepts.concept import Concept, ConceptInfo
+from mixofshow.concepts.concept import LARGEST_EMBEDDING, Concept, ConceptInfo
 from mixofshow.concepts.prompts import layerwise
 from mixofshow.errors import SettingsError
 from mixofshow.outputs import check_outputs
@@ -61,7 +61,7 @@ def tune(
     """
     settings, pipeline = _asked(settings, pipeline, keys)
     place = None if folder is None else Path(folder)
-    refuse_impossible(settings, pipeline.device.type)
+    refuse_impossible(with_presets(settings, base_name(pipeline)), pipeline.device.type)
     check_outputs(shared=[place], inputs=inputs_of(settings))
     for notice in (*idle(settings), slow_precision(settings, pipeline.device.type)):
         if notice:
@@ -114,6 +114,11 @@ def _tune(
         recorded_attention(pipeline.unet) if settings.loss.attention_weight else contextlib.nullcontext() as maps,
     ):
         objective = Objective(pipeline, words, changes, settings, maps)
+        if (longest := objective.longest_word()) > LARGEST_EMBEDDING:
+            raise SettingsError(
+                f"words.sigma: {settings.words.sigma:g} makes words {longest:.3g} times as long as the base's own; a "
+                f"concept file may hold {LARGEST_EMBEDDING:g}"
+            )
         run = Run(settings, objective, feeds, accelerator, info=info, total=total)
         if folder:
             run.keep(folder, _identity(settings, examples, info), resume=resume)
