@@ -117,10 +117,13 @@ def _from_hub(name: str, which: dict[str, Any]) -> Path:
     """The folder in the local cache, of safetensors alone."""
     from diffusers import DiffusionPipeline
 
-    local = which["local_files_only"]
-    problem = "not in the local cache, or not whole; --download fetches it" if local else "could not be fetched"
-    with strangers_model(f"{name}: {problem}"):
-        return Path(DiffusionPipeline.download(name, safety_checker=None, use_safetensors=True, **which))
+    with strangers_model(f"{name}: could not be fetched"):
+        try:
+            return Path(DiffusionPipeline.download(name, safety_checker=None, use_safetensors=True, **which))
+        except (OSError, ValueError) as error:
+            if not which["local_files_only"]:
+                raise
+            raise BaseModelError(f"{name}: not in the local cache, or not whole; --download fetches it") from error
 
 
 def _require_whole(pipeline: Any, name: str | Path) -> None:
