@@ -32,12 +32,12 @@ JUDGE: Final = WEIGHTS.parent / "judge"
 class Recipe:
     """How long and how fast each network learns. Batches are totals over all processes."""
 
-    autoencoder_steps: int = 3400
+    autoencoder_steps: int = 2600
     autoencoder_batch: int = 32
     autoencoder_rate: float = 2e-3
-    generator_steps: int = 12_600
-    generator_batch: int = 32
-    generator_rate: float = 1e-3
+    generator_steps: int = 20_000
+    generator_batch: int = 64
+    generator_rate: float = 1.5e-3
     cached_shards: int = 24
     cached_wide_shards: int = 8
     judge_steps: int = 8000
