@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mixofshow.errors import SettingsError, field_problem, listed
+from mixofshow.errors import SettingsError, field_problem, listed, shown
 
 
 class Settings(BaseModel):
@@ -15,7 +15,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -23,8 +23,10 @@ class Settings(BaseModel):
             raise SettingsError(listed(problems)) from error
 
     @classmethod
-    def of(cls, table: Mapping[str, Any], source: str) -> Self:
-        """From a table; `source` stands in front of what is wrong. Raises SettingsError."""
+    def of(cls, table: Any, source: str) -> Self:
+        """From a table, which may be a stranger's; `source` stands in front of what is wrong. Raises SettingsError."""
+        if not isinstance(table, Mapping):
+            raise SettingsError(f"{source}: expected a table of settings, found {shown(table)}")
         try:
             return cls(**{str(key): value for key, value in table.items()})
         except SettingsError as error:

@@ -31,6 +31,7 @@ from mixofshow.fusion.jobs import inputs_of
 from mixofshow.reading import MAX_YAML_BYTES, named_in, parse_json, parse_table, parse_value, read_bytes, read_table
 from mixofshow.sampling.composition import make_composition, parse_size
 from mixofshow.sampling.replay import read_note
+from mixofshow.tables import Settings
 from mixofshow.terminal import print_table, say
 from mixofshow.tuning.settings import make_settings
 
@@ -149,6 +150,12 @@ def test_what_a_table_names_lies_beside_it_or_at_home(tmp_path, monkeypatch):
     assert make_composition({"prompt": "a", "image": "~/rough.png"}, folder=there).image
     with pytest.raises(BaseModelError, match=f"{tmp_path}/none: "):
         load_base("~/none")
+
+
+@pytest.mark.parametrize("table", [None, 5, [1], "x", {"self": 1}, {"cls": 1}, {"": 1}, {1: 2}])
+def test_a_table_of_settings_is_a_table_of_known_keys(table):
+    with pytest.raises(SettingsError, match="here: (expected a table|unknown key)"):
+        Settings.of(table, "here")
 
 
 @pytest.mark.parametrize("text", ["²x64", "9" * 5_000 + "x64", "-8x8", "x", "8x", "1e3x8"])
