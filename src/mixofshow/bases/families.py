@@ -6,7 +6,7 @@ What a family's members differ in among themselves (sizes, what the UNet predict
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -72,6 +72,24 @@ class TextEncoder:
     part: str
     model: Any
     tokenizer: Any
+    always_skipped: int = 0
+
+    @property
+    def clip_skip(self) -> int:
+        """How many of its last layers the UNet's text leaves out beyond what its family always does."""
+        return clip_skip_of(self.model) or 0
+
+    @property
+    def skipped(self) -> int:
+        """How many of its last layers the UNet's text leaves out in all."""
+        return self.always_skipped + self.clip_skip
+
+    def as_read(self, states: Tensor) -> Tensor:
+        """States before the skipped layers as the UNet reads them: through the final norm, where its family has that."""
+        if self.always_skipped or not self.clip_skip:
+            return states
+        normed: Tensor = getattr(self.model, "text_model", self.model).final_layer_norm(states)
+        return normed
 
     @property
     def table(self) -> Tensor:
@@ -99,10 +117,38 @@ class TextEncoder:
 
 def text_encoders(pipeline: Any) -> list[TextEncoder]:
     """The pipeline's text encoders in the order in which the UNet reads them."""
+    family = family_of(pipeline)
     return [
-        TextEncoder(part, plain(getattr(pipeline, part)), getattr(pipeline, tokenizer))
-        for part, tokenizer in family_of(pipeline).text_encoders
+        TextEncoder(part, plain(getattr(pipeline, part)), getattr(pipeline, tokenizer), family.skipped_text_layers)
+        for part, tokenizer in family.text_encoders
     ]
+
+
+def clip_skip_of(model: Any) -> int | None:
+    """How many of its last layers a text encoder's configuration says to skip; None: it does not say. BaseModelError."""
+    found: int | None = getattr(model.config, "clip_skip", None)
+    if found is not None and (not isinstance(found, int) or not 0 <= found < model.config.num_hidden_layers):
+        raise BaseModelError(
+            f"clip_skip: expected 0 to {model.config.num_hidden_layers - 1}, as many layers as can be skipped, found {found!r:.40}"
+        )
+    return found
+
+
+def skip_text_layers(pipeline: Any, clip_skip: int | Sequence[int] | None) -> None:
+    """Let the text be read before so many of the last layers of each text encoder, or of all; None: as it is now.
+
+    Counted as diffusers does: what others call a clip skip of 2 is 1. It is written into the encoders' configurations,
+    so that a model saved from the pipeline is read the same. Raises BaseModelError.
+    """
+    encoders = text_encoders(pipeline)
+    if clip_skip is None:
+        return
+    each = [clip_skip] * len(encoders) if isinstance(clip_skip, int) else list(clip_skip)
+    if len(each) != len(encoders):
+        raise BaseModelError(f"clip_skip: expected one number, or {len(encoders)}, found {len(each)}")
+    for encoder, skip in zip(encoders, each, strict=True):
+        encoder.model.config.clip_skip = skip
+        clip_skip_of(encoder.model)
 
 
 def token_width(pipeline: Any) -> int:

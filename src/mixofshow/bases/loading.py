@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +13,7 @@ import torch
 
 from mixofshow.bases.checkpoints import SUFFIX, check_weights, load_checkpoint
 from mixofshow.bases.configs import check_configs, quiet, strangers_model
-from mixofshow.bases.families import family_of, text_encoders
+from mixofshow.bases.families import family_of, skip_text_layers, text_encoders
 from mixofshow.bases.originals import predict
 from mixofshow.bases.parts import exclusive, own_tensors
 from mixofshow.errors import BaseModelError, SettingsError, shown
@@ -34,6 +35,8 @@ DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 
 FINGERPRINTED: Final = ("conv_in", "conv_out", "mid_block", "final_layer_norm")
 REHEARSED_STEPS: Final = 4
+SISTER: Final = "sister"
+"""Another base of the same family and shapes, whose concepts are taken if this is allowed."""
 LONGEST_NAME: Final = 128
 """Characters of a base's name in our files."""
 _PLAIN_NAME: Final = re.compile(r"[^/\\.~][^/\\]*(/[^/\\.][^/\\]*)?")
@@ -48,6 +51,8 @@ def load_base(
     variant: str | None = None,
     config: str | Path | None = None,
     prediction: str | None = None,
+    clip_skip: int | Sequence[int] | None = None,
+    allow_base: str | None = None,
     download: bool = False,
 ) -> Any:
     """A base model as an ordinary diffusers pipeline, on one device, without safety checker.
@@ -55,7 +60,9 @@ def load_base(
     `name` is the name of an embedded base, a diffusers folder, one `.safetensors` file in the original layout (for
     `config` see `load_checkpoint`), or a hub id: one that is already in the local cache, unless `download` is asked for.
     `dtype` may also be a name: fp32, bf16 or fp16. `variant` is that of the weight files, such as fp16. `prediction` is
-    what its UNet predicts, epsilon or v_prediction, where neither its configuration nor the file says so. Raises
+    what its UNet predicts, epsilon or v_prediction, where neither its configuration nor the file says so. `clip_skip`
+    leaves out as many of each text encoder's last layers. With `allow_base` "sister", concepts that were made for another
+    base of its family and shapes are taken, with a warning. Raises
     BaseModelError, and SettingsError for an unknown dtype.
     """
     dtype = _dtype(dtype)
@@ -68,6 +75,7 @@ def load_base(
         else:
             pipeline = _from_folder(name, dtype=precise, variant=variant, download=download)
         predict(pipeline, prediction, str(name))
+        skip_text_layers(pipeline, clip_skip)
         _require_whole(pipeline, name)
         _rehearse(pipeline)
     pipeline.set_progress_bar_config(disable=True)
@@ -76,6 +84,9 @@ def load_base(
         part.register_to_config(_name_or_path=_public_name(name))
     for part in (pipeline.unet, pipeline.vae, *(one.model for one in text_encoders(pipeline))):
         part.requires_grad_(False).eval()
+    if allow_base not in (None, SISTER):
+        raise SettingsError(f"allow_base: expected {SISTER}, found '{shown(allow_base)}'")
+    pipeline.unet.takes_sisters = allow_base == SISTER
     if precise != dtype:
         pipeline.unet.fingerprint_of_base = fingerprint(pipeline)
     return pipeline.to(device, dtype)

@@ -24,7 +24,7 @@ Base = Annotated[
     ),
 ]
 LOADING: Final[dict[str, tuple[Any, Any]]] = {
-    name: (kind, typer.Option(f"--{name}", help=text, rich_help_panel=BASE_PANEL))
+    name: (kind, typer.Option(f"--{name.replace('_', '-')}", help=text, rich_help_panel=BASE_PANEL))
     for name, kind, text in (
         ("dtype", str, "Its weights as fp32, bf16 or fp16; default fp32, of tune what --precision says."),
         ("variant", str, "Which of its weight files, such as fp16."),
@@ -34,6 +34,8 @@ LOADING: Final[dict[str, tuple[Any, Any]]] = {
             str,
             "What its UNet predicts, where neither file nor configuration says so: epsilon or v_prediction.",
         ),
+        ("clip_skip", int, "How many of its text encoders' last layers to leave out: A1111's clip skip 2 is 1 here."),
+        ("allow_base", str, "'sister': also take concepts made for another base of the same family and shapes."),
         ("download", bool, "Fetch what is not in the local cache."),
     )
 }

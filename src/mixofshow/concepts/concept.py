@@ -5,10 +5,12 @@ A file is read once into memory; those bytes are checked, and only those bytes a
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,14 +18,24 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from mixofshow.bases.families import family_of, of_encoders, text_encoders, token_width
+from mixofshow.bases.families import (
+    clip_skip_of,
+    family_of,
+    of_encoders,
+    skip_text_layers,
+    text_encoders,
+    token_width,
+)
 from mixofshow.bases.layers import count_groups
-from mixofshow.bases.loading import fingerprint
+from mixofshow.bases.loading import SISTER, base_name, fingerprint
+from mixofshow.bases.parts import plain
 from mixofshow.concepts.changes import Change, layer_problems, read_changes
 from mixofshow.concepts.words import Vocabulary, check_word
 from mixofshow.errors import ConceptFileError, TokenError, listed, shown
 from mixofshow.files import raw, read_tensors, write_tensors
 from mixofshow.reading import parse_json
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION: Final = 2
 """The newest that is read. Written is the oldest that has room for the concept: 1 has none for convolutions."""
@@ -34,6 +46,8 @@ DIGEST_KEY: Final = "sha256"
 MAX_METADATA_BYTES: Final = 16 * 2**10
 EMBEDDINGS: Final = "lora_embeddings"
 """Named so that diffusers' `load_lora_weights` takes the whole file: it refuses names without "lora"."""
+MADE_FOR, CLIP_SKIP = "made_for", "clip_skip"
+"""Settings in the metadata: the base of which a concept was taken for a sister's; layers that its text leaves out."""
 LARGEST_VALUE: Final = 1e4
 LARGEST_EMBEDDING: Final = 100.0
 """Longest embedding allowed, in lengths of the base's mean token embedding."""
@@ -141,9 +155,7 @@ def read_concept(tensors: dict[str, Tensor], metadata: Mapping[str, str], name: 
     concept = Concept(info, *_read_tensors(tensors, info, name))
     if metadata != _metadata(metadata[METADATA_KEY], concept.hash):
         raise ConceptFileError(f"{name}: damaged: its content does not match the digest written in it")
-    if pipeline is not None:
-        check_fits(concept, pipeline, name)
-    return concept
+    return concept if pipeline is None else fitted(concept, pipeline, name)
 
 
 def _read_info(metadata: Mapping[str, str], name: str) -> ConceptInfo:
@@ -208,6 +220,38 @@ def value_problems(tensors: Mapping[str, Tensor]) -> list[str]:
     return problems
 
 
+def fitted(concept: Concept, pipeline: Any, name: str, *, base: str | None = None) -> Concept:
+    """The concept on this base. Of a sister base, where that is allowed, it is as if made for this one, and says so.
+
+    Raises ConceptFileError as `check_fits`; warns when its text was read before another layer of the text encoder.
+    """
+    info, found = concept.info, base or fingerprint(pipeline)
+    if info.base_fingerprint != found and getattr(plain(pipeline.unet), "takes_sisters", False):
+        made_for = f"{info.base} ({info.base_fingerprint})"
+        _say(f"{name}: made for base {shown(made_for)}, taken for {base_name(pipeline)} all the same")
+        settings = {**info.settings, MADE_FOR: info.settings.get(MADE_FOR) or made_for}
+        change = {"base": base_name(pipeline), "base_fingerprint": found, "settings": settings}
+        concept = dataclasses.replace(concept, info=info.model_copy(update=change))
+    check_fits(concept, pipeline, name, base=found)
+    said, own = info.settings.get(CLIP_SKIP, 0), text_encoders(pipeline)[0].clip_skip
+    if said != own:
+        _say(f"{name}: made with clip skip {shown(said, 20)}, this base has {own}; --clip-skip sets it")
+    return concept
+
+
+@cache
+def _say(line: str) -> None:
+    """Once: a concept is looked at whenever it is put on a base."""
+    logger.warning(line)
+
+
+def follow_clip_skip(pipeline: Any, concepts: Iterable[Concept]) -> None:
+    """Let the text be read as the concepts say, if they agree and the base itself says nothing. Raises BaseModelError."""
+    said = {concept.info.settings.get(CLIP_SKIP, 0) for concept in concepts}
+    if len(said) == 1 and type(skip := said.pop()) is int and clip_skip_of(text_encoders(pipeline)[0].model) is None:
+        skip_text_layers(pipeline, skip or None)
+
+
 def check_fits(concept: Concept, pipeline: Any, name: str, *, base: str | None = None) -> None:
     """Raise ConceptFileError unless the concept was made for this base: family, fingerprint, layers, shapes, limits.
 
@@ -222,7 +266,8 @@ def check_fits(concept: Concept, pipeline: Any, name: str, *, base: str | None =
     raise_if(problems, name)
     if info.base_fingerprint != (found := base or fingerprint(pipeline)):
         raise ConceptFileError(
-            f"{name}: made for base '{shown(info.base)}' ({shown(info.base_fingerprint)}), this base is {found}; nothing was changed"
+            f"{name}: made for base '{shown(info.base)}' ({shown(info.base_fingerprint)}), this base is {found}; nothing "
+            f"was changed (--allow-base {SISTER} takes it all the same)"
         )
 
 

@@ -28,7 +28,7 @@ from mixofshow.bases.loading import (
 )
 from mixofshow.bases.parts import exclusive, own_tensors, plain, refuse_adapters
 from mixofshow.concepts.adapters import replaced, tuned_weights
-from mixofshow.concepts.concept import Concept, check_fits, raise_if, value_problems, vocabulary
+from mixofshow.concepts.concept import Concept, fitted, raise_if, value_problems, vocabulary
 from mixofshow.concepts.delta import Compression, Delta, DeltaInfo, compressed, load_delta
 from mixofshow.concepts.manifest import (
     CONCEPTS,
@@ -206,7 +206,7 @@ def with_concept(pipeline: Any, concept: Concept, *, unet: float = 1.0, text_enc
 
     Raises ConceptFileError when the concept was made for another base.
     """
-    check_fits(concept, pipeline, f"concept <{concept.info.name}>")
+    concept = fitted(concept, pipeline, f"concept <{concept.info.name}>")
     strengths = {"unet": unet, "text_encoder": text_encoder}
     weights = tuned_weights(pipeline, concept, concept.deltas, strengths)
     return ConceptModel(pipeline, vocabulary([concept]), weights, (concept,))

@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixofshow.bases.families import family_of, of_encoders, text_encoders
+from mixofshow.bases.families import of_encoders, text_encoders
 from mixofshow.bases.layers import count_groups, cross_attentions, text_groups
 from mixofshow.concepts.encoding import Encode, States, encode_fully, encode_shared
 from mixofshow.concepts.words import Vocabulary, token_ids
@@ -104,17 +104,17 @@ def encode_ids(
 
 def encode_variants(pipeline: Any, ids: Ids, vectors: Tensor, *, encode: Encode = encode_shared) -> EncodedText:
     """Prompts through all text encoders, in a variant for each of the words' vectors, (layers, words, dim)."""
-    skipped = family_of(pipeline).skipped_text_layers
     parts = zip(text_encoders(pipeline), ids, of_encoders(pipeline, vectors), strict=True)
     return _told(
-        pipeline, ids, [encode_ids(one.model, own, part, skipped=skipped, encode=encode) for one, own, part in parts]
+        pipeline,
+        ids,
+        [encode_ids(one.model, own, part, skipped=one.skipped, encode=encode) for one, own, part in parts],
     )
 
 
 def encode_plain(pipeline: Any, ids: Ids) -> EncodedText:
     """Prompts without placeholders, all in one variant: `hidden` is (prompts, 1, tokens, dim)."""
-    skipped = family_of(pipeline).skipped_text_layers
-    found = (encode_fully(one.model, own, skipped) for one, own in zip(text_encoders(pipeline), ids, strict=True))
+    found = (encode_fully(one.model, own, one.skipped) for one, own in zip(text_encoders(pipeline), ids, strict=True))
     return _told(pipeline, ids, [States(states.read[:, None], states.last[:, None]) for states in found])
 
 
@@ -126,7 +126,8 @@ def _told(pipeline: Any, ids: Ids, states: Sequence[States]) -> EncodedText:
             # Found by its id: transformers looks for the largest one, which here is a placeholder's.
             end = (own == encoder.tokenizer.eos_token_id).int().argmax(-1)
             pooled = projection(of_one.last[torch.arange(len(end), device=end.device), :, end].mean(1))
-    return EncodedText(torch.cat([one.read for one in states], dim=-1), pooled)
+    read = [one.as_read(of_one.read) for one, of_one in zip(text_encoders(pipeline), states, strict=True)]
+    return EncodedText(torch.cat(read, dim=-1), pooled)
 
 
 def prompt_ids(

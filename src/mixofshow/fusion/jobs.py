@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from mixofshow.bases.loading import load_base, load_named_base
-from mixofshow.concepts.concept import Concept, load_concept
+from mixofshow.concepts.concept import Concept, fitted, follow_clip_skip, load_concept
 from mixofshow.concepts.interchange.importing import open_concept
 from mixofshow.concepts.interchange.settings import ImportSettings
 from mixofshow.concepts.manifest import read_manifest
@@ -162,4 +162,6 @@ def _job(files: Iterable[Path], settings: FusionSettings, base: str | None, load
     """Settings are checked before anything large is read."""
     check_method(settings)
     pipeline = load_base(base or BASE, **loading)
-    return Job(pipeline, [load_concept(path, pipeline) for path in files], settings)
+    concepts = [(path, load_concept(path)) for path in files]
+    follow_clip_skip(pipeline, [concept for _, concept in concepts])
+    return Job(pipeline, [fitted(concept, pipeline, str(path)) for path, concept in concepts], settings)

@@ -15,11 +15,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from mixofshow.bases.families import text_encoders
 from mixofshow.bases.layers import layer, lora_layers, matrix, tunable_layers
 from mixofshow.bases.loading import fingerprint, scheduler_settings
 from mixofshow.bases.parts import exclusive, refuse_adapters
 from mixofshow.concepts.adapters import replaced
-from mixofshow.concepts.concept import Concept, check_fits, vocabulary
+from mixofshow.concepts.concept import Concept, fitted, vocabulary
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.errors import BadInputError
 from mixofshow.fusion.methods import KEEPS_INPUTS
@@ -71,8 +72,7 @@ def fuse(
     _check_names(ordered, settings)
     refuse_adapters(pipeline, "fusing")
     base = fingerprint(pipeline)
-    for concept in ordered:
-        check_fits(concept, pipeline, f"concept <{concept.info.name}>", base=base)
+    ordered = [fitted(concept, pipeline, f"concept <{concept.info.name}>", base=base) for concept in ordered]
     with contextlib.ExitStack() as stack:
         stack.enter_context(exclusive(pipeline))
         if store is None:
@@ -150,6 +150,7 @@ class _Recorder:
             "base": self.fingerprint,
             "precision": str(self.pipeline.unet.dtype),
             "scheduler": scheduler_settings(self.pipeline),
+            **({"clip_skip": skips} if any(skips := [one.clip_skip for one in text_encoders(self.pipeline)]) else {}),
             "texts": source.texts,
             "pictures": source.pictures,
             "settings": self.settings.recording(),

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from mixofshow.concepts.concept import load_concept
+from mixofshow.concepts.concept import fitted, follow_clip_skip, load_concept
 from mixofshow.concepts.model import load_model, load_unfused, with_concept
 from mixofshow.errors import SettingsError, shown
 from mixofshow.grids import grid
@@ -39,8 +39,11 @@ def open_pipeline(
     load = load_unfused if own_weights and not concept and Path(model).is_dir() else load_model
     known = load(model, base=base, **loading)
     if concept:
-        file = load_concept(concept, known.pipeline)
-        known = with_concept(known.pipeline, file, unet=strength, text_encoder=strength)
+        file = load_concept(concept)
+        follow_clip_skip(known.pipeline, [file])
+        known = with_concept(
+            known.pipeline, fitted(file, known.pipeline, str(concept)), unet=strength, text_encoder=strength
+        )
     return MixOfShowPipeline.of(known)
 
 

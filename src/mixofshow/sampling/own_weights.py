@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mixofshow.concepts.adapters import replaced, tuned_weights
-from mixofshow.concepts.concept import Concept, check_fits, vocabulary
+from mixofshow.concepts.concept import Concept, fitted, vocabulary
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import BadInputError, SettingsError, shown
@@ -65,7 +65,7 @@ def own_models(
     made = []
     for concept in concepts:
         if concept.info.name in named:
-            check_fits(concept, model.pipeline, f"concept <{concept.info.name}>")
+            fitted(concept, model.pipeline, f"concept <{concept.info.name}>")
             weights = tuned_weights(model.pipeline, concept, layers)
             words = replace(
                 model.vocabulary, embeddings={**model.vocabulary.embeddings, **vocabulary([concept]).embeddings}

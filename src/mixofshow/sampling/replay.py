@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from mixofshow.bases.families import family_of
+from mixofshow.bases.families import family_of, text_encoders
 from mixofshow.bases.parts import plain
 from mixofshow.errors import SettingsError, field_problem, shown
 from mixofshow.files import raw
@@ -74,6 +74,8 @@ def model_hash(pipeline: MixOfShowPipeline) -> str:
         for part in (*(part for part, _ in family_of(pipeline).text_encoders), "unet", "vae"):
             for name, tensor in sorted(plain(getattr(pipeline, part)).state_dict().items()):
                 take(f"{part}.{name}", tensor)
+    if any(skips := [one.clip_skip for one in text_encoders(pipeline)]):
+        digest.update(f"clip_skip {skips}".encode())
     for word, vectors in pipeline.model.vocabulary.embeddings.items():
         take(word, vectors)
     scheduler = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}

@@ -17,7 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from mixofshow.bases.families import family_of, text_encoders
 from mixofshow.bases.loading import DTYPES, base_name, fingerprint
 from mixofshow.bases.parts import exclusive, refuse_adapters, refuse_hooks
-from mixofshow.concepts.concept import LARGEST_EMBEDDING, Concept, ConceptInfo
+from mixofshow.concepts.concept import CLIP_SKIP, LARGEST_EMBEDDING, Concept, ConceptInfo
 from mixofshow.concepts.prompts import layerwise
 from mixofshow.errors import SettingsError
 from mixofshow.outputs import check_outputs
@@ -142,7 +142,7 @@ def make_accelerator(settings: TuningSettings, pipeline: Any, folder: Path | Non
         raise SettingsError(f"precision {settings.precision}: the base's weights are {held}; load it as float32")
     tracker = tracker_of(settings)
     # Text that leaves out the text encoder's last layers leaves out their changes too.
-    unused = settings.unet.drop_kv > 0 or family_of(pipeline).skipped_text_layers > 0
+    unused = settings.unet.drop_kv > 0 or any(one.skipped for one in text_encoders(pipeline))
     try:
         return Accelerator(
             mixed_precision={"fp32": "no"}.get(settings.precision, settings.precision),
@@ -170,7 +170,7 @@ def _describe(settings: TuningSettings, pipeline: Any, layers: int) -> ConceptIn
         method=settings.method,
         rank=settings.unet.rank,
         alpha=settings.unet.alpha,
-        settings=settings.for_file(),
+        settings=settings.for_file() | ({CLIP_SKIP: skip} if (skip := text_encoders(pipeline)[0].clip_skip) else {}),
         license=settings.license,
         author=settings.author,
     )

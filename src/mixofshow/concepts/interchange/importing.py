@@ -21,10 +21,11 @@ from mixofshow.bases.layers import kind_of, layer
 from mixofshow.bases.loading import base_name, fingerprint
 from mixofshow.concepts.changes import Change, LowRank, layer_problems
 from mixofshow.concepts.concept import (
+    CLIP_SKIP,
     METADATA_KEY,
     Concept,
     ConceptInfo,
-    check_fits,
+    fitted,
     raise_if,
     read_concept,
     value_problems,
@@ -116,8 +117,7 @@ def _imported(
     concept = Concept(
         _info(words, deltas, texts, file=file, pipeline=pipeline, settings=settings), words.vectors, deltas
     )
-    check_fits(concept, pipeline, file)
-    return concept
+    return fitted(concept, pipeline, file)
 
 
 def _info(
@@ -147,9 +147,19 @@ def _info(
         base_fingerprint=fingerprint(pipeline),
         method=methods[bool(deltas)][layers > 1],
         rank=max((one.down.shape[0] for one in deltas.values() if isinstance(one, LowRank)), default=0),
+        settings=_settings(texts),
         license=texts.get("modelspec.license", "")[:LONGEST_NOTE] or None,
         author=texts.get("modelspec.author", "")[:LONGEST_NOTE] or None,
     )
+
+
+def _settings(texts: Mapping[str, str]) -> dict[str, Any]:
+    """What the file says that decides how it is drawn: kohya's clip skip counts from 1, ours and diffusers' from 0."""
+    try:
+        skip = max(int(texts.get("ss_clip_skip", 1)) - 1, 0)
+    except ValueError:  # "None"
+        skip = 0
+    return {CLIP_SKIP: skip} if skip else {}
 
 
 def _changes(tensors: Mapping[str, Tensor], texts: Mapping[str, str], file: str, pipeline: Any) -> dict[str, Change]:

@@ -1,0 +1,165 @@
+"""Text is read before the layer that a file says, and a concept may be taken for another base, if that is allowed.
+
+Covers issue 19 §2.14, §2.16 and §2.5 (clip skip); cases 23 and 29.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors.torch import save_file
+
+from mixofshow.bases.families import skip_text_layers, text_encoders
+from mixofshow.bases.loading import fingerprint, load_base
+from mixofshow.concepts.concept import load_concept
+from mixofshow.concepts.interchange.importing import open_concept
+from mixofshow.concepts.interchange.settings import ImportSettings
+from mixofshow.concepts.model import with_concept
+from mixofshow.concepts.prompts import encode_prompts
+from mixofshow.concepts.words import Vocabulary
+from mixofshow.errors import BaseModelError, ConceptFileError, SettingsError
+from mixofshow.fusion.jobs import make_job
+from mixofshow.fusion.settings import FusionSettings
+from mixofshow.fusion.stages import fuse
+from mixofshow.sampling.drawing import open_pipeline
+from mixofshow.sampling.replay import model_hash
+
+TO_K = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+QUICK = FusionSettings(method="average", refine=0, steps=2)
+
+
+@pytest.fixture
+def own(golden_pipeline):
+    """A pipeline whose text encoder's configuration may be changed."""
+    return StableDiffusionPipeline(**copy.deepcopy(golden_pipeline.components), requires_safety_checker=False)
+
+
+@pytest.fixture
+def sister(own, tmp_path):
+    """A folder of a base of the same shapes."""
+    with torch.no_grad():
+        own.unet.conv_in.weight.add_(1e-2)
+    own.save_pretrained(tmp_path / "realistic")
+    return tmp_path / "realistic"
+
+
+# ---- clip skip
+
+
+@pytest.mark.parametrize("base", ["own", "xl_pipeline"])
+@pytest.mark.parametrize("skip", [None, 0, 1])
+def test_what_is_read_is_what_diffusers_reads(base, skip, request):
+    pipeline = request.getfixturevalue(base)
+    skip_text_layers(pipeline, skip)
+    found = encode_prompts(pipeline, ["a photo of a dog"], Vocabulary())
+    plain = {
+        "prompt": "a photo of a dog",
+        "device": "cpu",
+        "num_images_per_prompt": 1,
+        "do_classifier_free_guidance": False,
+    }
+    # What diffusers asks for has gone from transformers 5.6 on.
+    object.__setattr__(pipeline.text_encoder, "text_model", pipeline.text_encoder)
+    kind = StableDiffusionXLPipeline if base == "xl_pipeline" else StableDiffusionPipeline
+    expected = kind.encode_prompt(pipeline, **plain, clip_skip=skip or None)
+    torch.testing.assert_close(found.hidden[:, 0], expected[0])
+
+
+def test_one_encoder_of_two(xl_pipeline):
+    both = encode_prompts(xl_pipeline, ["a dog"], Vocabulary()).hidden
+    skip_text_layers(xl_pipeline, [0, 1])
+    one = encode_prompts(xl_pipeline, ["a dog"], Vocabulary()).hidden
+    width = text_encoders(xl_pipeline)[0].width
+    assert torch.equal(one[..., :width], both[..., :width])
+    assert not torch.allclose(one[..., width:], both[..., width:])
+
+
+@pytest.mark.parametrize("skip", [-1, 3, 10**9, [0], [0, 1, 0]])
+def test_more_layers_than_there_are_cannot_be_skipped(xl_pipeline, skip):
+    with pytest.raises(BaseModelError, match="clip_skip: expected"):
+        skip_text_layers(xl_pipeline, skip)
+
+
+def test_a_saved_model_is_read_the_same(own, tmp_path):
+    skip_text_layers(own, 1)
+    own.save_pretrained(tmp_path / "anime")
+    assert text_encoders(load_base(tmp_path / "anime"))[0].skipped == 1
+    assert text_encoders(load_base(tmp_path / "anime", clip_skip=0))[0].skipped == 0
+    config = tmp_path / "anime" / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "clip_skip": "many"}))
+    with pytest.raises(BaseModelError, match="clip_skip: expected 0 to 2"):
+        encode_prompts(load_base(tmp_path / "anime"), ["a dog"], Vocabulary())
+
+
+@pytest.fixture
+def anime(golden_pipeline, tmp_path):
+    """A concept of a LoRA whose metadata says, as kohya's scripts count, clip skip 2."""
+    key = "lora_" + TO_K.replace(".", "_")
+    halves = {f"{key}.lora_down.weight": torch.ones(1, 32), f"{key}.lora_up.weight": torch.ones(24, 1)}
+    texts = {"ss_tag_frequency": json.dumps({"10_dog": {"dog": 3}}), "ss_clip_skip": "2"}
+    save_file(halves, tmp_path / "anime.safetensors", texts)
+    return open_concept(tmp_path / "anime.safetensors", golden_pipeline)
+
+
+def test_the_metadata_is_kept_and_said(anime, golden_pipeline, tmp_path, caplog):
+    open_concept(tmp_path / "anime.safetensors", golden_pipeline, ImportSettings(words="dog"))
+    assert anime.info.settings["clip_skip"] == 1
+    assert "made with clip skip 1, this base has 0; --clip-skip sets it" in caplog.text
+
+
+@pytest.mark.parametrize("given", [{}, {"clip_skip": 0}])
+def test_the_concept_is_followed_unless_told_otherwise(anime, own, tmp_path, caplog, given):
+    anime.save(tmp_path / "anime.concept.safetensors")
+    own.save_pretrained(tmp_path / "base")
+    caplog.clear()
+    drawn = open_pipeline(str(tmp_path / "base"), concept=tmp_path / "anime.concept.safetensors", **given)
+    assert text_encoders(drawn)[0].skipped == (0 if given else 1)
+    assert ("made with clip skip" in caplog.text) == bool(given)
+    job = make_job([tmp_path / "anime.concept.safetensors"], {}, base=str(tmp_path / "base"), **given)
+    assert text_encoders(job.pipeline)[0].skipped == (0 if given else 1)
+
+
+def test_a_picture_of_another_layer_is_of_another_model(own):
+    drawn = open_pipeline("emojiland")
+    before = model_hash(drawn)
+    skip_text_layers(drawn, 1)
+    assert model_hash(drawn) != before
+
+
+# ---- sisters
+
+
+def test_a_concept_of_another_base_says_how_it_is_taken(golden_concepts, sister, tmp_path):
+    golden_concepts[0].save(tmp_path / "dogx.safetensors")
+    with pytest.raises(ConceptFileError, match=r"nothing was changed \(--allow-base sister takes it all the same\)"):
+        load_concept(tmp_path / "dogx.safetensors", load_base(sister))
+    with pytest.raises(SettingsError, match="allow_base: expected sister, found 'brother'"):
+        load_base(sister, allow_base="brother")
+
+
+def test_a_sister_is_taken_and_the_result_says_so(golden_concepts, sister, tmp_path, caplog):
+    golden_concepts[0].save(tmp_path / "dogx.safetensors")
+    base = load_base(sister, allow_base="sister")
+    concept = load_concept(tmp_path / "dogx.safetensors", base)
+    assert "taken for realistic all the same" in caplog.text
+    assert concept.hash == golden_concepts[0].hash
+    assert (concept.info.base, concept.info.base_fingerprint) == ("realistic", fingerprint(base))
+    assert concept.info.settings["made_for"] == f"golden ({golden_concepts[0].info.base_fingerprint})"
+    concept.save(tmp_path / "dogx-realistic.safetensors")
+    load_concept(tmp_path / "dogx-realistic.safetensors", load_base(sister))
+    assert with_concept(base, golden_concepts[0]).concepts[0].info.settings["made_for"].startswith("golden")
+    fused = fuse(golden_concepts, base, QUICK).model
+    assert all(one.info.settings["made_for"].startswith("golden") for one in fused.concepts)
+    assert open_concept(tmp_path / "dogx.safetensors", base).info.base == "realistic"
+
+
+def test_another_shape_is_no_sister(golden_concepts, sister):
+    base = load_base(sister, allow_base="sister")
+    narrow = dataclasses.replace(golden_concepts[0], embeddings=golden_concepts[0].embeddings[..., :31])
+    with pytest.raises(ConceptFileError, match="of width 32"):
+        with_concept(base, narrow)
