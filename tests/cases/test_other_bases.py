@@ -19,7 +19,7 @@ from mixofshow.bases.loading import fingerprint, load_base
 from mixofshow.concepts.concept import load_concept
 from mixofshow.concepts.interchange.importing import open_concept
 from mixofshow.concepts.interchange.settings import ImportSettings
-from mixofshow.concepts.model import with_concept
+from mixofshow.concepts.model import ConceptModel, with_concept
 from mixofshow.concepts.prompts import encode_prompts
 from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import BaseModelError, ConceptFileError, SettingsError
@@ -27,6 +27,7 @@ from mixofshow.fusion.jobs import make_job
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.stages import fuse
 from mixofshow.sampling.drawing import open_pipeline
+from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.replay import model_hash
 
 TO_K = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -164,3 +165,13 @@ def test_another_shape_is_no_sister(golden_concepts, sister):
     narrow = dataclasses.replace(golden_concepts[0], embeddings=golden_concepts[0].embeddings[..., :31])
     with pytest.raises(ConceptFileError, match="of width 32"):
         with_concept(base, narrow)
+
+
+def test_a_call_leaves_out_layers_for_its_own_picture_only(own):
+    pipe = MixOfShowPipeline.of(ConceptModel(own))
+    how = {"num_inference_steps": 1, "seed": 0, "output_type": "latent", "width": 64, "height": 64}
+    before, other, after = (pipe("a dog", clip_skip=skip, **how).images for skip in (None, 1, None))
+    assert torch.equal(before, after)
+    assert not torch.allclose(before, other)
+    skip_text_layers(own, 1)
+    assert torch.equal(pipe("a dog", **how).images, other)

@@ -151,6 +151,20 @@ def skip_text_layers(pipeline: Any, clip_skip: int | Sequence[int] | None) -> No
         clip_skip_of(encoder.model)
 
 
+@contextlib.contextmanager
+def clip_skipped(pipeline: Any, clip_skip: int | None) -> Iterator[None]:
+    """Inside, so many of each text encoder's last layers are left out; None: as many as ever. Raises BaseModelError."""
+    configs = [one.model.config for one in text_encoders(pipeline)]
+    before = [getattr(config, "clip_skip", None) for config in configs]
+    try:
+        skip_text_layers(pipeline, clip_skip)
+        yield
+    finally:
+        for config, own in zip(configs, before, strict=True):
+            if clip_skip is not None:
+                config.clip_skip = own
+
+
 def token_width(pipeline: Any) -> int:
     """Width of a word's vector: that of the token vectors of all text encoders, one after the other."""
     return sum(one.width for one in text_encoders(pipeline))

@@ -27,7 +27,7 @@ Strength = Annotated[float, typer.Option(help="Of the single concept: 0 its word
 
 
 @app.command()
-@with_settings(Composition, leave_out=["regions", "controls", "width", "height", "image"])
+@with_settings(Composition, leave_out=["regions", "controls", "width", "height", "image", "clip_skip"])
 @with_loading
 def sample(
     *,

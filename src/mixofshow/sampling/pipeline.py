@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from mixofshow.bases.families import family_of
+from mixofshow.bases.families import clip_skipped, family_of
 from mixofshow.bases.parts import exclusive
 from mixofshow.concepts.concept import Concept
 from mixofshow.concepts.model import ConceptModel, load_model, with_concept
@@ -210,6 +210,7 @@ class _Drawing(DiffusionPipeline):  # type: ignore[misc]
         self._interrupt = False
         self._guidance_scale, self._guidance_rescale = asked.guidance_scale, asked.drawing.guidance_rescale
         with contextlib.ExitStack() as stack, exclusive(self):
+            stack.enter_context(clip_skipped(self, asked.drawing.clip_skip))
             predicting = self._predicting(asked)
             stack.enter_context(self.model.active())
             run = partial(self._denoise, self._encode(asked, self.model.vocabulary), asked, predicting)

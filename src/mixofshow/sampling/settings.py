@@ -31,6 +31,12 @@ class Drawing(Settings):
     steps: int = Field(STEPS, ge=1, le=1000, description="Steps of denoising.")
     guidance_scale: float | None = Field(None, ge=0, le=100, description="Default: what suits the base.")
     guidance_rescale: float = Field(0, ge=0, le=1, description="Against overexposure at high guidance (Lin et al.).")
+    clip_skip: int | None = Field(
+        None,
+        ge=0,
+        le=64,
+        description="Last layers of the text encoders to leave out, as in diffusers; default: the base's.",
+    )
     image_strength: float = Field(0.8, gt=0, le=1, description="How far to go from the picture to start from.")
     upscale: float = Field(1, ge=1, le=8, description="Then enlarge the picture and draw it over again.")
     upscale_strength: float = Field(0.5, gt=0, le=1, description="How far to go from the enlarged picture.")
