@@ -16,9 +16,11 @@ from mixofshow.bases.layers import layer, matrix
 from mixofshow.concepts.adapters import replaced, tuned_weights
 from mixofshow.errors import BadInputError
 from mixofshow.fusion import stages
+from mixofshow.fusion.methods import METHODS, NEEDS_STATISTICS
 from mixofshow.fusion.problem import LayerProblem
 from mixofshow.fusion.recording import Source, record, stage_of
 from mixofshow.fusion.settings import PAPER, FusionSettings
+from mixofshow.fusion.solving import QUIET
 from mixofshow.fusion.stages import Fused, fuse, record_concept
 from mixofshow.fusion.statistics import input_of
 from mixofshow.fusion.store import Store
@@ -160,8 +162,9 @@ def test_a_concept_that_changes_more_layers_has_the_others_recorded_there(
 @pytest.mark.parametrize(
     "options",
     [
-        {"method": "average", "options": {}},
+        {"method": "average", "options": {}, "measure": True},
         {"weights": "energy"},
+        {"guard": True, "leave_one_out": True},
         {"max_memory": 0.001},
     ],
     ids=str,
@@ -174,6 +177,32 @@ def test_how_recordings_are_used_does_not_record_them_again(options, golden_pipe
     assert recorded == []
     assert same(found, fuse(three, golden_pipeline, settings))
     assert len(recorded) == len(three)
+
+
+def test_methods_that_look_at_no_inputs_record_nothing(golden_pipeline, three, recorded):
+    """B30."""
+    blind = set(METHODS) - NEEDS_STATISTICS
+    assert blind == {"average", "sum", "ties", "dare", "svd", "orthogonal"}
+    for method in blind - {"orthogonal"}:
+        found = fuse(three, golden_pipeline, FusionSettings(method=method))
+        assert recorded == []
+        assert not found.recorded
+        measured = fuse(
+            three, golden_pipeline, FusionSettings(method=method, steps=1, mode="independent", measure=True)
+        )
+        assert measured.recorded
+        assert same(found, measured)
+        recorded.clear()
+
+
+@pytest.mark.parametrize("options", [{"leave_one_out": True}, {"refuse_loud": True}, {"refine": 0}], ids=str)
+def test_what_changes_no_recording_is_not_part_of_its_identity(options, golden_pipeline, three, recorded, tmp_path):
+    """B43."""
+    settings = FusionSettings(steps=1, prompts=("a {}",), picture_prompts=("a {}",))
+    fuse(three[:2], golden_pipeline, settings, store=Store(tmp_path))
+    recorded.clear()
+    fuse(three[:2], golden_pipeline, settings.model_copy(update=options), store=Store(tmp_path))
+    assert recorded == []
 
 
 @pytest.mark.parametrize(
@@ -348,21 +377,20 @@ def test_only_the_ratios_of_weights_count(factor, double_pipeline, three, in_dou
         assert float((other[name] - weight).norm()) <= 1e-9 * float(change.norm()), name
 
 
-def test_by_energy_all_count_alike_in_every_layer(golden_pipeline, three, random_concept, problems, tmp_path):
+def test_by_energy_nobody_counts_more_than_its_share_in_any_layer(
+    golden_pipeline, three, random_concept, problems, tmp_path
+):
     loud = random_concept("sky", seed=4, scale=30.0, changes=SOME.search)
     fuse([*three, loud], golden_pipeline, APART.model_copy(update={"weights": "energy"}), store=Store(tmp_path))
     for name, problem in problems.items():
         assert sum(problem.weights) / 4 == pytest.approx(1)
-        weighed, given = [], []
+        counted = []
         for number, change in enumerate(problem.changes):
-            if change is not None:
-                moved = change.matrix(dtype=torch.float64)
-                weighed.append(problem.weights[number] * float((moved @ problem.look(number).moments * moved).sum()))
-                given.append(problem.weights[number])
-        assert weighed == pytest.approx([weighed[0]] * len(weighed), rel=1e-9), name
-        # Those that want the layer left alone have the mean weight of the others.
-        idle = [weight for weight, change in zip(problem.weights, problem.changes, strict=True) if change is None]
-        assert idle == pytest.approx([sum(given) / len(given)] * len(idle)), name
+            moments, base = problem.look(number).moments, problem.base.double()
+            wanted = [QUIET * base, *([change.matrix(dtype=torch.float64)] if change else [])]
+            sizes = [float((moved @ moments * moved).sum()) for moved in wanted]
+            counted.append(problem.weights[number] * max(sizes))
+        assert counted == pytest.approx([counted[0]] * len(counted), rel=1e-9), name
 
 
 def test_a_weight_for_nobody_is_refused_by_name(golden_pipeline, three):

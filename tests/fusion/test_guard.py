@@ -1,102 +1,225 @@
-"""The guard against loud concepts: what the others lose through one, with and without it."""
+"""Who counts how much: laws of every method and weighting on tiny problems, and of the whole job.
+
+Covers issue 19 §1 and the table "Weighting and guard" of the faults: one quiet or loud file ruined the others.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import re
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
-from statistics import mean
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
+from mixofshow.bases.layers import kind_of
 from mixofshow.concepts.changes import Change, Full, LowRank
-from mixofshow.concepts.concept import Concept
-from mixofshow.fusion.guard import HARM, LOUD, guarded
+from mixofshow.concepts.concept import Concept, ConceptInfo
+from mixofshow.errors import BadInputError, BaseModelError
+from mixofshow.fusion.guard import LOUD, Voice, heard, turned, voices
 from mixofshow.fusion.methods import METHODS
 from mixofshow.fusion.problem import LayerProblem
-from mixofshow.fusion.recording import stage_of
-from mixofshow.fusion.settings import PAPER, FusionSettings
-from mixofshow.fusion.solving import STAGES, LayerReport
-from mixofshow.fusion.stages import Fused, fuse
-from mixofshow.fusion.statistics import Seen
-from mixofshow.fusion.store import Store
+from mixofshow.fusion.settings import FusionSettings
+from mixofshow.fusion.solving import problem_of, share, solve, solver_for
+from mixofshow.fusion.stages import fuse
+from mixofshow.fusion.statistics import Moments, Seen, rows_of
 
-OUT, IN, ROWS = 6, 10, 30
-QUIET = ("ant", "bee", "cat")
-KEEPING = ("gradient", "average", "sum", "ties", "svd", "regmean")
-"""Methods that leave out a concept without a trace; DARE's masks change with the number of concepts."""
+OUT, IN, ROWS = 12, 16, 40
+SIZE = {"text_encoder": 0.03, "unet": 0.1}
+"""Of a change, in norms of the base's weight."""
+LAYERS = (
+    "text_encoder.a",
+    "text_encoder.b",
+    "unet.a.attn2.to_k",
+    "unet.b.attn2.to_v",
+    "unet.a.attn1.to_q",
+    "unet.b.ff",
+)
+METHOD_OPTIONS: Mapping[str, Mapping[str, object]] = {"orthogonal": {"tolerance": 1.0}, "lbfgs": {"iterations": 5}}
+WAYS = [
+    *((method, "equal") for method in sorted(METHODS)),
+    *((method, "energy") for method in ("gradient", "average", "regmean", "lbfgs", "custom-diffusion", "svd")),
+]
+DOWN = (0.5, 0.1, 0.01)
+UP = (4.0, 30.0, 1e3)
 
 
 def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def layer_of(*scales: float, inputs: Sequence[float] = ()) -> LayerProblem:
-    """Concepts that are equally loud at scale 1; with `inputs`, what they see is as many times larger."""
-    rows = [size * normal(ROWS, IN, seed=number) for number, size in enumerate(inputs or [1.0] * len(scales))]
-    changes: list[Change | None] = []
-    for number, (scale, x) in enumerate(zip(scales, rows, strict=True)):
-        one = LowRank(normal(3, IN, seed=100 + number), normal(OUT, 3, seed=200 + number))
-        loudness = float((x @ one.matrix().T).norm())
-        changes.append(LowRank(one.down, one.up * scale / loudness) if scale else None)
-    seen = [Seen(x.T @ x, ROWS) for x in rows]
-    return LayerProblem(torch.zeros(OUT, IN), changes, seen.__getitem__, [1.0] * len(scales))
+BASES = {name: normal(OUT, IN, seed=number) / IN**0.5 for number, name in enumerate(LAYERS)}
 
 
-def undone(problem: LayerProblem, numbers: Iterable[int], change: Tensor) -> float:
-    """√Σ ‖(ΔW_k − ΔW) X_k‖² of some concepts, as they ask for it."""
-    total = 0.0
-    for number in numbers:
-        asked = problem.changes[number]
-        left = (torch.zeros(OUT, IN).double() if asked is None else asked.matrix()) - change
-        total += float((left @ problem.look(number).moments * left).sum())
-    return math.sqrt(total)
+def concept(name: str, seed: int, *, rank: int = 3, full: bool = False, layers: Sequence[str] = LAYERS) -> Concept:
+    """A concept whose change of each layer has a tenth of the base's norm, a small part of it in common with all."""
+    deltas: dict[str, Change] = {}
+    for number, layer in enumerate(layers):
+        common = normal(OUT, 1, seed=50 + number) @ normal(1, IN, seed=70 + number)
+        own = normal(OUT, rank, seed=seed + number) @ normal(rank, IN, seed=seed + 20 + number)
+        change = own / own.norm() + 0.5 * common / common.norm()
+        left, values, right = torch.linalg.svd(change * SIZE[kind_of(layer)] * BASES[layer].norm() / change.norm())
+        kept = len(values) if full else rank + 1
+        up, down = left[:, :kept] * values[:kept], right[:kept]
+        deltas[layer] = Full(up @ down) if full else LowRank(down, up)
+    info = ConceptInfo(
+        name=name,
+        words=(f"<{name}1>",),
+        class_word="thing",
+        initializers=("thing",),
+        layers=1,
+        family="sd1",
+        base="b",
+        base_fingerprint="f",
+    )
+    return Concept(info, normal(1, 1, 8, seed=seed), deltas)
 
 
-@pytest.mark.parametrize("method", KEEPING)
-@pytest.mark.parametrize("loud", [(10.0,), (100.0,), (1e4,), (1e10,), (10.0, 1e4), (20.0, 30.0)], ids=str)
-def test_loud_concepts_cost_the_others_no_more_than_a_tenth(loud, method):
-    problem, numbers = layer_of(1.0, 1.0, 1.0, *loud), range(3, 3 + len(loud))
-    safe, left = guarded(problem, METHODS[method])
-    least = undone(problem, range(3), METHODS[method](layer_of(1.0, 1.0, 1.0)))
-    assert sorted(left) == list(numbers)
-    assert undone(problem, range(3), METHODS[method](safe)) <= (1 + HARM) * least * (1 + 1e-9)
-    assert undone(problem, range(3), METHODS[method](problem)) > 1.5 * least
-    assert safe.weights[:3] == [1.0] * 3
-    assert [safe.weights[number] for number in numbers] == [left[number] for number in numbers]
+def inputs(of: Concept, layer: str) -> Tensor:
+    """What a layer sees of a concept: much that all concepts show it, and something of its own."""
+    number = LAYERS.index(layer)
+    seed = int(of.embeddings.abs().sum() * 1e6)
+    return normal(ROWS, IN, seed=300 + number) + normal(ROWS, 4, seed=seed) @ normal(4, IN, seed=seed + 1 + number)
 
 
-@pytest.mark.parametrize("loud", [(10.0,), (1e4,), (20.0, 1e3)], ids=str)
-@pytest.mark.parametrize("method", ["gradient", "average", "regmean"])
-def test_loud_concepts_are_left_as_much_weight_as_that_allows(method, loud):
-    problem, numbers = layer_of(1.0, 1.0, 1.0, *loud), range(3, 3 + len(loud))
-    safe, left = guarded(problem, METHODS[method])
-    least = undone(problem, range(3), METHODS[method](layer_of(1.0, 1.0, 1.0)))
-    assert len({left[number] for number in numbers}) == 1
-    assert 0 < left[3] < 1
-    twice = safe.weighed([weight * (2 if number in numbers else 1) for number, weight in enumerate(safe.weights)])
-    assert undone(problem, range(3), METHODS[method](twice)) > (1 + HARM) * least
+ANT, BEE, CAT = (concept(name, 100 * (number + 1)) for number, name in enumerate(("ant", "bee", "cat")))
+KEYS_ONLY = [name for name in LAYERS if "attn2" in name]
 
 
-@pytest.mark.parametrize("size", [1e3, 1e12])
-def test_loud_inputs_cost_the_others_no_more_than_a_tenth(size):
-    problem = layer_of(1.0, 1.0, 1.0, size, inputs=(1.0, 1.0, 1.0, size))
-    safe, left = guarded(problem, METHODS["gradient"])
-    least = undone(problem, range(3), METHODS["gradient"](layer_of(1.0, 1.0, 1.0)))
-    assert undone(problem, range(3), METHODS["gradient"](safe)) <= (1 + HARM) * least * (1 + 1e-9)
-    assert 0 <= left[3] < 1
+def scaled(one: Concept, scale: float, name: str | None = None) -> Concept:
+    info = one.info.model_copy(update={"name": name, "words": (f"<{name}1>",)}) if name else one.info
+    return dataclasses.replace(turned(one, dict.fromkeys(one.deltas, scale)), info=info)
 
 
-def test_a_concept_is_loud_too_where_it_changes_nothing_but_sees_what_outweighs_the_others():
-    problem = layer_of(1.0, 1.0, 1.0, 0.0, inputs=(1.0, 1.0, 1.0, 100.0))
-    safe, left = guarded(problem, METHODS["gradient"])
-    least = undone(problem, range(3), METHODS["gradient"](layer_of(1.0, 1.0, 1.0)))
-    assert undone(problem, range(3), METHODS["gradient"](problem)) > 1.2 * least
-    assert undone(problem, range(3), METHODS["gradient"](safe)) <= (1 + HARM) * least * (1 + 1e-9)
-    assert list(left) == [3]
+def fused(
+    concepts: Sequence[Concept], way: tuple[str, str], *, guard: bool = True
+) -> tuple[dict[str, Tensor], dict[str, float], dict[str, Voice]]:
+    """Changes by layer, each concept's residual over all layers, and who was not heard as it is."""
+    method, weights = way
+    settings = FusionSettings(method=method, weights=weights, options=METHOD_OPTIONS.get(method, {}))
+    told = voices(BASES, concepts, guard=guard)
+    as_heard = heard(concepts, told)
+    out = [k for k in told if not told[k].counted]
+    changes: dict[str, Tensor] = {}
+    left, wanted = dict.fromkeys(range(len(concepts)), 0.0), dict.fromkeys(range(len(concepts)), 0.0)
+    for layer, base in BASES.items():
+        rows = [inputs(one, layer) for one in concepts]
+        seen = [Seen(x.T @ x, ROWS, inputs=x) for x in rows]
+        own = [one.deltas.get(layer) for one in as_heard]
+        asked = LayerProblem(base, own, seen.__getitem__, [1.0] * len(own))
+        counted = [one for k, one in enumerate(as_heard) if k not in out]
+        if not counted:
+            continue
+        places = [k for k in range(len(concepts)) if k not in out]
+        problem = problem_of(layer, base, counted, lambda k, s=seen, p=places: s[p[k]], settings)
+        changes[layer] = solve(problem, solver_for(settings, "picture"))[1]
+        for k, (undone, energy) in enumerate(asked.residuals(changes[layer])):
+            left[k], wanted[k] = left[k] + undone, wanted[k] + energy
+    residuals = {one.info.name: share(left[k], wanted[k]) for k, one in enumerate(concepts)}
+    return changes, residuals, {concepts[k].info.name: voice for k, voice in told.items()}
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return all(torch.equal(change, other[layer]) for layer, change in one.items())
+
+
+@pytest.mark.parametrize("way", WAYS, ids="-".join)
+def test_a_concept_that_becomes_quiet_raises_no_others_residual(way):
+    _, before, told = fused([ANT, BEE, CAT], way)
+    assert not told
+    for scale in DOWN:
+        _, after, _ = fused([ANT, BEE, scaled(CAT, scale)], way)
+        for name in ("ant", "bee"):
+            assert after[name] <= 1.1 * before[name] + 1e-3, (name, scale)
+
+
+@pytest.mark.parametrize("way", WAYS, ids="-".join)
+def test_a_concept_that_becomes_loud_raises_no_others_residual_and_is_named(way):
+    _, before, _ = fused([ANT, BEE, CAT], way)
+    for scale in UP:
+        _, after, told = fused([ANT, BEE, scaled(CAT, scale)], way)
+        assert list(told) == ["cat"]
+        assert float(told["cat"].why.split(" times as loud")[0]) == pytest.approx(scale, rel=0.02)
+        for name in ("ant", "bee"):
+            assert after[name] <= 1.2 * before[name] + 1e-3, (name, scale)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_without_the_guard_a_loud_concept_destroys_the_others_when_all_count_the_same(method):
+    """So that the law above can fail."""
+    _, after, told = fused([ANT, BEE, scaled(CAT, 1e3)], (method, "equal"), guard=False)
+    assert not told
+    assert after["ant"] > 10
+
+
+@pytest.mark.parametrize("way", WAYS, ids="-".join)
+@pytest.mark.parametrize("scale", [0.0, 1e-3, None], ids=["zero", "a thousandth", "words only"])
+def test_a_silent_concept_changes_nothing(way, scale):
+    silent = dataclasses.replace(CAT, deltas={}) if scale is None else scaled(CAT, scale)
+    without, (found, _, told) = fused([ANT, BEE], way)[0], fused([ANT, BEE, silent], way)
+    assert same(found, without)
+    assert list(told) == ["cat"]
+    assert not told["cat"].turned_down
+
+
+@pytest.mark.parametrize("way", WAYS, ids="-".join)
+def test_a_concept_given_twice_draws_as_once(way):
+    once, (found, residuals, told) = fused([ANT, BEE, CAT], way)[0], fused([ANT, BEE, CAT, scaled(CAT, 1, "dog")], way)
+    assert same(found, once)
+    assert residuals["cat"] == pytest.approx(residuals["dog"])
+    assert "<cat> once more" in told["dog"].why
+
+
+@pytest.mark.parametrize("size", [1.0, 50.0])
+@pytest.mark.parametrize("way", WAYS, ids="-".join)
+def test_a_negated_copy_is_left_out(way, size):
+    without, (found, _, told) = fused([ANT, BEE, CAT], way)[0], fused([ANT, BEE, CAT, scaled(CAT, -size, "dog")], way)
+    assert same(found, without)
+    assert told["dog"].left_out
+    assert "undoes <cat>" in told["dog"].why
+
+
+def test_of_two_alone_that_undo_each_other_neither_is_believed():
+    found, _, told = fused([ANT, scaled(ANT, -1, "dog")], ("gradient", "energy"))
+    assert {name for name, voice in told.items() if voice.left_out} == {"ant", "dog"}
+    assert not found
+
+
+@pytest.mark.parametrize("way", WAYS, ids="-".join)
+@pytest.mark.parametrize(
+    "cat",
+    [concept("cat", 300, rank=6), concept("cat", 300, layers=KEYS_ONLY), concept("cat", 300, full=True)],
+    ids=["another rank", "fewer layers", "full matrices"],
+)
+def test_other_kinds_of_concepts_obey_too(way, cat):
+    if way[0] == "orthogonal" and isinstance(next(iter(cat.deltas.values())), Full):
+        pytest.skip("refuses full changes")
+    _, before, told = fused([ANT, BEE, cat], way)
+    assert not told
+    for scale in (0.1, 1e3):
+        _, after, _ = fused([ANT, BEE, scaled(cat, scale)], way)
+        for name in ("ant", "bee"):
+            assert after[name] <= 1.2 * before[name] + 1e-3, (name, scale)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"dare"}))
+def test_every_method_forgets_the_order(method):
+    """Of the problem itself: `fuse` sorts the concepts, so it would forgive a method that takes the first one only."""
+    solver = solver_for(FusionSettings(method=method, options=METHOD_OPTIONS.get(method, {})), "text")
+    there = solve(layer_of([ANT, BEE, CAT], (1.0, 0.5, 1.5)), solver)[1]
+    back = solve(layer_of([CAT, ANT, BEE], (1.5, 1.0, 0.5)), solver)[1]
+    # LBFGS does not converge, so that rounding grows.
+    torch.testing.assert_close(there, back, rtol=1e-6, atol=1e-4 if method == "lbfgs" else 1e-9)
+    assert there.norm() > 0.01
+
+
+def layer_of(concepts: Sequence[Concept], weights: Sequence[float]) -> LayerProblem:
+    layer = LAYERS[0]
+    rows = [inputs(one, layer) for one in concepts]
+    seen = [Seen(x.T @ x, ROWS, inputs=x) for x in rows]
+    return LayerProblem(BASES[layer], [one.deltas[layer] for one in concepts], seen.__getitem__, weights)
 
 
 @pytest.mark.parametrize(
@@ -106,110 +229,94 @@ def test_a_concept_is_loud_too_where_it_changes_nothing_but_sees_what_outweighs_
         ((1.0, 1.0, 1.0, 0.99 * LOUD), []),
         ((1.0, 1.0, 1.0, 1.01 * LOUD), [3]),
         ((1.01 * LOUD, 1.0, 1.0, 1.0), [0]),
-        ((1.0, 1e-9, 1.0, 1.0), []),  # a quiet one is no reason to turn down the others
-        ((0.0, 0.0, 1.0, 2.0), []),  # those that leave the layer alone are no measure
+        ((1.0, 0.05, 1.0, 1.0), []),  # a quiet one is no reason to turn down the others
+        ((1.0, 0.05), []),
+        ((0.05, 0.05, 1.0, 1.0), []),  # nor are two
         ((1.0, 100.0), [1]),
-        ((100.0,), []),
-        ((0.0, 100.0), []),
-        ((0.0, 0.0, 0.0), []),
         ((1.0, 1.0, 1.0, 50.0, 1e5), [3, 4]),
+        ((100.0,), []),
     ],
     ids=str,
 )
-def test_loud_is_three_times_the_median_of_the_others(scales, loud):
-    problem = layer_of(*scales)
-    safe, left = guarded(problem, METHODS["gradient"])
-    assert sorted(left) == loud
-    if not loud:
-        assert safe is problem
-    for number, change in enumerate(safe.changes):
-        if number in loud and change is not None:
-            x = problem.look(number).moments
-            others = [scale for k, scale in enumerate(scales) if k != number and scale]
-            norm = math.sqrt(float((change.matrix() @ x * change.matrix()).sum()))
-            assert norm == pytest.approx(LOUD * sorted(others)[(len(others) - 1) // 2], rel=1e-6)
-            cosine = torch.cosine_similarity(change.matrix().flatten(), problem.changes[number].matrix().flatten(), 0)
-            assert float(cosine) == pytest.approx(1)
-        else:
-            assert number in loud or change is problem.changes[number]
+def test_loud_is_twice_the_median_of_the_others(scales, loud):
+    concepts = [scaled(concept(f"c{k}", 1000 * (k + 1)), scale) for k, scale in enumerate(scales)]
+    told = voices(BASES, concepts, guard=True)
+    assert sorted(told) == loud
+    assert not voices(BASES, concepts, guard=False)
+    for k in loud:
+        for layer, change in heard(concepts, told)[k].deltas.items():
+            assert float(change.matrix().norm() / BASES[layer].norm()) == pytest.approx(SIZE[kind_of(layer)], rel=0.02)
 
 
-def test_full_changes_are_turned_down_too():
-    problem = layer_of(1.0, 1.0, 1.0, 100.0)
-    full = [Full(change.matrix()) for change in problem.changes]
-    safe, left = guarded(LayerProblem(problem.base, full, problem.look, problem.weights), METHODS["gradient"])
-    expected, same = guarded(problem, METHODS["gradient"])
-    assert left == same
-    torch.testing.assert_close(METHODS["gradient"](safe), METHODS["gradient"](expected))
+def test_one_loud_layer_is_turned_down_and_the_others_left():
+    layer = LAYERS[-1]
+    told = voices(BASES, [ANT, BEE, turned(CAT, {layer: 1e3})], guard=True)
+    strengths = told[2].strengths
+    assert min(strengths, key=strengths.__getitem__) == layer
+    assert strengths[layer] * 1e3 <= 8
+    assert not {name for name in LAYERS if name.startswith("text_encoder")} & strengths.keys()
 
 
 # The whole job
 
 
 @pytest.fixture(scope="module")
-def fused(golden_pipeline, random_concept, tmp_path_factory) -> Callable[..., Fused]:
-    """`fused(100.0, "staged", guard=True)`: three concepts and one that is so many times louder (None: not there)."""
+def fuse_few(golden_pipeline: object, random_concept: Callable[..., Concept]) -> Callable[..., object]:
+    def run(*scales: float, **settings: object) -> object:
+        concepts = [random_concept(f"c{k}", seed=k, scale=scale) for k, scale in enumerate(scales)]
+        few = {"prompts": ("a {}",), "picture_prompts": ("a {}",), "steps": 1, "refine": 0}
+        return fuse(concepts, golden_pipeline, FusionSettings(**few | settings))
 
-    def concept(name: str, seed: int, scale: float = 1.0) -> Concept:
-        return random_concept(
-            name, seed=seed, scale=scale, changes=re.compile("^text_encoder|mid_block|up_blocks.3").search
-        )
-
-    quiet = [concept(name, number) for number, name in enumerate(QUIET)]
-    store = Store(tmp_path_factory.mktemp("recordings"))
-
-    @cache
-    def fuse_with(scale: float | None, mode: str, *, guard: bool) -> Fused:
-        loud = [] if scale is None else [concept("dog", 3, scale)]
-        settings = FusionSettings(steps=1, mode=mode, guard=guard, **PAPER)
-        return fuse([*quiet, *loud], golden_pipeline, settings, store=store)
-
-    return fuse_with
+    return run
 
 
-def left_by(report: LayerReport) -> float:
-    """√Σ ‖(ΔW_k − ΔW) X_k‖² of the quiet ones in one layer."""
-    return math.sqrt(sum(report.concepts[name].left for name in QUIET))
+def test_the_guard_is_on_by_default_and_names_whom_it_turned_down(fuse_few):
+    safe, plain = fuse_few(1.0, 1.0, 1e3), fuse_few(1.0, 1.0, 1e3, guard=False)
+    assert list(safe.voices) == ["c2"]
+    assert safe.voices["c2"].turned_down
+    assert not plain.voices
+    assert all(math.isfinite(one.residual) for one in safe.layers.values())
+    kept = {one.info.name: one for one in safe.model.concepts}
+    assert any(change.matrix().norm() > 10 for change in kept["c2"].deltas.values())  # what is kept is the file
 
 
-def mean_residual(found: Fused, stage: str) -> float:
-    """Of the quiet ones, over the layers of a stage."""
-    return mean(
-        report.residuals[name] for layer, report in found.layers.items() if stage_of(layer) == stage for name in QUIET
-    )
+def test_loud_ones_may_be_refused(fuse_few):
+    with pytest.raises(BadInputError, match=r"louder than the others: <c2> in \d+ of \d+ layers \(99\d times"):
+        fuse_few(1.0, 1.0, 1e3, refuse_loud=True)
+    assert not fuse_few(1.0, 1.0, 1.0, refuse_loud=True).voices
 
 
-@pytest.mark.parametrize("scale", [10.0, 100.0, 1e4])
-def test_in_no_layer_does_a_clipped_concept_cost_the_others_more_than_a_tenth(scale, fused):
-    """From independent recordings, where the others see the same with it and without."""
-    without = fused(None, "independent", guard=False).layers
-    found = fused(scale, "independent", guard=True).layers
-    clipped = {name: report for name, report in found.items() if report.clipped}
-    for name, report in clipped.items():
-        assert set(report.clipped) == {"dog"}
-        assert 0 <= report.clipped["dog"] <= 1
-        # The weights are rounded to single precision.
-        assert left_by(report) <= (1 + HARM) * left_by(without[name]) + 1e-5 * math.sqrt(report.unchanged), name
-    assert len(clipped) >= 0.95 * len(found)
+def test_a_convolution_is_fused_as_exactly_as_a_linear_layer():
+    """Issue 19 §2.4: two convolutions' changes, on the inputs as each place of the kernel sees them."""
+    module = nn.Conv2d(3, 4, (3, 2), stride=2, padding=(1, 0), bias=False)
+    base, kernel = module.weight.detach().flatten(1).double(), (3, 2)
+    pictures = [normal(2, 3, 7, 6, seed=k).float() for k in range(2)]
+    low = LowRank.of(normal(2, 3, 3, 2, seed=5), normal(4, 2, 1, 1, seed=6))
+    changes: list[Change] = [low, Full.of(normal(4, 3, 3, 2, seed=7))]
+    seen = []
+    for picture in pictures:
+        moments = Moments()
+        with moments.recording({"conv": module}):
+            module(picture)
+        seen.append(moments.seen()["conv"])
+
+    def left(change: Tensor, number: int) -> Tensor:
+        wanted = (changes[number].matrix(dtype=torch.float64) - change).unflatten(1, (3, *kernel))
+        return functional.conv2d(pictures[number].double(), wanted, stride=2, padding=(1, 0)).square().sum()
+
+    problem = LayerProblem(base, changes, seen.__getitem__, [1.0, 1.0])
+    found = METHODS["gradient"](problem, ridge=1e-9, toward="base").requires_grad_()
+    total = left(found, 0) + left(found, 1)
+    assert problem.sums.objective(found.detach()) == pytest.approx(total.item(), rel=1e-6)
+    (slope,) = torch.autograd.grad(total, found)  # least squares: nothing can be better
+    assert float(slope.norm()) < 1e-5 * float(problem.sums.pulls.norm())
 
 
-@pytest.mark.parametrize(
-    ("scale", "mode"), [(10.0, "independent"), (100.0, "independent"), (1e4, "independent"), (100.0, "staged")]
-)
-def test_a_loud_concept_hardly_matters_to_the_others(scale, mode, fused):
-    without, found = fused(None, mode, guard=False), fused(scale, mode, guard=True)
-    for stage in STAGES:
-        assert mean_residual(found, stage) <= 1.1 * mean_residual(without, stage), stage
+def test_a_convolution_in_groups_is_refused():
+    with pytest.raises(BaseModelError, match="in 3 groups"):
+        rows_of(nn.Conv2d(3, 3, 3, groups=3), torch.zeros(1, 3, 5, 5))
 
 
-def test_without_the_guard_a_loud_concept_destroys_the_others(fused):
-    without, found = fused(None, "independent", guard=False), fused(100.0, "independent", guard=False)
-    assert all(mean_residual(found, stage) > 10 * mean_residual(without, stage) for stage in STAGES)
-    assert not any(report.clipped for report in found.layers.values())
-
-
-@pytest.mark.parametrize("mode", ["independent", "staged"])
-def test_equally_loud_concepts_are_left_alone(mode, fused):
-    plain, safe = (fused(1.0, mode, guard=guard) for guard in (False, True))
-    assert not any(report.clipped for report in safe.layers.values())
-    assert all(torch.equal(weight, safe.model.weights[name]) for name, weight in plain.model.weights.items())
+def test_what_is_not_finite_is_noticed_when_it_is_counted():
+    with pytest.raises(BadInputError, match="unet.a has values that are not finite"):
+        Moments().add("unet.a", torch.tensor([[1.0, float("inf")]]))

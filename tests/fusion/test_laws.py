@@ -60,7 +60,7 @@ def test_the_order_of_the_files_does_not_matter(golden_pipeline, golden_concepts
 def test_no_method_fits_better_than_the_least_damped(golden_pipeline, golden_concepts, both):
     exact = fuse(golden_concepts, golden_pipeline, EXACT)
     for method in COMMON:
-        settings = FusionSettings(**PAPER, method=method, steps=3, options=SHORT.get(method, {}))
+        settings = FusionSettings(**PAPER, method=method, steps=3, measure=True, options=SHORT.get(method, {}))
         other = fuse(golden_concepts, golden_pipeline, settings)
         for name in other.layers:
             if name.startswith("text_encoder."):  # later stages see what this method made of the earlier ones
@@ -72,13 +72,6 @@ def test_no_method_fits_better_than_the_least_damped(golden_pipeline, golden_con
 def test_one_concept_alone_is_kept(method, options, golden_pipeline, golden_concepts):
     alone = fuse(golden_concepts[:1], golden_pipeline, FusionSettings(**PAPER, method=method, steps=1, options=options))
     assert max(one.residual for one in alone.layers.values()) <= 1e-3
-
-
-@pytest.mark.parametrize("method", COMMON)
-def test_every_method_forgets_the_order(method, golden_pipeline, golden_concepts):
-    settings = FusionSettings(**PAPER, method=method, steps=1, options=SHORT.get(method, {}))
-    there, back = (fuse(order, golden_pipeline, settings) for order in (golden_concepts, golden_concepts[::-1]))
-    assert all(torch.equal(weight, back.model.weights[name]) for name, weight in there.model.weights.items())
 
 
 def test_orthogonal_fusion_is_for_concepts_tuned_for_it(golden_pipeline, golden_concepts):

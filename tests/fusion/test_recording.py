@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from mixofshow.bases.layers import cross_attentions, layer, lora_layers, matrix, tunable_layers
 from mixofshow.concepts.adapters import tuned_weights
@@ -66,6 +67,10 @@ def collecting(model: Any, rows: Rows, wanted: str) -> Iterator[None]:
 
     def hook(name: str) -> Callable[..., None]:
         def collect(module: Any, args: tuple[Tensor, ...]) -> None:
+            if isinstance(module, nn.Conv2d):  # a convolution that copies what each place of the kernel sees
+                width = module.weight[0].numel()
+                copy = torch.eye(width).to(args[0]).view(width, *module.weight.shape[1:])
+                args = (functional.conv2d(args[0], copy, stride=module.stride, padding=module.padding),)
             channels_last = args[0].permute(0, 2, 3, 1) if args[0].ndim == 4 else args[0]
             rows[name].append(channels_last.reshape(-1, channels_last.shape[-1]).double())
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,6 @@ from mixofshow.concepts.adapters import replaced
 from mixofshow.concepts.concept import vocabulary
 from mixofshow.concepts.model import USUAL_GUIDANCE, load_model, load_unfused, with_concept
 from mixofshow.concepts.prompts import encode_prompts, layerwise
-from mixofshow.errors import SettingsError
 from mixofshow.fusion import refitting
 from mixofshow.fusion.recording import Source
 from mixofshow.fusion.refitting import PICTURES, Refitted, own_lessons, refit
@@ -177,9 +178,13 @@ def test_a_vector_for_all_layers_stays_one(golden_pipeline, golden_concepts, pla
     assert [one.embeddings.shape for one in found.concepts] == [one.embeddings.shape for one in shared]
 
 
-def test_what_the_guard_turns_down_is_not_taught(golden_pipeline, golden_concepts):
-    with pytest.raises(SettingsError, match="^refit: would teach the model what the guard turns down"):
-        fuse(golden_concepts, golden_pipeline, REFIT.model_copy(update={"guard": True}))
+def test_what_the_guard_turns_down_is_taught_as_it_is_heard(golden_pipeline, golden_concepts):
+    cat, dog = golden_concepts
+    loud = dataclasses.replace(dog, deltas={name: one.scaled(1e3) for name, one in dog.deltas.items()})
+    found = fuse([cat, loud], golden_pipeline, REFIT.model_copy(update={"guard": True, "refit": 1}))
+    assert list(found.voices) == [dog.info.name]
+    assert all(torch.isfinite(weight).all() for weight in found.model.weights.values())
+    assert all(math.isfinite(loss) for losses in found.refitted.values() for loss in losses)
 
 
 def test_a_saved_model_is_the_refitted_one_and_has_the_concepts_as_they_were(refitted, tmp_path):

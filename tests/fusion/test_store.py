@@ -282,6 +282,29 @@ def test_numbers_that_are_not_finite_are_refused(value, kept, seen):
     assert line == f"{kept}: moments of unet.b: values that are not finite"
 
 
+FORGED = {
+    "another width": {"plain": torch.eye(3, dtype=torch.float64)},
+    "no matrix": {"plain": torch.ones(3, dtype=torch.float64)},
+    "no square": {"plain": torch.ones(3, 4, dtype=torch.float64)},
+    "negated": {"plain": -torch.eye(10, dtype=torch.float64)},
+    "a part is missing": {"scaled": torch.eye(10).half()},
+    "parts that do not fit": {"factor": torch.ones(10, 2), "diagonal": torch.ones(7)},
+    "one of a pair is missing": {"moments": torch.eye(10).double(), "drifted": torch.eye(10).double()},
+}
+
+
+@pytest.mark.parametrize("forged", FORGED.values(), ids=FORGED)
+def test_recordings_whose_digests_are_right_and_numbers_are_not_are_refused(forged, kept):
+    """F7, F39."""
+    tensors = {key: tensor for key, tensor in load_file(kept).items() if not key.endswith(":unet.b")}
+    tensors |= {f"{kind}:unet.b": tensor for kind, tensor in forged.items()}
+    write_tensors(kept, tensors, open_recording(kept).file.metadata)
+    described(kept, digests=open_recording(kept).about["digests"] | {"unet.b": stores._digest(forged)})
+    with pytest.raises(ConceptFileError, match=r"unet\.b: ") as raised:
+        open_recording(kept).look("unet.b", width=10)
+    assert len(str(raised.value)) - len(str(kept)) < 200
+
+
 def test_a_pickle_is_refused_unopened(kept):
     torch.save({"a": torch.zeros(3)}, kept)
     with pytest.raises(ConceptFileError, match="pickles are never opened"):

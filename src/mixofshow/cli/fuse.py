@@ -147,16 +147,13 @@ def _noted(failed: list[ResourceError]) -> Iterator[None]:
 
 
 def _print_fused(out: Path | None, fused: Fused) -> None:
-    from mixofshow.fusion.solving import turned_down
-
-    layers = len(fused.layers)
-    line = f"{out or 'fused'}: {len(fused.model.concepts)} concepts in {layers} layers"
-    if layers:
+    line = f"{out or 'fused'}: {len(fused.model.concepts)} concepts in {len(fused.model.weights)} layers"
+    if fused.recorded:
         name, worst = max(fused.layers.items(), key=lambda item: item[1].residual)
         line += f"; largest residual {worst.residual:.2g} in {name}"
-    say(line)
-    for loud, one in turned_down(fused.layers.values()).items():
-        say(f"guard: <{loud}> turned down in {one.layers} of {layers} layers, to a weight of {one.weight:.2g} at least")
+    typer.echo(line)
+    for name, voice in fused.voices.items():
+        typer.echo(f"{'guard: ' if voice.turned_down else ''}<{name}> {voice.why}")
     for name, (before, after) in fused.refitted.items():
         say(f"<{name}> refitted: loss {before:.3g} -> {after:.3g}")
 

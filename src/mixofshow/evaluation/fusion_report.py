@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 
 from mixofshow.concepts.manifest import Manifest
 from mixofshow.evaluation.report import Page
-from mixofshow.fusion.recording import Stage, stage_of
-from mixofshow.fusion.solving import STAGES, Kept, LayerReport, share, total, turned_down
+from mixofshow.fusion.recording import STAGES, Stage, stage_of
+from mixofshow.fusion.solving import Kept, LayerReport, share, total
 from mixofshow.fusion.stages import Fused
 from mixofshow.grids import grid, label
 
@@ -36,19 +36,19 @@ def fusion_page(fused: Fused) -> Page:
     """Everything that a fusion tells about itself."""
     page = Page(f"How well {len(fused.model.concepts)} concepts were fused")
     page.heading("The concepts")
-    page.paragraph(
-        "What fusion leaves undone of the change that each concept wants, on the inputs that were recorded: "
-        "0 is perfect, 1 as if it had not been fused."
-    )
-    page.table(*concept_table(fused))
-    for name, one in turned_down(fused.layers.values()).items():
+    if fused.recorded:
         page.paragraph(
-            f"<{name}> is far louder than the others and was turned down in {one.layers} of {len(fused.layers)} "
-            f"layers, to a weight of {one.weight:.2g} at least."
+            "What fusion leaves undone of the change that each concept wants, on the inputs that were recorded: "
+            "0 is perfect, 1 as if it had not been fused."
         )
+        page.table(*concept_table(fused))
+    else:
+        page.paragraph("This method looks at no inputs, so nothing was recorded and measured (measure: true does).")
+    for name, one in fused.voices.items():
+        page.paragraph(f"<{name}>: {one.why}.")
     if fused.refitted:
         _refitted(page, fused.refitted)
-    if fused.layers:
+    if fused.recorded:
         _layers(page, fused)
     page.heading("Settings")
     page.table(("setting", "value"), list(_settings(fused.model.manifest)))

@@ -1,87 +1,194 @@
-"""A guard against loud concepts: least squares has no defence of its own against one whose change is far too large.
+"""How each concept is heard in a fusion: the guard against loud files and negated copies, and who is not counted.
 
-What it cannot see is a concept that is bad and quiet.
+All of it is decided before anything is recorded, from the changes alone: their inner products in each layer, relative
+to the base weight, ⟨ΔW_i, ΔW_j⟩ / ‖W0‖². A concept's size in a stage is the root of the mean of ⟨ΔW_i, ΔW_i⟩ / ‖W0‖²
+over the layers that it changes there. Honest concepts are within about twice each other's size in a stage, while in a
+single layer they may differ fifty-fold: so files are compared stage by stage, and layers only with their own stage.
+
+What no guard sees is a concept that is bad and no louder than the others.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
-from statistics import median
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median_low
 from typing import Final
 
+import torch
 from torch import Tensor
 
-from mixofshow.fusion.problem import LayerProblem
-from mixofshow.fusion.statistics import Seen
+from mixofshow.concepts.changes import Change
+from mixofshow.concepts.concept import Concept
+from mixofshow.fusion.recording import STAGES, Stage, stage_of
 
-LOUD: Final = 3.0
-"""A concept is loud in a layer when ‖ΔW_i X_i‖, or the mean square root of X_i, is over so many times the others' median.
+LOUD: Final = 2.0
+"""A file is loud in a stage when its size is over so many times the others' median; it is scaled to that median."""
+SPIKE: Final = 8.0
+"""No single layer of it may be larger than so many times that median."""
+USUAL: Final[Mapping[Stage, float]] = {"text": 0.03, "keys-and-values": 0.1, "picture": 0.1}
+"""The median counts as no less than this, the size of a well tuned concept: beside quiet ones the usual is not loud."""
+SILENT: Final = 0.002
+"""A concept that changes no layer by more of its norm is as good as one of words alone: it has no say in the layers."""
+ALIKE: Final = 0.99
+"""Two concepts whose changes (and words' vectors) have at least this cosine, and sizes within a tenth, are one."""
+OPPOSED: Final = -0.5
+"""At most this cosine have a concept's changes and a negated copy's; honest ones have some -0.1 to 0.5."""
+TELLING: Final = 0.01
+"""By so much the cosines with all others must differ to tell which of two that undo each other is the copy."""
 
-The second is how one is loud in a layer that it leaves alone: what it sees there outweighs what the others see.
-"""
-HARM: Final = 0.1
-"""How much a loud concept may raise what is left undone for the others, as a share of it without that concept."""
-HALVINGS: Final = 40
-
-
-def guarded(problem: LayerProblem, solver: Callable[[LayerProblem], Tensor]) -> tuple[LayerProblem, dict[int, float]]:
-    """The problem with loud concepts turned down, and the weight that each of them was left.
-
-    A loud change is first scaled to the loudest that passes. The weights of all loud ones are then halved until
-    together they harm the others by no more than HARM; where no weight is low enough, they are left out: weight 0.
-    """
-    wants = _excess([math.sqrt(energy) for energy in problem.energies()])
-    sees = _excess([_input_size(problem.look(k)) for k in range(len(problem.changes))])
-    loud = [number for number, times in enumerate(zip(wants, sees, strict=True)) if max(times) > LOUD]
-    for number in loud:
-        if wants[number] > LOUD:
-            problem = _scaled(problem, number, LOUD / wants[number])
-    if loud:
-        problem = _harmless(problem, loud, solver)
-    return problem, {number: problem.weights[number] for number in loud}
+Grams = Mapping[str, Tensor]
+"""By layer, the concepts' inner products there, (concepts, concepts), relative to the base weight's square."""
 
 
-def undone_of_others(problem: LayerProblem, number: int, change: Tensor) -> float:
-    """What a change leaves undone of what all concepts but one want: Σ w_k ‖(ΔW_k − change) X_k‖²."""
-    return _undone(problem, [k for k in range(len(problem.changes)) if k != number], change)
+@dataclass(frozen=True)
+class Voice:
+    """How a concept is heard: what is left of its change by layer (1 where not named), whether it counts, and why."""
+
+    why: str
+    strengths: Mapping[str, float] = field(default_factory=dict)
+    counted: bool = True
+
+    @property
+    def turned_down(self) -> bool:
+        """Whether the guard did it."""
+        return bool(self.strengths)
+
+    @property
+    def left_out(self) -> bool:
+        """Whether it did so altogether."""
+        return self.turned_down and not self.counted
 
 
-def _undone(problem: LayerProblem, numbers: Sequence[int], change: Tensor) -> float:
-    """What a change leaves undone of what some concepts want."""
-    left = problem.residuals(change)
-    return sum(problem.weights[k] * left[k][0] for k in numbers)
-
-
-def _harmless(problem: LayerProblem, loud: Collection[int], solver: Callable[[LayerProblem], Tensor]) -> LayerProblem:
-    """The problem with the loud concepts' weights so low that they do the others no more than HARM."""
-    others = [k for k in range(len(problem.changes)) if k not in loud]
-    allowed = (1 + HARM) ** 2 * _undone(problem, others, solver(problem.without(*loud)))
-    for _ in range(HALVINGS):
-        if _undone(problem, others, solver(problem)) <= allowed:
-            return problem
-        problem = problem.weighed([w / 2 if k in loud else w for k, w in enumerate(problem.weights)])
-    # Methods that do not weigh count every change, so it must go as well.
-    changes = [None if k in loud else one for k, one in enumerate(problem.changes)]
-    return replace(problem, changes=changes, weights=[0.0 if k in loud else w for k, w in enumerate(problem.weights)])
-
-
-def _excess(sizes: Sequence[float]) -> list[float]:
-    """Each size over the median of the others that are not 0; 0 where there are none."""
-    found = []
-    for number, own in enumerate(sizes):
-        others = [other for k, other in enumerate(sizes) if k != number and other > 0]
-        found.append(own / median(others) if others else 0.0)
+def grams(bases: Mapping[str, Tensor], changes: Sequence[Mapping[str, Change]]) -> dict[str, Tensor]:
+    """Inner products of the concepts' changes in the layers with these base weights, (out, in)."""
+    found = {}
+    for name, base in bases.items():
+        scale = float(base.double().norm()) or 1.0
+        rows = base.new_zeros(len(changes), base.numel(), dtype=torch.float32)
+        for row, of_concept in zip(rows, changes, strict=True):
+            if (change := of_concept.get(name)) is not None:
+                row.copy_(change.matrix(dtype=torch.float32).flatten().div_(scale))
+        found[name] = (rows @ rows.T).double().cpu()
     return found
 
 
-def _input_size(seen: Seen) -> float:
-    """Root mean square of the inputs as the fused layer gets them."""
-    moments = seen.moments if seen.drifted is None else seen.drifted
-    return math.sqrt(float(moments.diagonal().sum()) / seen.rows) if seen.rows else 0.0
+def voices(bases: Mapping[str, Tensor], concepts: Sequence[Concept], *, guard: bool) -> dict[int, Voice]:
+    """Those that are not heard as they are, by their position: silent ones and doubles, and whom the guard turns down."""
+    products = grams(bases, [concept.deltas for concept in concepts])
+    names = [concept.info.name for concept in concepts]
+    words = [concept.embeddings.double().flatten() for concept in concepts]
+    found = silent(products, len(concepts))
+    found |= doubles(products, names, words, gone=found)
+    if guard:
+        found |= opposed(products, names, gone=found)
+        found |= loud(products, len(concepts), gone=found)
+    return found
 
 
-def _scaled(problem: LayerProblem, number: int, factor: float) -> LayerProblem:
-    changes = [one.scaled(factor) if one and k == number else one for k, one in enumerate(problem.changes)]
-    return replace(problem, changes=changes)
+def heard(concepts: Sequence[Concept], found: Mapping[int, Voice]) -> list[Concept]:
+    """The concepts as loud as they are heard."""
+    return [turned(one, found[k].strengths) if k in found else one for k, one in enumerate(concepts)]
+
+
+def turned(concept: Concept, strengths: Mapping[str, float]) -> Concept:
+    """The concept with its changes of some layers at another strength."""
+    if not strengths:
+        return concept
+    deltas = {name: change.scaled(strengths.get(name, 1.0)) for name, change in concept.deltas.items()}
+    return replace(concept, deltas=deltas)
+
+
+def silent(products: Grams, count: int) -> dict[int, Voice]:
+    """Those that change next to nothing; none if nobody changes more."""
+    largest = [max((math.sqrt(one[k, k]) for one in products.values()), default=0.0) for k in range(count)]
+    if max(largest, default=0.0) <= SILENT:
+        return {}
+    why = "changes next to nothing but words, and has no say in the layers"
+    return {k: Voice(why, counted=False) for k, size in enumerate(largest) if size <= SILENT}
+
+
+def doubles(
+    products: Grams, names: Sequence[str], words: Sequence[Tensor], gone: Mapping[int, Voice]
+) -> dict[int, Voice]:
+    """Those that are one with an earlier concept, which counts for both."""
+    found: dict[int, Voice] = {}
+    alike, sizes = _cosines(products, len(names)), _squares(products, len(names)).sqrt()
+    for late in range(len(names)):
+        for early in range(late):
+            if late in found or {late, early} & {*gone, *found} or alike[late, early] < ALIKE:
+                continue
+            same_words = words[late].shape == words[early].shape and (
+                float(torch.cosine_similarity(words[late], words[early], 0)) >= ALIKE
+            )
+            if same_words and abs(sizes[late] - sizes[early]) <= 0.1 * sizes[early]:
+                why = f"is <{names[early]}> once more, and the two count as one"
+                found[late] = Voice(why, counted=False)
+    return found
+
+
+def opposed(products: Grams, names: Sequence[str], gone: Mapping[int, Voice]) -> dict[int, Voice]:
+    """Of two that undo each other, the one that agrees less with all others; both if these do not tell.
+
+    Whoever is tuned on pictures changes a model in part as all others do (cosines of some 0.05, in the text encoder of
+    0.3), which a negated copy does not.
+    """
+    found: dict[int, Voice] = {}
+    alike = _cosines(products, len(names))
+    counted = [k for k in range(len(names)) if k not in gone]
+    for number, one in enumerate(counted):
+        for other in counted[:number]:
+            if alike[one, other] > OPPOSED:
+                continue
+            rest = [k for k in counted if k not in (one, other)]
+            lead = float((alike[one, rest] - alike[other, rest]).sum())
+            out = [one, other] if abs(lead) < TELLING else [other if lead > 0 else one]
+            for k in out:
+                against = names[other if k == one else one]
+                found[k] = Voice(f"left out, for it undoes <{against}>", dict.fromkeys(products, 0.0), counted=False)
+    return found
+
+
+def loud(products: Grams, count: int, gone: Mapping[int, Voice]) -> dict[int, Voice]:
+    """Those whose changes are far larger than the others', with what is left of them."""
+    strengths: dict[int, dict[str, float]] = {}
+    most: dict[int, float] = {}
+    for stage in STAGES:
+        layers = [name for name in products if stage_of(name) == stage]
+        sizes = {k: [math.sqrt(products[name][k, k]) for name in layers] for k in range(count) if k not in gone}
+        volumes = {k: _root_mean(own) for k, own in sizes.items()}
+        for k, own in sizes.items():
+            others = [volume for j, volume in volumes.items() if j != k and volume > 0]
+            if not others:
+                continue
+            usual = max(median_low(others), USUAL[stage])
+            clipped = [min(size, SPIKE * usual) for size in own]
+            share = usual / volume if (volume := _root_mean(clipped)) > LOUD * usual else 1.0
+            turned_to = {n: share * now / was for n, now, was in zip(layers, clipped, own, strict=True) if was > 0}
+            if less := {name: left for name, left in turned_to.items() if left < 1}:
+                strengths[k] = strengths.get(k, {}) | less
+                most[k] = max(most.get(k, 0.0), volumes[k] / usual)
+    return {k: Voice(_loudness(most[k], left), left) for k, left in strengths.items()}
+
+
+def _loudness(times: float, left: Mapping[str, float]) -> str:
+    return f"{times:.3g} times as loud as the others, turned down in {len(left)} layers, to {min(left.values()):.2g} at least"
+
+
+def _root_mean(sizes: Sequence[float]) -> float:
+    """Root mean square of those that are not 0."""
+    there = [size**2 for size in sizes if size > 0]
+    return math.sqrt(sum(there) / len(there)) if there else 0.0
+
+
+def _squares(products: Grams, count: int) -> Tensor:
+    """Over all layers, (concepts,)."""
+    return sum((one.diagonal() for one in products.values()), torch.zeros(count, dtype=torch.float64))
+
+
+def _cosines(products: Grams, count: int) -> Tensor:
+    """Of the concepts' changes over all layers, (concepts, concepts); 0 where there are none."""
+    total = sum(products.values(), torch.zeros(count, count, dtype=torch.float64))
+    sizes = total.diagonal().clamp(min=1e-300).sqrt()
+    return total / sizes[:, None] / sizes

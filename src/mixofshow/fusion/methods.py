@@ -30,19 +30,25 @@ Election = Literal["total", "frequency"]
 METHODS: Final[dict[str, Method]] = {}
 KEEPS_INPUTS: Final[set[str]] = set()
 """Those that need the inputs themselves, row by row."""
+NEEDS_STATISTICS: Final[set[str]] = set()
+"""Those that look at what layers see; for the others nothing need be recorded."""
 STAGE_DEFAULTS: Final[dict[str, dict[str, dict[str, Any]]]] = {
     "lbfgs": {"picture": {"iterations": 50}},  # as in the paper's code
 }
 """Settings that a method has by default in some stage only; whatever is given stands above them."""
 
 
-def fusion_method(name: str, *, keeps_inputs: bool = False) -> Callable[[Method], Method]:
-    """Enter a function into METHODS."""
+def fusion_method(
+    name: str, *, needs_statistics: bool = True, keeps_inputs: bool = False
+) -> Callable[[Method], Method]:
+    """Enter a function into METHODS, and say whether it looks at what layers see: their moments, or the inputs too."""
 
     def enter(function: Method) -> Method:
         METHODS[name] = function
         if keeps_inputs:
             KEEPS_INPUTS.add(name)
+        if needs_statistics:
+            NEEDS_STATISTICS.add(name)
         return function
 
     return enter
@@ -154,19 +160,19 @@ def mean(problem: LayerProblem) -> Tensor:
     return total(problem) / len(problem.changes)
 
 
-@fusion_method("average")
+@fusion_method("average", needs_statistics=False)
 def average(problem: LayerProblem) -> Tensor:
     """Weight fusion, the paper's baseline: the mean of the changes, Σ w_i ΔW_i / Σ w_i."""
     return _total(problem, problem.weights) / sum(problem.weights)
 
 
-@fusion_method("sum")
+@fusion_method("sum", needs_statistics=False)
 def total(problem: LayerProblem) -> Tensor:
     """Task arithmetic (Ilharco et al. 2023, arXiv:2212.04089) at scale 1: Σ ΔW_i, as when adapters are simply added."""
     return _total(problem, [1.0] * len(problem.changes))
 
 
-@fusion_method("orthogonal")
+@fusion_method("orthogonal", needs_statistics=False)
 def orthogonal(problem: LayerProblem, *, tolerance: float = 0.01) -> Tensor:
     """Orthogonal Adaptation (Po et al. 2023, arXiv:2312.02432): Σ ΔW_i of changes that cannot meet.
 
@@ -208,7 +214,7 @@ def _total(problem: LayerProblem, weights: Sequence[float]) -> Tensor:
     return found
 
 
-@fusion_method("ties")
+@fusion_method("ties", needs_statistics=False)
 def ties(problem: LayerProblem, *, density: float = 0.5, majority_sign_method: Election = "total") -> Tensor:
     """TIES (Yadav et al. 2023, arXiv:2306.01708): trim each change to its largest entries, elect signs, average.
 
@@ -224,7 +230,7 @@ def ties(problem: LayerProblem, *, density: float = 0.5, majority_sign_method: E
         return merge_utils.ties(matrices, problem.zero().new_ones(len(matrices)), density, majority_sign_method)
 
 
-@fusion_method("dare")
+@fusion_method("dare", needs_statistics=False)
 def dare(problem: LayerProblem, *, density: float = 0.5, seed: int = 0) -> Tensor:
     """DARE (Yu et al. 2023, arXiv:2311.03099): drop entries at random, divide the rest by `density`, take the mean.
 
@@ -241,7 +247,7 @@ def dare(problem: LayerProblem, *, density: float = 0.5, seed: int = 0) -> Tenso
         return merge_utils.dare_linear(matrices, shares, density).to(problem.base.device)
 
 
-@fusion_method("svd")
+@fusion_method("svd", needs_statistics=False)
 def svd(problem: LayerProblem, *, rank: int = 8) -> Tensor:
     """The mean of the changes, cut to a rank: U_r S_r V_rᵀ, the nearest matrix of that rank (Eckart–Young).
 

@@ -104,6 +104,11 @@ class LayerProblem:
         zero = self.zero()
         return [zero if one is None else one.matrix(dtype=zero.dtype).to(zero) for one in self.changes]
 
+    def undone_of_others(self, number: int, change: Tensor) -> float:
+        """What a change leaves undone of what all concepts but one want: Σ w_k ‖(ΔW_k − change) X_k‖²."""
+        left = self.residuals(change)
+        return sum(weight * left[k][0] for k, weight in enumerate(self.weights) if k != number)
+
     def residuals(self, change: Tensor) -> list[tuple[float, float]]:
         """‖(ΔW_i − change) X_i‖² and ‖ΔW_i X_i‖² of each concept: what is left of what it wants, and all of it."""
         change = change.double()
@@ -120,6 +125,10 @@ class LayerProblem:
     def energies(self) -> list[float]:
         """‖ΔW_i X_i‖² of each concept."""
         return [wish.energy for wish in self._wishes()]
+
+    def energies_and_outputs(self) -> list[tuple[float, float]]:
+        """‖ΔW_i X_i‖² and ‖W0 X_i‖² of each concept: what it wants, and what the base makes of what the fused layer gets."""
+        return [(wish.energy, max(inner(self._base_gram, wish.moments), 0.0)) for wish in self._wishes()]
 
     def _weighed(self) -> Iterator[tuple[float, Wish]]:
         """All that counts, with its weight."""

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -33,10 +33,12 @@ from mixofshow.concepts.prompts import (
     unprompted,
 )
 from mixofshow.concepts.words import Vocabulary
+from mixofshow.errors import BadInputError
 from mixofshow.fusion.settings import FusionSettings, RecordingSettings
 from mixofshow.fusion.statistics import Moments, Seen, holding, input_of
 
 Stage = Literal["text", "keys-and-values", "picture"]
+STAGES: Final[tuple[Stage, ...]] = get_args(Stage)
 _KEYS_AND_VALUES: Final = re.compile(r"attn2\.to_[kv]$")
 
 
@@ -104,8 +106,11 @@ def record(
     the fused model sees on the same latents and time steps is recorded beside it, row by row (drift refinement).
     """
     recorder = _Recorder(pipeline, source, settings, names, Moments(keep_inputs=keep_inputs), fused)
-    with replaced(pipeline, source.weights(pipeline, own)):
-        recorder.run()
+    try:
+        with replaced(pipeline, source.weights(pipeline, own)):
+            recorder.run()
+    except BadInputError as error:
+        raise BadInputError(f"{source.name}: {error}") from error
     return recorder.moments.seen()
 
 

@@ -15,6 +15,7 @@ PAPER: Final[dict[str, Any]] = {
     "picture_prompts": ("photo of a {}",),
     "weights": "equal",
     "refine": 0,
+    "guard": False,
 }
 """How the paper fuses (Mix-of-Show §4.1)."""
 PROMPTS: Final = ("photo of a {}", "{}", "a photo of a {} on a red background", "a {} on a blue background")
@@ -71,8 +72,8 @@ class FusionSettings(RecordingSettings):
     )
     weights: Weights | None = Field(
         None,
-        description="How much concepts count: equal; energy: as 1 / ‖ΔW_i X_i‖² in each layer; or by name, as "
-        "cat=2,dog=0.5. Default: energy for gradient fusion, equal for the others.",
+        description="How much concepts count: equal; energy: in each layer as 1 / ‖ΔW_i X_i‖², or if that is little as "
+        "1 / ‖0.25 W0 X_i‖²; or by name, as cat=2,dog=0.5. Default: energy for gradient fusion, equal for the others.",
     )
     prior: float = Field(0.0, ge=0, le=1e6, description="How much the base's own prompts count, against a concept's 1.")
     prior_prompts: tuple[str, ...] = Field(("", "a photo"), min_length=1, description="What they are.")
@@ -91,8 +92,13 @@ class FusionSettings(RecordingSettings):
         description="Steps for each concept in which the fused weights and all words then learn to make up for what "
         "fusing has lost.",
     )
-    guard: bool = Field(False, description="Turn down concepts that are far louder than the others, and name them.")
+    guard: bool = Field(
+        True, description="Turn down concepts that are far louder than the others or undo another, and name them."
+    )
     refuse_loud: bool = Field(False, description="End with an error that names them instead.")
+    measure: bool = Field(
+        False, description="Record and report what is left undone also where the method itself records nothing."
+    )
     leave_one_out: bool = Field(False, description="Also report how much each concept costs the others.")
     max_memory: float | None = Field(
         None,

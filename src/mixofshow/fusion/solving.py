@@ -11,15 +11,15 @@ from torch import Tensor
 
 from mixofshow.concepts.concept import Concept
 from mixofshow.errors import SettingsError
-from mixofshow.fusion.guard import guarded, undone_of_others
-from mixofshow.fusion.methods import KEEPS_INPUTS, METHODS, STAGE_DEFAULTS, mean, method_settings
+from mixofshow.fusion.methods import KEEPS_INPUTS, METHODS, NEEDS_STATISTICS, STAGE_DEFAULTS, mean, method_settings
 from mixofshow.fusion.problem import LayerProblem
-from mixofshow.fusion.recording import Stage
+from mixofshow.fusion.recording import STAGES, Stage
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.statistics import Seen
 
 Solver = Callable[[LayerProblem], Tensor]
-STAGES: Final[tuple[Stage, ...]] = ("text", "keys-and-values", "picture")
+QUIET: Final = 0.25
+"""Of a layer's output in the base: those that change less of it count, by energy, as if they changed so much."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,13 @@ class Kept:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How well one layer was fused: the objective of the base weight (no change), of the fused one, of the average.
-
-    `clipped` names the concepts that the guard turned down, with the weight they were left.
-    """
+    """How well one layer was fused: the objective of the base weight (no change), of the fused one, of the average."""
 
     rows: int
     unchanged: float
     fused: float
     average: float
     concepts: Mapping[str, Kept]
-    clipped: Mapping[str, float]
 
     @property
     def residual(self) -> float:
@@ -71,24 +67,6 @@ def total(reports: Iterable[LayerReport], name: str) -> Kept:
     return Kept(*(sum(getattr(kept, field.name) for kept in found) for field in fields(Kept)))
 
 
-@dataclass(frozen=True)
-class TurnedDown:
-    """What the guard did to one concept: in how many layers it was turned down, and the least weight it was left."""
-
-    layers: int
-    weight: float
-
-
-def turned_down(reports: Iterable[LayerReport]) -> dict[str, TurnedDown]:
-    """The concepts that the guard turned down, over all layers."""
-    found: dict[str, TurnedDown] = {}
-    for report in reports:
-        for name, weight in report.clipped.items():
-            before = found.get(name, TurnedDown(0, math.inf))
-            found[name] = TurnedDown(before.layers + 1, min(before.weight, weight))
-    return found
-
-
 def solver_for(settings: FusionSettings, stage: Stage) -> Solver:
     """The method with its settings for a stage. Raises SettingsError for unknown ones.
 
@@ -109,10 +87,18 @@ def check_method(settings: FusionSettings) -> None:
     """Raise SettingsError for an unknown method, or settings that do not go together, before anything is recorded."""
     if settings.method in KEEPS_INPUTS and settings.passes:
         raise SettingsError(f"refine: method '{settings.method}' has no use for drifted inputs; set refine to 0")
-    if settings.guard and settings.refit:
-        raise SettingsError("refit: would teach the model what the guard turns down; give one of the two")
     for stage in STAGES:
         solver_for(settings, stage)
+
+
+def looks_at_inputs(settings: FusionSettings) -> bool:
+    """Whether anything must be recorded: for the method, for weights by energy, or for the report."""
+    return (
+        settings.method in NEEDS_STATISTICS
+        or settings.counting == "energy"
+        or settings.measure
+        or settings.leave_one_out
+    )
 
 
 def problem_of(
@@ -129,13 +115,21 @@ def _weights(problem: LayerProblem, concepts: Sequence[Concept], settings: Fusio
     if settings.counting == "equal":
         return [1.0] * len(concepts)
     if settings.counting == "energy":
-        energies = problem.energies()
-        known = [1 / energy for energy in energies if energy > 0] or [1.0]
-        # One that changes nothing here wants it left alone, as much as the others want their change.
-        found = [1 / energy if energy > 0 else sum(known) / len(known) for energy in energies]
+        found = energy_weights(problem)
     else:
         found = [settings.counting.get(concept.info.name, 1.0) for concept in concepts]
     return [weight * len(found) / sum(found) for weight in found]
+
+
+def energy_weights(problem: LayerProblem) -> list[float]:
+    """1 / max(‖ΔW_i X_i‖², QUIET² ‖W0 X_i‖²) of each concept.
+
+    Whoever wants much changed counts the less, so that no loud one drowns the others; whoever wants little counts as if
+    it were QUIET: no more than its share. A weight depends on nobody else.
+    """
+    found = [max(own, QUIET**2 * output) for own, output in problem.energies_and_outputs()]
+    most = max(found)  # of one that sees nothing; it says nothing, whatever its weight
+    return [1 / (one or most or 1.0) for one in found]
 
 
 def _with_prior(problem: LayerProblem, prior: Seen, share: float) -> LayerProblem:
@@ -145,29 +139,26 @@ def _with_prior(problem: LayerProblem, prior: Seen, share: float) -> LayerProble
     return replace(problem, prior=prior, prior_weight=share * of_concepts / of_prior if of_prior > 0 else 0.0)
 
 
-def solve(
-    problem: LayerProblem, names: Sequence[str], solver: Solver, settings: FusionSettings
-) -> tuple[Tensor, LayerReport]:
-    """The fused weight (out, in) of one layer in the base's precision, and how good it is for each named concept."""
-    asked, clipped = problem, {}
-    if settings.guard or settings.refuse_loud:
-        problem, left = guarded(problem, solver)
-        clipped = {names[number]: weight for number, weight in left.items()}
-    change = solver(problem)
-    fused = (problem.base.double() + change).to(problem.base.dtype)
-    met = fused.double() - problem.base.double()
-    kept = {name: Kept(*one) for name, one in zip(names, asked.residuals(met), strict=True)}
-    if settings.leave_one_out:
-        kept = {name: _beside(one, problem, number, met, solver) for number, (name, one) in enumerate(kept.items())}
+def solve(problem: LayerProblem, solver: Solver) -> tuple[Tensor, Tensor]:
+    """The fused weight (out, in) of one layer in the base's precision, and the change that it then is, in double."""
+    fused = (problem.base.double() + solver(problem)).to(problem.base.dtype)
+    return fused, fused.double() - problem.base.double()
+
+
+def report_of(asked: LayerProblem, problem: LayerProblem, change: Tensor, names: Sequence[str]) -> LayerReport:
+    """How good a change is for each named concept, by what it `asked` for; `problem` is that of those that have a say."""
     sums = problem.sums
-    report = LayerReport(sums.rows, sums.energy, sums.objective(met), sums.objective(mean(problem)), kept, clipped)
-    return fused, report
+    kept = {name: Kept(*one) for name, one in zip(names, asked.residuals(change), strict=True)}
+    return LayerReport(sums.rows, sums.energy, sums.objective(change), sums.objective(mean(problem)), kept)
 
 
-def _beside(kept: Kept, problem: LayerProblem, number: int, met: Tensor, solver: Solver) -> Kept:
-    """With what the other concepts lose through this one."""
-    return replace(
-        kept,
-        others=undone_of_others(problem, number, met),
-        others_without=undone_of_others(problem, number, solver(problem.without(number))),
-    )
+def beside(
+    report: LayerReport, problem: LayerProblem, change: Tensor, names: Sequence[str], solver: Solver
+) -> LayerReport:
+    """The report with what the others lose through each of the problem's concepts, which are named."""
+    kept = dict(report.concepts)
+    for number, name in enumerate(names):
+        others = problem.undone_of_others(number, change)
+        without = problem.undone_of_others(number, solver(problem.without(number))) if len(names) > 1 else 0.0
+        kept[name] = replace(kept[name], others=others, others_without=without)
+    return replace(report, concepts=kept)

@@ -22,28 +22,49 @@ from mixofshow.bases.parts import exclusive, refuse_adapters
 from mixofshow.concepts.adapters import replaced
 from mixofshow.concepts.concept import Concept, fitted, vocabulary
 from mixofshow.concepts.model import ConceptModel
-from mixofshow.errors import BadInputError
+from mixofshow.errors import BadInputError, listed
+from mixofshow.fusion.guard import Voice, heard, voices
 from mixofshow.fusion.methods import KEEPS_INPUTS
-from mixofshow.fusion.recording import Source, Stage, record, stage_of
+from mixofshow.fusion.problem import LayerProblem
+from mixofshow.fusion.recording import STAGES, Source, Stage, record, stage_of
 from mixofshow.fusion.refitting import refit
 from mixofshow.fusion.settings import FusionSettings, RecordingSettings
-from mixofshow.fusion.solving import STAGES, LayerReport, check_method, problem_of, solve, solver_for, turned_down
-from mixofshow.fusion.statistics import input_of, parts
+from mixofshow.fusion.solving import (
+    LayerReport,
+    beside,
+    check_method,
+    looks_at_inputs,
+    problem_of,
+    report_of,
+    solve,
+    solver_for,
+)
+from mixofshow.fusion.statistics import Seen, input_of, parts
 from mixofshow.fusion.store import Looks, Recording, Store
 from mixofshow.outputs import scratch
 from mixofshow.progress import Progress, silent
 
-LOUD_SHARE: Final = 0.25
-"""A concept is refused as loud if it is in more than this share of the layers: in some, one always is."""
+NOT_IN_RECORDINGS: Final = ("refine", "refit", "guard", "refuse_loud", "measure", "leave_one_out", "max_memory")
+"""Settings that change no recording: they come after it, or say who is heard, which concepts' hashes tell."""
 
 
 @dataclass(frozen=True)
 class Fused:
-    """The fused model and how well each layer was fused; `refitted` is each concept's loss, before and after."""
+    """The fused model and how well each layer was fused; `refitted` is each concept's loss, before and after.
+
+    `voices` are the concepts, by name, that were not heard as they are. Where nothing was recorded, reports have no rows
+    and are about the changes themselves.
+    """
 
     model: ConceptModel
     layers: dict[str, LayerReport]
     refitted: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    voices: Mapping[str, Voice] = field(default_factory=dict)
+
+    @property
+    def recorded(self) -> bool:
+        """Whether residuals are about what layers saw."""
+        return any(one.rows for one in self.layers.values())
 
 
 @torch.no_grad()
@@ -77,16 +98,35 @@ def fuse(
         stack.enter_context(exclusive(pipeline))
         if store is None:
             store = Store(stack.enter_context(scratch()))
+        told = _voices(pipeline, ordered, settings)
         recorder = _Recorder(pipeline, settings, store, settings.method in KEEPS_INPUTS)
-        fusion = _Fusion(pipeline, ordered, settings, recorder, progress)
+        fusion = _Fusion(
+            pipeline, heard(ordered, told), {k for k in told if not told[k].counted}, settings, recorder, progress
+        )
         fusion.run()
-        if settings.refuse_loud:
-            _refuse_loud(fusion.reports)
-        found = refit(pipeline, ordered, fusion.weights, settings, progress=progress)
-    told = settings.model_dump(mode="json")
-    words, threads = vocabulary(found.concepts), torch.get_num_threads()
-    model = ConceptModel(pipeline, words, found.weights, ordered, told, threads)
-    return Fused(model, fusion.reports, found.losses)
+        pupils = [one for k, one in enumerate(fusion.concepts) if k not in told or not told[k].left_out]
+        found = refit(pipeline, pupils, fusion.weights, settings, progress=progress)
+    words = vocabulary({one.info.name: one for one in [*ordered, *found.concepts]}.values())
+    how = settings.model_dump(mode="json")
+    model = ConceptModel(pipeline, words, found.weights, ordered, how, torch.get_num_threads())
+    return Fused(model, fusion.reports, found.losses, {ordered[k].info.name: voice for k, voice in told.items()})
+
+
+def _voices(pipeline: Any, concepts: Sequence[Concept], settings: FusionSettings) -> dict[int, Voice]:
+    """How concepts are heard that are not heard as they are. Raises BadInputError for loud ones, if they are refused."""
+    changed = {name for concept in concepts for name in concept.deltas}
+    bases = {name: matrix(one) for name, one in tunable_layers(pipeline).items() if name in changed}
+    found = voices(bases, concepts, guard=settings.guard or settings.refuse_loud)
+    refused = [
+        f"<{concepts[k].info.name}> in {len(one.strengths)} of {len(bases)} layers ({one.why})"
+        for k, one in found.items()
+        if one.turned_down
+    ]
+    if settings.refuse_loud and refused:
+        raise BadInputError(
+            f"concepts that are far louder than the others: {listed(refused)}; leave them out, or let the guard do it"
+        )
+    return found
 
 
 def record_concept(concept: Concept, pipeline: Any, settings: RecordingSettings, store: Store) -> Recording:
@@ -103,19 +143,6 @@ def _check_names(concepts: Sequence[Concept], settings: FusionSettings) -> None:
         unknown = settings.weights.keys() - {concept.info.name for concept in concepts}
         if unknown:
             raise BadInputError(f"weights: no concept is called {', '.join(sorted(unknown))}")
-
-
-def _refuse_loud(reports: Mapping[str, LayerReport]) -> None:
-    """Raise BadInputError that names the concepts that the guard had to turn down in many layers."""
-    loud = [
-        f"<{name}> in {one.layers} of {len(reports)} layers"
-        for name, one in turned_down(reports.values()).items()
-        if one.layers > LOUD_SHARE * len(reports)
-    ]
-    if loud:
-        raise BadInputError(
-            f"concepts that are far louder than the others: {', '.join(loud)}; leave them out, or give --guard instead"
-        )
 
 
 @dataclass(frozen=True)
@@ -172,10 +199,14 @@ class _Recorder:
 
 @dataclass
 class _Fusion:
-    """A fusion under way: the weights and reports of the layers that are done."""
+    """A fusion under way: the weights and reports of the layers that are done.
+
+    The `uncounted` concepts, by position, are measured and have no say.
+    """
 
     pipeline: Any
     concepts: Sequence[Concept]
+    uncounted: Collection[int]
     settings: FusionSettings
     recorder: _Recorder
     progress: Progress
@@ -184,8 +215,10 @@ class _Fusion:
     recorded: int = 0
 
     def run(self) -> None:
-        """All layers, then the passes of refinement."""
-        if self.settings.mode == "independent":
+        """All layers, then the passes of refinement; at once where nothing need be recorded."""
+        if not looks_at_inputs(self.settings):
+            self._solve_blindly(self._names(STAGES))
+        elif self.settings.mode == "independent":
             names = [name for name in self.recorder.usual(self._changed) if name in self._changed]
             self._solve(names, self._record(partial(self.recorder.independent, names=self.recorder.usual(names))))
         else:
@@ -201,7 +234,12 @@ class _Fusion:
     @property
     def _passes(self) -> int:
         """One concept alone is kept as it is: nothing drifts."""
-        return self.settings.passes if len(self.concepts) > 1 else 0
+        return self.settings.passes if len(self.counted) > 1 and looks_at_inputs(self.settings) else 0
+
+    @cached_property
+    def counted(self) -> list[Concept]:
+        """Those that have a say."""
+        return [concept for number, concept in enumerate(self.concepts) if number not in self.uncounted]
 
     def _refine(self, number: int) -> None:
         """Solve all layers again, for the inputs that they have in the fused model."""
@@ -222,13 +260,13 @@ class _Fusion:
 
     @cached_property
     def identity(self) -> list[Any]:
-        """What this fusion is made from: with the same, every recording is the same. It is refitted after all."""
-        settings = self.settings.model_dump(mode="json", exclude={"refit"})
-        return [[concept.hash for concept in self.concepts], settings]
+        """What all recordings behind fused layers depend on: who has a say, and how it is solved."""
+        settings = self.settings.model_dump(mode="json", exclude=set(NOT_IN_RECORDINGS))
+        return [[concept.hash for concept in self.counted], settings]
 
     @cached_property
     def _changed(self) -> set[str]:
-        return {name for concept in self.concepts for name in concept.deltas}
+        return {name for concept in self.counted for name in concept.deltas}
 
     def _names(self, stages: Sequence[Stage]) -> list[str]:
         """The changed layers of some stages, in forward order."""
@@ -255,11 +293,30 @@ class _Fusion:
 
     def _solve(self, names: Sequence[str], recordings: Sequence[Recording]) -> None:
         """One layer after another, those with one input together."""
-        called = [concept.info.name for concept in self.concepts]
         device = self.pipeline.device  # looked up once: diffusers goes through all modules for it
         for source, readers in itertools.groupby(names, input_of):
-            look = Looks(recordings, source, device)
-            for name in readers:
-                problem = problem_of(name, matrix(layer(self.pipeline, name)), self.concepts, look, self.settings)
-                solver = solver_for(self.settings, stage_of(name))
-                self.weights[name], self.reports[name] = solve(problem, called, solver, self.settings)
+            layers = list(readers)
+            look = Looks(recordings, source, device, matrix(layer(self.pipeline, layers[0])).shape[1])
+            for name in layers:
+                self._solve_layer(name, look)
+
+    def _solve_blindly(self, names: Sequence[str]) -> None:
+        """The same from the changes alone; they are measured as they are, as if all inputs came equally often."""
+        for name in names:
+            width = matrix(layer(self.pipeline, name)).shape[1]
+            any_input = Seen(torch.eye(width, dtype=torch.float64, device=self.pipeline.device), rows=0)
+            self._solve_layer(name, ([any_input] * (len(self.concepts) + 1)).__getitem__)
+
+    def _solve_layer(self, name: str, look: Callable[[int], Seen]) -> None:
+        """The layer's weight by those that have a say, and what it leaves undone of what all ask for."""
+        base, solver = matrix(layer(self.pipeline, name)), solver_for(self.settings, stage_of(name))
+        # Behind the concepts stands the base.
+        places = [k for k in range(len(self.concepts) + 1) if k not in self.uncounted]
+        problem = problem_of(name, base, self.counted, lambda k: look(places[k]), self.settings)
+        self.weights[name], change = solve(problem, solver)
+        changes = [concept.deltas.get(name) for concept in self.concepts]
+        asked = LayerProblem(base, changes, look, [1.0] * len(changes))
+        report = report_of(asked, problem, change, [concept.info.name for concept in self.concepts])
+        if self.settings.leave_one_out:
+            report = beside(report, problem, change, [concept.info.name for concept in self.counted], solver)
+        self.reports[name] = report

@@ -15,6 +15,9 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+from mixofshow.errors import BadInputError, BaseModelError
 
 _SHARED_INPUT: Final = re.compile(r"(attn1\.to_[qkv]|attn2\.to_[kv]|self_attn\.[qkv]_proj)$")
 TENSORS: Final = ("moments", "drifted", "cross", "inputs")
@@ -58,13 +61,15 @@ class Moments:
 
     def add(self, name: str, inputs: Tensor, drifted: Tensor | None = None) -> None:
         """Count in some rows, (..., in) or, from a 1×1 convolution, (batch, in, height, width); and their drifted pairs."""
-        own, other = _rows(inputs), None if drifted is None else _rows(drifted)
+        own, other = _flat(inputs), None if drifted is None else _flat(drifted)
         sums = self._sums.setdefault(name, {})
         for start in range(0, len(own), CHUNK):
             x = _double(own[start : start + CHUNK])
+            _refuse_not_finite(name, x)
             _count(sums, "moments", x, x)
             if other is not None:
                 y = _double(other[start : start + CHUNK])
+                _refuse_not_finite(name, y)
                 _count(sums, "drifted", y, y)
                 _count(sums, "cross", x, y)
         if self.keep_inputs:
@@ -84,8 +89,9 @@ class Moments:
     def recording(self, layers: Mapping[str, nn.Module], drifted: dict[str, Tensor] | None = None) -> Iterator[None]:
         """Inside, every call of these layers is counted in, with its pair taken out of `drifted`."""
 
-        def count(name: str, inputs: Tensor) -> None:
-            self.add(name, inputs, None if drifted is None else drifted.pop(name))
+        def count(name: str, module: nn.Module, inputs: Tensor) -> None:
+            pair = None if drifted is None else rows_of(module, drifted.pop(name))
+            self.add(name, rows_of(module, inputs), pair)
 
         with _reading(layers, count):
             yield
@@ -95,17 +101,17 @@ class Moments:
 def holding(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """Inside, the inputs of one call of each of these layers are kept, by input name."""
     held: dict[str, Tensor] = {}
-    with _reading(layers, held.__setitem__):
+    with _reading(layers, lambda name, module, inputs: held.__setitem__(name, inputs)):
         yield held
 
 
 @contextlib.contextmanager
 def _reading(layers: Mapping[str, nn.Module], read: Any) -> Iterator[None]:
-    """Inside, `read(input name, inputs)` is called whenever a layer is; once where several share an input."""
+    """Inside, `read(input name, module, inputs)` is called whenever a layer is; once where several share an input."""
     first_reader = {input_of(name): module for name, module in reversed(list(layers.items()))}
 
     def hook_for(name: str) -> Any:
-        return lambda module, args: read(name, args[0].detach())
+        return lambda module, args: read(name, module, args[0].detach())
 
     handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in first_reader.items()]
     try:
@@ -115,8 +121,31 @@ def _reading(layers: Mapping[str, nn.Module], read: Any) -> Iterator[None]:
             handle.remove()
 
 
-def _rows(inputs: Tensor) -> Tensor:
+def rows_of(module: nn.Module, inputs: Tensor) -> Tensor:
+    """What a layer's weight, laid flat, is multiplied with: of a linear layer its inputs, (..., in), as they are.
+
+    A convolution sees a row at each place of its kernel, (batch, places, in · height · width), as `unfold` has it.
+    Raises BaseModelError for one whose channels are in groups, each of which has a weight of its own.
+    """
+    if not isinstance(module, nn.Conv2d):
+        return inputs
+    if module.groups != 1:
+        raise BaseModelError(f"a convolution in {module.groups} groups cannot be fused; leave this layer as it is")
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    # torch's own account of the padding, which may also be given as "same" or "valid".
+    padded = functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+    unfolded = functional.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride)
+    return unfolded.transpose(1, 2)
+
+
+def _flat(inputs: Tensor) -> Tensor:
     return (inputs.movedim(1, -1) if inputs.ndim == 4 else inputs).flatten(0, -2)
+
+
+def _refuse_not_finite(name: str, rows: Tensor) -> None:
+    """Raise BadInputError as soon as a sum would be spoilt; the sum of what is not finite is not."""
+    if not torch.isfinite(rows.sum()):
+        raise BadInputError(f"in its own model, {name} has values that are not finite; leave it out")
 
 
 def _double(rows: Tensor) -> Tensor:

@@ -46,20 +46,26 @@ class Recording:
     about: Mapping[str, Any]
     error: tuple[float, float] = (0.0, 0.0)
 
-    def look(self, name: str, device: Any = "cpu") -> Seen:
-        """What was recorded under an input name, in double. Raises ConceptFileError."""
+    def look(self, name: str, device: Any = "cpu", width: int | None = None) -> Seen:
+        """What was recorded under an input name, in double, of a layer with that `width` of inputs if it is given.
+
+        A digest finds damage, and says nothing of who wrote it: shapes and signs are checked too. Raises
+        ConceptFileError.
+        """
         stored = {
             kind: self.file.read(f"{kind}:{name}") for kind in (*TENSORS, *PARTS) if f"{kind}:{name}" in self.file
         }
         if name not in self.rows or self.about["digests"].get(name) != _digest(stored):
             raise ConceptFileError(f"{self.file.path}: damaged: {shown(name)} does not match its digest")
-        found = {kind: stored.pop(kind) for kind in TENSORS if kind in stored}
-        if stored:
-            found["moments"] = unpack(stored)
+        where = f"{self.file.path}: {shown(name)}"
+        found: dict[str, Tensor] = {kind: stored.pop(kind) for kind in TENSORS if kind in stored}
+        if "moments" not in found:
+            found["moments"] = _unpacked(stored, where)
         for kind, tensor in found.items():
             if not torch.isfinite(tensor.sum(dtype=torch.float64)):  # the sum of any that is not is not
                 raise ConceptFileError(f"{self.file.path}: {kind} of {shown(name)}: values that are not finite")
             found[kind] = tensor.to(device) if kind == "inputs" else tensor.to(device, torch.float64)
+        _check_moments(found, self.rows[name], width, where)
         return Seen(**found, rows=self.rows[name])
 
 
@@ -69,8 +75,8 @@ class Looks:
     Kept in memory as far as it fits into `KEPT` bytes, so that the number of concepts does not matter.
     """
 
-    def __init__(self, recordings: Sequence[Recording], name: str, device: Any) -> None:
-        self._recordings, self._name, self._device = recordings, name, device
+    def __init__(self, recordings: Sequence[Recording], name: str, device: Any, width: int | None = None) -> None:
+        self._recordings, self._name, self._device, self._width = recordings, name, device, width
         self._kept: dict[int, Seen] = {}
         self._room = KEPT
 
@@ -78,7 +84,7 @@ class Looks:
         """Of recording `number`. Raises ConceptFileError."""
         if number in self._kept:
             return self._kept[number]
-        seen = self._recordings[number].look(self._name, self._device)
+        seen = self._recordings[number].look(self._name, self._device, self._width)
         size = sum(tensor.nbytes for tensor in seen.tensors().values())
         if size <= self._room:
             self._room -= size
@@ -216,6 +222,28 @@ def unpack(packed: Mapping[str, Tensor]) -> Tensor:
     if "scaled" in parts:
         return parts["scaled"] * parts["scale"][:, None] * parts["scale"]
     return parts["factor"] @ parts["factor"].T + parts["diagonal"].diag()
+
+
+def _unpacked(stored: Mapping[str, Tensor], where: str) -> Tensor:
+    try:
+        return unpack(stored)
+    except (KeyError, RuntimeError, IndexError) as error:
+        raise ConceptFileError(
+            f"{where}: its parts ({', '.join(sorted(stored)) or 'none'}) make no moments; delete it to record again"
+        ) from error
+
+
+def _check_moments(found: Mapping[str, Tensor], rows: int, width: int | None, where: str) -> None:
+    """Raise ConceptFileError for what cannot be second moments: not square, of another width, negative."""
+    width = found["moments"].shape[-1] if width is None else width
+    for kind, tensor in found.items():
+        expected = (rows, width) if kind == "inputs" else (width, width)
+        if tuple(tensor.shape) != expected:
+            raise ConceptFileError(f"{where}: {kind}: expected {expected}, found {tuple(tensor.shape)}")
+        if kind in ("moments", "drifted") and ((own := tensor.diagonal()) < 0).any():
+            raise ConceptFileError(f"{where}: {kind}: sums of squares that are negative ({own.min():.3g})")
+    if ("drifted" in found) != ("cross" in found):
+        raise ConceptFileError(f"{where}: one of drifted and cross is missing; delete it to record again")
 
 
 def storage_error(seen: Mapping[str, Seen], storage: Storage) -> tuple[float, float]:
