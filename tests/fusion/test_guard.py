@@ -273,6 +273,7 @@ def fuse_few(golden_pipeline: object, random_concept: Callable[..., Concept]) ->
 def test_the_guard_is_on_by_default_and_names_whom_it_turned_down(fuse_few):
     safe, plain = fuse_few(1.0, 1.0, 1e3), fuse_few(1.0, 1.0, 1e3, guard=False)
     assert list(safe.voices) == ["c2"]
+    assert all(set(one.clipped) == {"c2"} for one in safe.layers.values())
     assert safe.voices["c2"].turned_down
     assert not plain.voices
     assert all(math.isfinite(one.residual) for one in safe.layers.values())

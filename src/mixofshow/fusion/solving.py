@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
 from torch import Tensor
@@ -37,13 +37,17 @@ class Kept:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How well one layer was fused: the objective of the base weight (no change), of the fused one, of the average."""
+    """How well one layer was fused: the objective of the base weight (no change), of the fused one, of the average.
+
+    `clipped` names the concepts that the guard turned down here, with what it left of their change.
+    """
 
     rows: int
     unchanged: float
     fused: float
     average: float
     concepts: Mapping[str, Kept]
+    clipped: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def residual(self) -> float:
@@ -64,7 +68,7 @@ def share(left: float, wanted: float) -> float:
 def total(reports: Iterable[LayerReport], name: str) -> Kept:
     """One concept over several layers."""
     found = [report.concepts[name] for report in reports]
-    return Kept(*(sum(getattr(kept, field.name) for kept in found) for field in fields(Kept)))
+    return Kept(*(sum(getattr(kept, one.name) for kept in found) for one in fields(Kept)))
 
 
 def solver_for(settings: FusionSettings, stage: Stage) -> Solver:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Final
 
@@ -100,9 +100,7 @@ def fuse(
             store = Store(stack.enter_context(scratch()))
         told = _voices(pipeline, ordered, settings)
         recorder = _Recorder(pipeline, settings, store, settings.method in KEEPS_INPUTS)
-        fusion = _Fusion(
-            pipeline, heard(ordered, told), {k for k in told if not told[k].counted}, settings, recorder, progress
-        )
+        fusion = _Fusion(pipeline, heard(ordered, told), told, settings, recorder, progress)
         fusion.run()
         pupils = [one for k, one in enumerate(fusion.concepts) if k not in told or not told[k].left_out]
         found = refit(pipeline, pupils, fusion.weights, settings, progress=progress)
@@ -201,12 +199,12 @@ class _Recorder:
 class _Fusion:
     """A fusion under way: the weights and reports of the layers that are done.
 
-    The `uncounted` concepts, by position, are measured and have no say.
+    The concepts are as loud as they are heard; `voices` tells, by position, who is not heard as it is.
     """
 
     pipeline: Any
     concepts: Sequence[Concept]
-    uncounted: Collection[int]
+    voices: Mapping[int, Voice]
     settings: FusionSettings
     recorder: _Recorder
     progress: Progress
@@ -239,7 +237,13 @@ class _Fusion:
     @cached_property
     def counted(self) -> list[Concept]:
         """Those that have a say."""
-        return [concept for number, concept in enumerate(self.concepts) if number not in self.uncounted]
+        return [self.concepts[number] for number in self._places[:-1]]
+
+    @cached_property
+    def _places(self) -> list[int]:
+        """The positions of those that have a say, and of the base, which stands behind all concepts."""
+        uncounted = {number for number, voice in self.voices.items() if not voice.counted}
+        return [number for number in range(len(self.concepts) + 1) if number not in uncounted]
 
     def _refine(self, number: int) -> None:
         """Solve all layers again, for the inputs that they have in the fused model."""
@@ -310,13 +314,13 @@ class _Fusion:
     def _solve_layer(self, name: str, look: Callable[[int], Seen]) -> None:
         """The layer's weight by those that have a say, and what it leaves undone of what all ask for."""
         base, solver = matrix(layer(self.pipeline, name)), solver_for(self.settings, stage_of(name))
-        # Behind the concepts stands the base.
-        places = [k for k in range(len(self.concepts) + 1) if k not in self.uncounted]
-        problem = problem_of(name, base, self.counted, lambda k: look(places[k]), self.settings)
+        problem = problem_of(name, base, self.counted, lambda k: look(self._places[k]), self.settings)
         self.weights[name], change = solve(problem, solver)
         changes = [concept.deltas.get(name) for concept in self.concepts]
         asked = LayerProblem(base, changes, look, [1.0] * len(changes))
-        report = report_of(asked, problem, change, [concept.info.name for concept in self.concepts])
+        called = [concept.info.name for concept in self.concepts]
+        report = report_of(asked, problem, change, called)
         if self.settings.leave_one_out:
             report = beside(report, problem, change, [concept.info.name for concept in self.counted], solver)
-        self.reports[name] = report
+        clipped = {called[k]: one.strengths[name] for k, one in self.voices.items() if name in one.strengths}
+        self.reports[name] = replace(report, clipped=clipped)
