@@ -10,6 +10,7 @@ import yaml
 from mixofshow.errors import SettingsError
 from mixofshow.evaluation.prompts import EMOJILAND, GENERAL
 from mixofshow.evaluation.suite import make_suite, read_suite
+from mixofshow.tuning.settings import with_presets
 
 SUITES = sorted((Path(__file__).parents[3] / "examples" / "suites").glob("*.yaml"))
 GOOD = {"concepts": ["reddog", "volcano"], "methods": ["ed-lora+gradient"]}
@@ -48,7 +49,7 @@ def test_a_methods_settings_stand_above_the_suites_and_those_above_the_bases(tmp
             "fuse": {"steps": 5, "options": {"toward": "base"}},
         }
     )
-    tuning = suite.tuning(suite.methods[0], suite.concepts[0], tmp_path)
+    tuning = with_presets(suite.tuning(suite.methods[0], suite.concepts[0], tmp_path), "emojiland")
     assert (tuning.steps, tuning.unet.rank, tuning.unet.rate, tuning.data) == (7, 2, 1e-3, tmp_path)
     assert suite.fusion(suite.methods[0]).options == {"toward": "base", "ridge": 0.5}
     assert suite.fusion(suite.methods[0]).steps == 5
