@@ -99,8 +99,8 @@ def test_the_file_has_the_shapes_that_others_know(golden_pipeline, concept, tmp_
 def test_another_kernel_is_refused(golden_pipeline, concept, tmp_path, kernel):
     change = concept.deltas[CONV]
     wrong = dataclasses.replace(concept, deltas={CONV: dataclasses.replace(change, kernel=kernel)})
-    wrong.save(tmp_path / "conv.safetensors")
     with pytest.raises(ConceptFileError, match="kernel|expected|dimensions|shape"):
+        wrong.save(tmp_path / "conv.safetensors")
         load_concept(tmp_path / "conv.safetensors", golden_pipeline)
 
 

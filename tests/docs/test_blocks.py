@@ -33,7 +33,7 @@ from mixofshow.bases.emojiland.concepts import write_concept
 from mixofshow.evaluation import protocol
 from mixofshow.fusion.methods import METHODS
 from mixofshow.fusion.settings import FusionSettings
-from mixofshow.sampling import pipeline
+from mixofshow.sampling import asked
 from mixofshow.tuning.settings import BASE_PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -156,9 +156,9 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     Of Emojiland's concepts only those that the pages name are written, and files are evaluated on two prompts.
     """
     few = {"steps": 2, "refine": 0}
-    make_drawing, prompts_for = pipeline.make_drawing, protocol.prompts_for
+    make_drawing, prompts_for = asked.make_drawing, protocol.prompts_for
     monkeypatch.setitem(BASE_PRESETS["emojiland"], "steps", 2)
-    monkeypatch.setattr(pipeline, "make_drawing", lambda table: make_drawing({**table, "steps": 2}))
+    monkeypatch.setattr(asked, "make_drawing", lambda table: make_drawing({**table, "num_inference_steps": 2}))
     monkeypatch.setattr("mixofshow.bases.emojiland.concepts.ALL", ("reddog", "greenhouse", "foxy"))
     monkeypatch.setattr(protocol, "prompts_for", lambda *which: prompts_for(*which)[:2])
     monkeypatch.setattr(

@@ -146,7 +146,7 @@ def test_a_region_alone_is_not_weakened_by_its_weight():
         ({"mask": Image.new("L", (30, 20))}, "30 x 20 pixels is all black"),
         ({"mask": "/nowhere/mask.png"}, "cannot be read"),
         ({"mask": "data:image/png;base64,@@"}, "damaged"),
-        ({"mask": "data:image/png;base64,AAAA"}, "not a picture"),
+        ({"mask": "data:image/png;base64,AAAA"}, "not a readable picture"),
         ({"box": (0, 0, 1, 1), "weight": 0}, "weight: expected above 0"),
         ({"box": (0, 0, 1, 1), "weight": math.nan}, "weight"),
         ({"box": (0, 0, 1, 1), "strength": 1.5}, "strength: expected 0 to 1, found 1.5"),
@@ -163,5 +163,5 @@ def test_refused_regions(place, reason):
 
 def test_a_file_that_is_no_picture_is_refused(tmp_path):
     (tmp_path / "mask.png").write_bytes(b"%PDF")
-    with pytest.raises(RegionError, match="mask.png: not a picture"):
+    with pytest.raises(RegionError, match="mask.png: not a readable picture"):
         covered(mask=tmp_path / "mask.png")

@@ -72,6 +72,7 @@ def test_the_base_is_bit_equal_afterwards(golden_pipeline, make, method):
         assert all(torch.equal(old[name], new[name]) for name in old)
 
 
+DRAWN = {"num_inference_steps": 2, "width": 32, "height": 32, "seed": 0}
 WORDS = {"ed-lora": (2, 16), "lora": (2, 1), "p-plus": (1, 16), "textual-inversion": (1, 1), "custom-diffusion": (2, 1)}
 
 
@@ -302,15 +303,13 @@ def test_a_preview_sees_the_concept_once_and_changes_nothing(golden_pipeline, se
 
     def preview(concept, step):
         draw = MixOfShowPipeline.single(golden_pipeline, concept)
-        drawn.append((concept, draw(concept.prompt, num_inference_steps=2, width=32, height=32)[0].tobytes()))
+        drawn.append((concept, draw(concept.prompt, **DRAWN)[0].tobytes()))
 
     plain = tune(settings, golden_pipeline)
     watched = tune(settings.model_copy(update={"preview_every": 2}), golden_pipeline, preview=preview)
     assert watched.hash == plain.hash
     ((concept, picture),) = drawn
-    again = MixOfShowPipeline.single(golden_pipeline, concept)(
-        concept.prompt, num_inference_steps=2, width=32, height=32
-    )
+    again = MixOfShowPipeline.single(golden_pipeline, concept)(concept.prompt, **DRAWN)
     assert again[0].tobytes() == picture
 
 
