@@ -16,6 +16,7 @@ from mixofshow.concepts.adapters import replaced
 from mixofshow.concepts.concept import vocabulary
 from mixofshow.concepts.model import USUAL_GUIDANCE, load_model, load_unfused, with_concept
 from mixofshow.concepts.prompts import encode_prompts, layerwise
+from mixofshow.errors import SettingsError
 from mixofshow.fusion import refitting
 from mixofshow.fusion.recording import Source
 from mixofshow.fusion.refitting import PICTURES, Refitted, own_lessons, refit
@@ -213,3 +214,9 @@ def test_refitting_needs_no_new_recording_and_tells_how_far_it_is(golden_pipelin
     )
     assert not recorded
     assert told[-4:] == [(step, 4, "loss") for step in range(1, 5)]
+
+
+def test_refitting_in_half_precision_is_refused_before_anything_is_recorded(golden_pipeline, golden_concepts):
+    half = copy.deepcopy(golden_pipeline).to(torch.float16)
+    with pytest.raises(SettingsError, match="refit: does not work in fp16; load the base in bf16 or fp32"):
+        fuse(golden_concepts, half, REFIT)

@@ -22,7 +22,7 @@ from mixofshow.bases.parts import exclusive, refuse_adapters
 from mixofshow.concepts.adapters import replaced
 from mixofshow.concepts.concept import Concept, fitted, vocabulary
 from mixofshow.concepts.model import ConceptModel
-from mixofshow.errors import BadInputError, listed
+from mixofshow.errors import BadInputError, SettingsError, listed
 from mixofshow.fusion.guard import Voice, heard, voices
 from mixofshow.fusion.methods import KEEPS_INPUTS
 from mixofshow.fusion.problem import LayerProblem
@@ -79,7 +79,7 @@ def fuse(
     """Fuse concepts into one model; the pipeline is left as it was.
 
     Raises TokenError when two claim one word, ConceptFileError for one of another base, BaseModelError for a base with
-    adapters (LoRAs) attached.
+    adapters (LoRAs) attached, SettingsError for refitting in fp16.
 
     Recordings go to and are taken from the `store`; without one they are forgotten afterwards. A fusion that was
     broken off goes on from those that are there. Progress is counted in recordings, then anew in steps of refitting.
@@ -92,6 +92,9 @@ def fuse(
     check_method(settings)
     _check_names(ordered, settings)
     refuse_adapters(pipeline, "fusing")
+    if settings.refit and pipeline.unet.dtype == torch.float16:
+        # Its gradients are below what half precision can hold, so that it would teach nothing and say so nowhere.
+        raise SettingsError("refit: does not work in fp16; load the base in bf16 or fp32, or take refit 0")
     base = fingerprint(pipeline)
     ordered = [fitted(concept, pipeline, f"concept <{concept.info.name}>", base=base) for concept in ordered]
     with contextlib.ExitStack() as stack:
