@@ -288,8 +288,8 @@ def test_the_pipeline_is_left_as_it_was(where, drift, golden_pipeline, concept, 
     before = {name: value.clone() for name, value in weights().items()}
     table, modules = golden_pipeline.text_encoder.get_input_embeddings(), [*golden_pipeline.unet.modules()]
     hooks = sum(len(module._forward_pre_hooks) for module in modules)
+    golden_pipeline.scheduler.set_timesteps(FEW.steps + 3)
     timesteps = golden_pipeline.scheduler.timesteps.clone()
-    assert len(timesteps) != FEW.steps
     calls = 0
 
     def break_off(*_: Any) -> None:
