@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
@@ -82,18 +81,6 @@ def whole(golden_pipeline, tmp_path_factory):
     path = tmp_path_factory.mktemp("one") / "tiny-v1.safetensors"
     save_file(original_tensors(golden_pipeline), path)
     return path
-
-
-@pytest.fixture
-def offline(monkeypatch, tmp_path):
-    """No cache, and an error for whoever reaches for the network."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "no-cache"))
-
-    def refuse(*_, **__):
-        raise AssertionError("the network was asked")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 @pytest.mark.parametrize("how", ["config", "beside"])

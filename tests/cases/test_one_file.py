@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 
 import diffusers
 import pytest
@@ -27,18 +26,6 @@ from mixofshow.files import write_tensors
 @pytest.fixture(scope="module")
 def tensors(golden_pipeline):
     return original_tensors(golden_pipeline)
-
-
-@pytest.fixture
-def offline(monkeypatch, tmp_path):
-    """No cache, and an error for whoever reaches for the network."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "no-cache"))
-
-    def refuse(*_, **__):
-        raise AssertionError("the network was asked")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 # ---- what the package carries

@@ -252,9 +252,9 @@ def pattern(kind: str, colours: Sequence[Colour]) -> Scene:
             for row in range(math.ceil(1 / size)):
                 y, colour = row * size, colours[1 + (row if kind == "bands" else column) % (len(colours) - 1)]
                 match kind:
-                    case "stripes":
+                    case "stripes" if row == 0:
                         canvas.box(x, 0, x + 0.5 * size, 1, colour)
-                    case "bands":
+                    case "bands" if column == 0:
                         canvas.band(y, y + 0.5 * size, colour)
                     case "dots":
                         canvas.disc(x, y, random.uniform(0.15, 0.4) * size, colour)
