@@ -38,8 +38,8 @@ class Recipe:
     generator_steps: int = 20_000
     generator_batch: int = 64
     generator_rate: float = 1.5e-3
-    cached_shards: int = 24
-    cached_wide_shards: int = 8
+    cached_shards: int = 48
+    cached_wide_shards: int = 16
     judge_steps: int = 8000
     judge_batch: int = 64
     judge_rate: float = 1e-3
