@@ -19,9 +19,9 @@ import torch
 from figures import keep
 from PIL import Image
 
+from emojiland.control_networks import Layout, random_layout
+from emojiland.figures import rank_classes
 from mixofshow import MixOfShowPipeline
-from mixofshow.bases.emojiland.controls import Layout, random_layout
-from mixofshow.bases.emojiland.report import rank_classes
 from mixofshow.bases.emojiland.scenes import PLAIN_SCENES
 from mixofshow.bases.emojiland.world import SIZE, WIDE
 from mixofshow.bases.loading import EMBEDDED_CONTROLS

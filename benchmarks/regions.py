@@ -35,8 +35,8 @@ import torch
 from figures import keep, known
 from PIL import Image
 
+from emojiland.figures import rank_scenes
 from mixofshow.bases.emojiland.concepts import SUBJECTS, class_word, concept_pictures
-from mixofshow.bases.emojiland.report import rank_scenes
 from mixofshow.bases.emojiland.scenes import SCENES
 from mixofshow.bases.emojiland.world import SIZE, WIDE, compose, places
 from mixofshow.concepts.model import ConceptModel

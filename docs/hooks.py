@@ -13,7 +13,7 @@ PAGES: Final = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
-    "src/mixofshow/bases/emojiland/README.md": "emojiland.md",
+    "emojiland/README.md": "emojiland.md",
     "src/mixofshow/bases/emojiland/icons/LICENSES.md": "licences.md",
 }
 """Files of the repository, and what they are called on the site."""

@@ -46,6 +46,9 @@ def test_a_broken_folder(name, tmp_path):
 def test_a_hub_name_that_is_not_in_the_cache_fails_at_once(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     start = time.monotonic()
-    with pytest.raises(BaseModelError, match="nobody/nothing-of-this-name: not in the local cache, or not whole; --download fetches it$"):
+    with pytest.raises(
+        BaseModelError,
+        match="nobody/nothing-of-this-name: not in the local cache, or not whole; --download fetches it$",
+    ):
         load_base("nobody/nothing-of-this-name")
     assert time.monotonic() - start < 10

@@ -11,15 +11,17 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from mixofshow.bases.emojiland import autoencoder
+from emojiland import autoencoder
+from emojiland.library import Library
+from emojiland.pictures import random_picture
+from emojiland.pretrain import JUDGE, WEIGHTS
+from emojiland.training import Stage, optimizers, train
 from mixofshow.bases.emojiland.concepts import ALL, CHARACTERS, OBJECTS, SCENES, concept_pictures, write_concept
-from mixofshow.bases.emojiland.library import Library
-from mixofshow.bases.emojiland.pretrain import JUDGE, WEIGHTS
+from mixofshow.bases.emojiland.judge import to_tensor
 from mixofshow.bases.emojiland.scenes import CONCEPT_SCENES
 from mixofshow.bases.emojiland.sprites import recolour, sprite
-from mixofshow.bases.emojiland.training import Stage, optimizers, train
 from mixofshow.bases.emojiland.vocabulary import CLASSES, CONCEPT_SETS, GENERATOR_SETS, ICONS_OF_SET
-from mixofshow.bases.emojiland.world import KNOWN_SCENES, places, random_picture
+from mixofshow.bases.emojiland.world import KNOWN_SCENES, places
 from mixofshow.bases.layers import cross_attentions
 from mixofshow.bases.loading import load_base
 from mixofshow.errors import BadInputError
@@ -93,14 +95,14 @@ def test_recolouring_keeps_the_shape_and_a_full_turn_the_colour():
 def test_balancing_latents_changes_no_picture():
     torch.manual_seed(0)
     vae = autoencoder.build().eval()
-    pictures = autoencoder.to_tensor(random_picture(Random(k), ICONS).image for k in range(8))
+    pictures = to_tensor(random_picture(Random(k), ICONS).image for k in range(8))
     before = autoencoder.reconstruct(vae, pictures)
     autoencoder.balance(vae, ICONS, count=64)
     after = autoencoder.reconstruct(vae, pictures)
     assert (before - after).norm() <= 1e-3 * before.norm()
     with torch.no_grad():
         random = Random(2 * 10**6)
-        fresh = autoencoder.to_tensor(random_picture(random, ICONS).image for _ in range(64))
+        fresh = to_tensor(random_picture(random, ICONS).image for _ in range(64))
         latents = vae.encode(fresh).latent_dist.mode()
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(8), atol=1e-3, rtol=0)
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(8), atol=1e-3, rtol=0)
@@ -166,7 +168,7 @@ def test_the_base_is_an_ordinary_pipeline_of_stable_diffusion_shape():
 
 @pytest.mark.slow
 def test_required_figures():
-    from mixofshow.bases.emojiland.report import falls_short, report
+    from emojiland.figures import falls_short, report
 
     figures = report(load_base("emojiland"), per_class=13)
     assert {name for name, value in figures.items() if falls_short(name, value)} == set(), figures

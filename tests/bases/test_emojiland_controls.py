@@ -13,18 +13,10 @@ from accelerate.state import AcceleratorState
 from diffusers import ControlNetModel, T2IAdapter
 from PIL import Image
 
-from mixofshow.bases.emojiland import controls
-from mixofshow.bases.emojiland.controls import (
-    KINDS,
-    draw,
-    random_layout,
-    scattered,
-    silhouettes,
-    stage,
-    train_control,
-)
+from emojiland import control_networks
+from emojiland.control_networks import KINDS, draw, random_layout, scattered, silhouettes, stage, train_control
+from emojiland.training import new_run
 from mixofshow.bases.emojiland.sprites import ICON_SIZE, sprite
-from mixofshow.bases.emojiland.training import new_run
 from mixofshow.bases.emojiland.world import Placement
 from mixofshow.bases.loading import EMBEDDED_CONTROLS, load_base
 from mixofshow.evaluation.layout import foreground, overlap, sketched
@@ -103,7 +95,7 @@ def test_only_the_control_learns(kind, base):
 
 @every_kind
 def test_training_leaves_a_folder_and_goes_on(kind, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(controls, "preview", lambda pipeline: Image.new("RGB", (1, 1)))
+    monkeypatch.setattr(control_networks, "preview", lambda pipeline: Image.new("RGB", (1, 1)))
     assert not train_control(kind, base, tmp_path, steps=2, batch=2, minutes=0)
     assert train_control(kind, base, tmp_path, steps=2, batch=2)
     loaded = CLASSES[kind].from_pretrained(tmp_path / kind)

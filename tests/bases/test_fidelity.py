@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mixofshow.bases.emojiland.fidelity import frechet_distance, renders
+from emojiland.fidelity import frechet_distance, renders
 
 
 def test_equal_sets_are_at_distance_0_and_moved_ones_at_the_square_of_the_way() -> None:

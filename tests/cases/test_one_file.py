@@ -14,13 +14,13 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from safetensors.torch import save_file
-from tests.bases.test_loading import GOLDEN_BASE, original_tensors
 
 from mixofshow.bases import originals
 from mixofshow.bases.loading import load_base
 from mixofshow.bases.originals import FOLDER, carried_tokenizers
 from mixofshow.errors import BaseModelError, SettingsError
 from mixofshow.files import write_tensors
+from tests.bases.test_loading import GOLDEN_BASE, original_tensors
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ from mixofshow.tuning.settings import BASE_PRESETS
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "src/mixofshow/bases/emojiland/**/*.md")
+    for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "emojiland/*.md", "src/mixofshow/bases/emojiland/**/*.md")
     for path in ROOT.glob(pattern)
 )
 QUICK = ("README.md", "docs/tour.md")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from mixofshow.bases.emojiland.controls import random_layout
+from emojiland.control_networks import random_layout
 from mixofshow.evaluation.layout import centre_error, foreground, overlap, sketched
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mixofshow.evaluation.tunability import Learned, nearest_share, summary
+from emojiland.tunability import Learned, nearest_share, summary
 
 
 def test_a_picture_counts_for_the_thing_whose_references_are_nearest_on_average():

@@ -25,10 +25,10 @@ from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import Tensor, nn
 
-from mixofshow.bases.emojiland.autoencoder import to_images, to_tensor
-from mixofshow.bases.emojiland.generator import CAPTION_DROPOUT, WIDE_BATCH, step_weights
-from mixofshow.bases.emojiland.training import Stage, flat_then_down, new_run, train
-from mixofshow.bases.emojiland.wordpieces import tokenize
+from emojiland.autoencoder import to_images
+from emojiland.generator import CAPTION_DROPOUT, WIDE_BATCH, step_weights
+from emojiland.training import Stage, flat_then_down, new_run, train
+from mixofshow.bases.emojiland.judge import to_tensor, tokenize
 from mixofshow.bases.emojiland.world import (
     KNOWN_SCENES,
     SIZE,

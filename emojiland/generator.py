@@ -21,11 +21,13 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from mixofshow.bases.emojiland.autoencoder import LATENT_CHANNELS, to_tensor
-from mixofshow.bases.emojiland.library import Library
-from mixofshow.bases.emojiland.training import Stage
-from mixofshow.bases.emojiland.wordpieces import tokenize, train_tokenizer
-from mixofshow.bases.emojiland.world import SIZE, WIDE, Picture, random_picture
+from emojiland.autoencoder import LATENT_CHANNELS
+from emojiland.library import Library
+from emojiland.pictures import random_picture
+from emojiland.tokenizer import train_tokenizer
+from emojiland.training import Stage
+from mixofshow.bases.emojiland.judge import to_tensor, tokenize
+from mixofshow.bases.emojiland.world import SIZE, WIDE, Picture
 from mixofshow.grids import grid
 
 TEXT_WIDTH: Final = 144

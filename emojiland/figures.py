@@ -12,8 +12,9 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from mixofshow.bases.emojiland import autoencoder, judge
-from mixofshow.bases.emojiland.judge import ALL_CLASSES, ALL_SCENES
+from emojiland import autoencoder
+from emojiland.clip import ALL_CLASSES, ALL_SCENES, judged_picture
+from mixofshow.bases.emojiland import judge
 from mixofshow.bases.emojiland.scenes import article
 from mixofshow.bases.emojiland.vocabulary import CLASSES
 from mixofshow.bases.emojiland.world import KNOWN_SCENES, SIZE, SOFTNESS, SPRITE_HEIGHT, WIDE
@@ -165,7 +166,7 @@ def judge_accuracy(folder: Path = judge.JUDGE_FOLDER, count: int = 1000, seed: i
     """How often the judge names the class of an unseen render with a single sprite, among all its classes."""
     random = Random(seed)
     pictures = [
-        picture for picture in (judge.judged_picture(random) for _ in range(2 * count)) if len(picture.subjects) == 1
+        picture for picture in (judged_picture(random) for _ in range(2 * count)) if len(picture.subjects) == 1
     ][:count]
     guesses = rank_classes([picture.image for picture in pictures], folder)
     return _share(guess[0] == picture.subjects[0] for guess, picture in zip(guesses, pictures, strict=True))

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from random import Random
 from typing import Final
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image, ImageChops, ImageFilter
 from torch import Tensor, nn
 
-from mixofshow.bases.emojiland.library import Library
-from mixofshow.bases.emojiland.scenes import any_backdrop, any_colour, plain
+from emojiland.backdrops import any_backdrop, any_colour
+from emojiland.library import Library
+from emojiland.pictures import random_picture, random_scene
+from emojiland.training import Stage, down
+from mixofshow.bases.emojiland.judge import to_tensor
+from mixofshow.bases.emojiland.scenes import plain
 from mixofshow.bases.emojiland.sprites import recolour
-from mixofshow.bases.emojiland.training import Stage, down
 from mixofshow.bases.emojiland.vocabulary import CONCEPT_SETS
 from mixofshow.bases.emojiland.world import (
     KNOWN_SCENES,
@@ -27,8 +28,6 @@ from mixofshow.bases.emojiland.world import (
     draw_scene,
     paste,
     places,
-    random_picture,
-    random_scene,
 )
 from mixofshow.grids import grid
 
@@ -136,12 +135,6 @@ def stage(vae: AutoencoderKL, library: Library, *, steps: int, batch: int, learn
         return grid(to_images(torch.cat([pictures, made])), columns=16)
 
     return Stage("autoencoder", _Reconstruction(vae), loss, preview, steps, learning_rate, schedule=down)
-
-
-def to_tensor(images: Iterable[Image.Image]) -> Tensor:
-    """RGB pictures of one size as (pictures, 3, height, width) in [-1, 1]."""
-    array = np.stack([np.asarray(image) for image in images])
-    return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_images(pictures: Tensor) -> list[Image.Image]:

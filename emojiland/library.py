@@ -1,7 +1,7 @@
 """The maintainer's library: all suitable icons of whole sets, which the networks learn from and the package does not ship.
 
     npm pack @iconify-json/noto @iconify-json/fluent-emoji-flat     # and unpack each
-    python -m mixofshow.bases.emojiland icons FOLDER_WITH_UNPACKED_PACKAGES
+    python -m emojiland icons FOLDER_WITH_UNPACKED_PACKAGES
 
 writes one `.npz` for each set into the run's folder. Names are the sets' own, in words.
 """
@@ -54,7 +54,7 @@ class Library:
         for icon_set in sets:
             path = folder / f"{icon_set}.npz"
             if not path.exists():
-                raise BadInputError(f"{path}: not there; `python -m mixofshow.bases.emojiland icons` makes it")
+                raise BadInputError(f"{path}: not there; `python -m emojiland icons` makes it")
             with np.load(path) as file:
                 icons += [
                     Icon(str(name), icon_set, Image.fromarray(pixels, "RGBA"))
@@ -75,7 +75,7 @@ class Library:
 
 def write(packages: Path, folder: Path, sets: tuple[str, ...] = GENERATOR_SETS) -> dict[str, int]:
     """Draw every suitable icon of the unpacked packages once; returns how many of each set."""
-    from mixofshow.bases.emojiland.vendor_icons import rasterize
+    from emojiland.vendor_icons import rasterize
 
     folder.mkdir(parents=True, exist_ok=True)
     counts = {}

@@ -1,7 +1,7 @@
 """The recipe that made the shipped weights: autoencoder, generator, judge, one after the other.
 
-    python -m mixofshow.bases.emojiland pretrain --out FOLDER            one process
-    torchrun --nproc-per-node 2 -m mixofshow.bases.emojiland pretrain …  two (on CPU, with OMP_NUM_THREADS=1)
+    python -m emojiland pretrain --out FOLDER            one process
+    torchrun --nproc-per-node 2 -m emojiland pretrain …  two (on CPU, with OMP_NUM_THREADS=1)
 
 Interrupt it whenever you like; the same command goes on from the newest checkpoint in FOLDER. With `--start emojiland`
 and no checkpoint there, the generator goes on from the shipped weights; give it more steps with `--generator-steps`.
@@ -18,10 +18,11 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 
-from mixofshow.bases.emojiland import autoencoder, generator, judge
-from mixofshow.bases.emojiland.library import Library
-from mixofshow.bases.emojiland.training import new_run, train
-from mixofshow.bases.emojiland.world import SIZE, WIDE, random_picture
+from emojiland import autoencoder, clip, generator
+from emojiland.library import Library
+from emojiland.pictures import random_picture
+from emojiland.training import new_run, train
+from mixofshow.bases.emojiland.world import SIZE, WIDE
 from mixofshow.bases.loading import EMBEDDED, load_base
 
 WEIGHTS: Final = EMBEDDED["emojiland"]
@@ -109,9 +110,9 @@ def _fresh_generator(run: Path, library: Library) -> Any:
 
 
 def _judge(recipe: Recipe, run: Path, accelerator: Accelerator, minutes: float) -> None:
-    tokenizer = judge.build_tokenizer()
-    model = judge.build(tokenizer).to(accelerator.device)
-    stage = judge.stage(
+    tokenizer = clip.build_tokenizer()
+    model = clip.build(tokenizer).to(accelerator.device)
+    stage = clip.stage(
         model,
         tokenizer,
         steps=recipe.judge_steps,

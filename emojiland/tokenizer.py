@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from torch import Tensor
 from transformers import CLIPTokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -28,9 +27,3 @@ def train_tokenizer(captions: Sequence[str], length: int) -> CLIPTokenizer:
     pieces = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)  # type: ignore[arg-type]
-
-
-def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
-    """Token ids padded to the tokenizer's length, (captions, tokens)."""
-    ids: Tensor = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
-    return ids

@@ -1,7 +1,7 @@
 """Rasterize the icons that Emojiland uses from the npm icon sets into one picture per set.
 
 Run once by a maintainer, after `npm pack @iconify-json/noto …` and unpacking:
-    python -m mixofshow.bases.emojiland.vendor_icons FOLDER_WITH_UNPACKED_PACKAGES
+    python -m emojiland.vendor_icons FOLDER_WITH_UNPACKED_PACKAGES
 Needs resvg-py (the `dev` extra); everybody else uses the pictures this wrote.
 """
 
