@@ -87,11 +87,11 @@ def any_picture(random: Random, library: Library) -> Image.Image:
             for _ in range(random.choice((1, 2, 3, 4)))
         ]
     for place in laid:
-        paste(image, _altered(library.choose(random).picture, random), place)
+        paste(image, altered(library.choose(random).picture, random), place)
     return image.filter(ImageFilter.GaussianBlur(random.choice((0, random.uniform(0, SOFTNESS)))))
 
 
-def _altered(icon: Image.Image, random: Random) -> Image.Image:
+def altered(icon: Image.Image, random: Random) -> Image.Image:
     """An icon, often mirrored, in other colours, or with an outline as other sets have."""
     if random.random() < 0.5:
         icon = icon.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -1,12 +1,14 @@
-"""What Emojiland's judge learns from, and how: a small CLIP that knows all four icon sets and more classes than the generator.
+"""What Emojiland's judge learns from, and how: a small CLIP of the same things as the generator's, with some more names.
 
+It never sees the sets that concepts are made of, nor anything that was drawn by a network. It is told not only what a
+picture shows, but which pictures show the same, in whatever place: identity is what it will be asked for.
 `mixofshow.bases.emojiland.judge` is what looks at pictures with it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from random import Random
 from typing import Final
 
@@ -15,23 +17,33 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
+from emojiland.autoencoder import altered
+from emojiland.backdrops import backdrop
+from emojiland.library import Library
+from emojiland.pictures import STYLES, Thing
 from emojiland.tokenizer import train_tokenizer
 from emojiland.training import Stage
 from mixofshow.bases.emojiland.judge import to_tensor, tokenize
-from mixofshow.bases.emojiland.scenes import article
+from mixofshow.bases.emojiland.scenes import article, listed
 from mixofshow.bases.emojiland.sprites import recolour, sprite
-from mixofshow.bases.emojiland.vocabulary import CLASSES, FURTHER_CLASSES, ICONS_OF_SET
-from mixofshow.bases.emojiland.world import CONCEPT_SCENE_PHRASES, KNOWN_SCENES, SIZE, TINTS, compose
+from mixofshow.bases.emojiland.vocabulary import CLASSES, FURTHER_CLASSES, GENERATOR_SETS
+from mixofshow.bases.emojiland.world import CONCEPT_SCENE_PHRASES, KNOWN_SCENES, SIZE, SOFTNESS, TINTS, compose
 from mixofshow.grids import grid
 
 ALL_CLASSES: Final = {**CLASSES, **FURTHER_CLASSES}
 ALL_SCENES: Final = {**KNOWN_SCENES, **CONCEPT_SCENE_PHRASES}
-MAX_TOKENS: Final = 24
+WORD_OF_ICON: Final = {icon.replace("-", " "): word for word, icon in ALL_CLASSES.items()}
+"""So that one thing has one name."""
+MAX_TOKENS: Final = 32
+ALONE_SHARE: Final = 0.8
+CLASS_SHARE: Final = 0.4
+TINTED_SHARE: Final = 0.25
+ALTERED_SHARE: Final = 0.4
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A picture, a caption, all that is true of the picture and what the caption claims of it."""
+    """A picture, a caption, what stands in it, all that is true of it and what the caption claims of it."""
 
     image: Image.Image
     caption: str
@@ -40,45 +52,58 @@ class Judged:
     claims: frozenset[str]
 
 
-def judged_picture(random: Random) -> Judged:
-    """A picture of any set and tint; its caption may tell or leave out drawing style, tint and place."""
-    words = random.sample(list(ALL_CLASSES), 1 if random.random() < 0.8 else 2)
-    styles = [random.choice(list(ICONS_OF_SET)) for _ in words]
-    tints = [random.choice(list(TINTS)) if random.random() < 0.35 else "" for _ in words]
-    scene = random.choice(list(ALL_SCENES))
-    kinds = list(zip(words, styles, tints, strict=True))
-    picture = compose(
-        [(word, _tinted(style, tint, word)) for word, style, tint in kinds], scene, random, scenes=ALL_SCENES
-    )
-    detail, placed = random.choice(["", "style", "tint", "style tint"]), random.random() < 0.35
-    said = [
-        _name(word, style if "style" in detail else "", tint if "tint" in detail else "") for word, style, tint in kinds
-    ]
-    count = str(len(words))
-    every_name = {_name(word, a, b) for word, style, tint in kinds for a in ("", style) for b in ("", tint)}
+def judged_pair(random: Random, library: Library) -> list[Judged]:
+    """Two pictures of one thing, or of the same two: other places, poses and captions; what is drawn alike stays alike."""
+    count = 1 if random.random() < ALONE_SHARE else 2
+    things = [_thing(random, library) for _ in range(count)]
+    return [_shown(things, random) for _ in range(2)]
+
+
+def _thing(random: Random, library: Library) -> Thing:
+    """One of the classes as often as any other, tinted, or altered without a word for it, as nobody else's is."""
+    if random.random() < CLASS_SHARE:
+        word, icon_set = random.choice(list(ALL_CLASSES)), random.choice(GENERATOR_SETS)
+        name, picture = word, sprite(icon_set, ALL_CLASSES[word])
+    else:
+        icon = library.choose(random)
+        name, icon_set, picture = WORD_OF_ICON.get(icon.name, icon.name), icon.icon_set, icon.picture
+    tint = random.choice(list(TINTS)) if random.random() < TINTED_SHARE else ""
+    if tint:
+        picture = recolour(picture, TINTS[tint])
+    elif random.random() < ALTERED_SHARE:
+        picture = altered(picture, random)
+    return Thing(name, picture, STYLES[icon_set], tint)
+
+
+def _shown(things: Sequence[Thing], random: Random) -> Judged:
+    """A picture of the things; its caption may tell or leave out drawing style, tint and place."""
+    phrase, scene = random.choice(list(ALL_SCENES.items())) if random.random() < 0.8 else backdrop(random)
+    softness = random.choice((0, 0, random.uniform(0, SOFTNESS)))
+    pairs = [(thing.name, thing.sprite) for thing in things]
+    picture = compose(pairs, phrase, random, scenes={phrase: scene}, softness=softness)
+    styled, tinted, placed = random.random() < 0.5, random.random() < 0.5, random.random() < 0.35
+    said = [_name(thing, styled, tinted) for thing in things]
+    count = str(len(things))
     return Judged(
         picture.image,
-        f"a photo of {' and '.join(map(article, said))}" + (f" {scene}" if placed else ""),
+        f"a photo of {listed(said)}" + (f" {phrase}" if placed else ""),
         picture.subjects,
-        truths=frozenset({*every_name, scene, count}),
-        claims=frozenset({*said, count, *([scene] if placed else [])}),
+        truths=frozenset(
+            {count, phrase, *(_name(thing, a, b) for thing in things for a in (True, False) for b in (True, False))}
+        ),
+        claims=frozenset({*said, count, *([phrase] if placed else [])}),
     )
 
 
-def _name(word: str, style: str, tint: str) -> str:
-    return " ".join(filter(None, [tint, style.split("-", maxsplit=1)[0], word]))
+def _name(thing: Thing, styled: bool, tinted: bool) -> str:
+    return " ".join(filter(None, [thing.tint * tinted, thing.style * styled, thing.name]))
 
 
-@cache
-def _tinted(style: str, tint: str, word: str) -> Image.Image:
-    image = sprite(style, ALL_CLASSES[word])
-    return recolour(image, TINTS[tint]) if tint else image
-
-
-def build_tokenizer() -> CLIPTokenizer:
+def build_tokenizer(library: Library) -> CLIPTokenizer:
     """The judge's own tokenizer."""
     random = Random(1)
-    return train_tokenizer([judged_picture(random).caption for _ in range(6000)], MAX_TOKENS)
+    captions = [one.caption for _ in range(3000) for one in judged_pair(random, library)]
+    return train_tokenizer([*captions, *ALL_CLASSES, *ALL_SCENES, *(icon.name for icon in library.icons)], MAX_TOKENS)
 
 
 def build(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -106,41 +131,48 @@ def build(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 class _Similarity(nn.Module):
-    """Scaled cosine similarities, pictures × captions, in one call that can be distributed."""
+    """Scaled cosine similarities of pictures with captions and with pictures, in one call that can be distributed."""
 
     def __init__(self, clip: CLIPModel) -> None:
         super().__init__()
         self.clip = clip
 
-    def forward(self, pictures: Tensor, ids: Tensor) -> Tensor:
-        return self.clip(input_ids=ids, pixel_values=pictures).logits_per_image
+    def forward(self, pictures: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        made = self.clip(input_ids=ids, pixel_values=pictures)
+        return made.logits_per_image, self.clip.logit_scale.exp() * made.image_embeds @ made.image_embeds.T
 
 
-def stage(clip: CLIPModel, tokenizer: CLIPTokenizer, *, steps: int, batch: int, learning_rate: float) -> Stage:
-    """CLIP's contrastive loss, in which every caption that is true of a picture counts as its own, plus naming.
+def stage(
+    clip: CLIPModel, tokenizer: CLIPTokenizer, library: Library, *, steps: int, batch: int, learning_rate: float
+) -> Stage:
+    """Three cross-entropies: pairing, naming, and telling things from one another.
 
-    Naming is the cross-entropy over the captions of all classes at once: a batch's own captions show few classes,
-    differ in much else, and teach them slowly.
+    Pairing is CLIP's own, in which every caption that is true of a picture counts as its own. Naming is over the
+    captions of all classes at once: a batch's own captions show few classes, differ in much else, and teach them
+    slowly. Telling finds, for each picture, the other one of the same thing among all pictures, wherever it stands.
     """
     names = tokenize(tokenizer, [f"a photo of {article(word)}" for word in ALL_CLASSES])
+    cross_entropy = nn.functional.cross_entropy
 
     def loss(model: nn.Module, seed: int) -> Tensor:
         random = Random(seed)
-        pictures = [judged_picture(random) for _ in range(batch)]
-        images = to_tensor(picture.image for picture in pictures)
+        pictures = [one for _ in range(batch // 2) for one in judged_pair(random, library)]
+        count, device = len(pictures), clip.device
+        images = to_tensor(picture.image for picture in pictures).to(device)
         ids = tokenize(tokenizer, [picture.caption for picture in pictures])
-        device = clip.device
-        scores = model(images.to(device), torch.cat([ids, names]).to(device)).float()
-        pairing, naming = scores[:, :batch], scores[:, batch:]
+        scores, alike = (part.float() for part in model(images, torch.cat([ids, names]).to(device)))
+        pairing, naming = scores[:, :count], scores[:, count:]
         true = torch.tensor([[one.claims <= shown.truths for one in pictures] for shown in pictures], device=device)
         named = torch.tensor([[word in shown.subjects for word in ALL_CLASSES] for shown in pictures], device=device)
-        cross_entropy = nn.functional.cross_entropy
+        known = named.any(1)
+        twin = torch.arange(count, device=device) ^ 1
         contrast = (cross_entropy(pairing, _shares(true)) + cross_entropy(pairing.T, _shares(true.T))) / 2
-        return contrast + cross_entropy(naming, _shares(named))
+        telling = cross_entropy(alike.masked_fill(torch.eye(count, dtype=torch.bool, device=device), -1e4), twin)
+        return contrast + cross_entropy(naming[known], _shares(named[known])) + telling
 
     def preview(model: nn.Module) -> Image.Image:
         random = Random(-1)
-        return grid([judged_picture(random).image for _ in range(16)], columns=16)
+        return grid([one.image for _ in range(8) for one in judged_pair(random, library)], columns=16)
 
     return Stage("judge", _Similarity(clip), loss, preview, steps, learning_rate)
 

@@ -13,11 +13,12 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from emojiland import autoencoder
-from emojiland.clip import ALL_CLASSES, ALL_SCENES, judged_picture
+from emojiland.clip import ALL_CLASSES, ALL_SCENES
 from mixofshow.bases.emojiland import judge
-from mixofshow.bases.emojiland.scenes import article
-from mixofshow.bases.emojiland.vocabulary import CLASSES
-from mixofshow.bases.emojiland.world import KNOWN_SCENES, SIZE, SOFTNESS, SPRITE_HEIGHT, WIDE
+from mixofshow.bases.emojiland.scenes import article, listed
+from mixofshow.bases.emojiland.sprites import sprite
+from mixofshow.bases.emojiland.vocabulary import CLASSES, GENERATOR_SETS
+from mixofshow.bases.emojiland.world import KNOWN_SCENES, SIZE, SOFTNESS, SPRITE_HEIGHT, WIDE, compose
 from mixofshow.grids import grid
 from mixofshow.progress import Progress, silent
 
@@ -71,11 +72,11 @@ def report(
     random = Random(0)
     pairs = [(tuple(random.sample(list(CLASSES), 2)), random.choice(scenes)) for _ in range(len(singles) // 2)]
     prompts = [f"a photo of {article(word)} {scene}" for word, scene in singles]
-    prompts += [f"a photo of {article(a)} and {article(b)} {scene}" for (a, b), scene in pairs]
+    prompts += [f"a photo of {listed(words)} {scene}" for words, scene in pairs]
     triples = [(tuple(random.sample(list(CLASSES), 3)), random.choice(scenes)) for _ in range(len(singles) // 4)]
     wide = sample(
         pipeline,
-        [f"a photo of {' and '.join(map(article, words))} {scene}" for words, scene in triples],
+        [f"a photo of {listed(words)} {scene}" for words, scene in triples],
         width=WIDE,
         progress=progress,
     )
@@ -165,8 +166,15 @@ def _rank(images: Sequence[Image.Image], captions: dict[str, str], folder: Path)
 def judge_accuracy(folder: Path = judge.JUDGE_FOLDER, count: int = 1000, seed: int = 3 * 10**6) -> float:
     """How often the judge names the class of an unseen render with a single sprite, among all its classes."""
     random = Random(seed)
+    words = [random.choice(list(ALL_CLASSES)) for _ in range(count)]
     pictures = [
-        picture for picture in (judged_picture(random) for _ in range(2 * count)) if len(picture.subjects) == 1
-    ][:count]
+        compose(
+            [(word, sprite(random.choice(GENERATOR_SETS), ALL_CLASSES[word]))],
+            random.choice(list(ALL_SCENES)),
+            random,
+            scenes=ALL_SCENES,
+        )
+        for word in words
+    ]
     guesses = rank_classes([picture.image for picture in pictures], folder)
-    return _share(guess[0] == picture.subjects[0] for guess, picture in zip(guesses, pictures, strict=True))
+    return _share(guess[0] == word for guess, word in zip(guesses, words, strict=True))

@@ -110,11 +110,13 @@ def _fresh_generator(run: Path, library: Library) -> Any:
 
 
 def _judge(recipe: Recipe, run: Path, accelerator: Accelerator, minutes: float) -> None:
-    tokenizer = clip.build_tokenizer()
+    library = Library.load(run / "icons")
+    tokenizer = clip.build_tokenizer(library)
     model = clip.build(tokenizer).to(accelerator.device)
     stage = clip.stage(
         model,
         tokenizer,
+        library,
         steps=recipe.judge_steps,
         batch=_share(recipe.judge_batch, accelerator),
         learning_rate=recipe.judge_rate,

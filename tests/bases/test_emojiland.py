@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from emojiland import autoencoder
+from emojiland.clip import judged_pair
 from emojiland.library import Library
 from emojiland.pictures import random_picture
 from emojiland.pretrain import JUDGE, WEIGHTS
@@ -46,6 +47,16 @@ def test_captions_say_what_is_shown_from_left_to_right(width):
         ]
         assert min(found) >= 0 and found == sorted(found)
         assert picture.caption.endswith(picture.scene) or " on a " not in picture.caption
+
+
+def test_the_judge_is_shown_each_thing_twice_and_captions_claim_nothing_untrue():
+    random = Random(0)
+    for _ in range(50):
+        first, second = judged_pair(random, ICONS)
+        assert first.subjects == second.subjects and first.image.tobytes() != second.image.tobytes()
+        for one in (first, second):
+            assert one.claims <= one.truths
+            assert all(word in one.caption for word in one.subjects)
 
 
 def test_sprites_lie_in_the_picture_side_by_side():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import colorsys
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from random import Random
 from typing import Final
 
@@ -227,6 +227,11 @@ COLOURS: Final[dict[str, Colour]] = {
 def article(noun: str) -> str:
     """The noun with "a" or "an" before it."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def listed(nouns: Iterable[str]) -> str:
+    """The nouns as captions name what stands side by side, left to right."""
+    return " and ".join(article(noun) for noun in nouns)
 
 
 SCENES: Final[dict[str, Scene]] = {

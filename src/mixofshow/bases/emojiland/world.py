@@ -9,7 +9,7 @@ from typing import Final
 
 from PIL import Image, ImageFilter
 
-from mixofshow.bases.emojiland.scenes import CONCEPT_SCENES, PLAIN_SCENES, SCENES, Canvas, Scene, article
+from mixofshow.bases.emojiland.scenes import CONCEPT_SCENES, PLAIN_SCENES, SCENES, Canvas, Scene, listed
 from mixofshow.bases.emojiland.sprites import sprite
 from mixofshow.bases.emojiland.vocabulary import CLASSES, GENERATOR_SETS
 
@@ -24,14 +24,8 @@ SPRITE_HEIGHT: Final = 0.56
 SOFTNESS: Final = 0.65
 """Radius in pixels of the blur of blurred pictures: like a lens, it leaves no single-pixel detail."""
 
-BLURRED_SHARE: Final = 0.15
-CLASS_SHARE: Final = 0.5
-TINTED_SHARE: Final = 0.2
 TINTS: Final = {"rosy": 1 / 8, "minty": 1 / 3, "azure": 1 / 2, "violet": 3 / 4}
 """Recoloured sprites by the word for their turn on the colour wheel."""
-STYLES: Final = {"noto": "noto", "fluent-emoji-flat": "fluent", "twemoji": "twemoji", "openmoji": "openmoji"}
-"""The word for each icon set's drawing style."""
-
 KNOWN_SCENES: Final = {**SCENES, **PLAIN_SCENES}
 
 CONCEPT_SCENE_PHRASES: Final = {f"in the {name.replace('-', ' ')}": scene for name, scene in CONCEPT_SCENES.items()}
@@ -110,8 +104,7 @@ def compose(
         paste(image, subject, place)
     image = image.filter(ImageFilter.GaussianBlur(softness))
     words = tuple(word for word, _ in subjects)
-    named = " and ".join(article(word) for word in words)
-    caption = random.choice(["a photo of {}", "{}"]).format(named) + (f" {scene}" if scene else "")
+    caption = random.choice(["a photo of {}", "{}"]).format(listed(words)) + (f" {scene}" if scene else "")
     return Picture(image, caption, words, scene)
 
 
