@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from mixofshow.bases.families import of_encoders, text_encoders
 from mixofshow.bases.layers import count_groups, cross_attentions, text_groups
 from mixofshow.concepts.encoding import Encode, States, encode_fully, encode_shared
-from mixofshow.concepts.words import Vocabulary, token_ids
+from mixofshow.concepts.words import Vocabulary, token_ids, token_weights
+from mixofshow.errors import SettingsError, shown
 
 Ids = tuple[Tensor, ...]
 """Token ids of some prompts for each text encoder, (prompts, tokens)."""
@@ -153,7 +154,8 @@ def encode_prompts(pipeline: Any, prompts: Sequence[str], vocabulary: Vocabulary
     """Encode prompts layer by layer, padded to the text encoders' length: `hidden` is (prompts, layers, tokens, dim).
 
     Prompts without placeholders are the same for all layers and are encoded once; so are those whose words have one
-    vector for all layers, and repeated prompts. Raises TokenError for unknown words.
+    vector for all layers, and repeated prompts. Weights, where the vocabulary's syntax has them, are applied. Raises
+    TokenError for unknown words, SettingsError for weights that cannot be applied.
     """
     layers = count_groups(pipeline.unet)
     encoded: dict[str, EncodedText] = {}
@@ -166,8 +168,36 @@ def encode_prompts(pipeline: Any, prompts: Sequence[str], vocabulary: Vocabulary
             text = encode_variants(pipeline, ids, vocabulary.vectors(layers)[:variants])
         else:
             text = encode_plain(pipeline, ids)
-        encoded[prompt] = text.for_layers(layers)
+        encoded[prompt] = _weighted(pipeline, prompt, vocabulary, text).for_layers(layers)
     return joined([encoded[prompt] for prompt in prompts])
+
+
+def _weighted(pipeline: Any, prompt: str, vocabulary: Vocabulary, text: EncodedText) -> EncodedText:
+    """The prompt's text with the weights of its words, for each text encoder by itself; without any, as it is."""
+    if all(weight == 1 for _, weight in vocabulary.pieces(prompt)):
+        return text
+    parts = []
+    for one, states in zip(text_encoders(pipeline), of_encoders(pipeline, text.hidden), strict=True):
+        weights = states.new_tensor(token_weights(prompt, one.tokenizer, vocabulary, one.length))
+        parts.append(emphasized(states, weights))
+    if not all(part.isfinite().all() for part in parts):
+        raise SettingsError(
+            f"prompt weights: the states of '{shown(prompt)}' come to a mean of 0, which cannot be made what it was; "
+            "change a weight"
+        )
+    return EncodedText(torch.cat(parts, dim=-1), text.pooled)
+
+
+def emphasized(states: Tensor, weights: Tensor) -> Tensor:
+    """States times their tokens' weights, with the mean that they had, as A1111 does. (..., tokens, dim), (tokens,).
+
+    Not finite where the mean came to 0. One that was 0 from the start, as a norm without bias leaves it, stays as it is.
+    """
+    heavier = states * weights[:, None]
+    nothing = torch.finfo(states.dtype).eps * states.float().abs().mean((-2, -1), keepdim=True)
+    before, after = (one.float().mean((-2, -1), keepdim=True) for one in (states, heavier))
+    factor = torch.where(after.abs() > nothing, before / after, torch.inf)
+    return heavier * torch.where(before.abs() > nothing, factor, 1.0).to(states.dtype)
 
 
 def unprompted(pipeline: Any, prompt: str, encoded: EncodedText) -> EncodedText:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from mixofshow.concepts.syntax import Pieces, Syntax, read_prompt
 from mixofshow.errors import TokenError, nearest, shown
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def check_word(word: str) -> str:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The placeholder words that prompts may use.
+    """The placeholder words that prompts may use, and the syntax in which prompts are read.
 
     `embeddings` maps each word to its vectors, (layers, dim), where dim is that of all text encoders together;
     `aliases` maps a short word to several of them, as `<cat>` to `<cat1> <cat2>`.
@@ -43,18 +44,30 @@ class Vocabulary:
 
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    syntax: Syntax = "plain"
 
-    def split(self, prompt: str) -> list[str]:
-        """The prompt as plain texts and placeholder words, in order. Raises TokenError for an unknown word."""
+    def pieces(self, prompt: str) -> Pieces:
+        """The prompt as plain texts and placeholder words, in order, with their weights; marks of the syntax are gone.
+
+        Raises TokenError for an unknown word, or for weights beyond sense.
+        """
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise TokenError(f"the prompt is not valid Unicode text: '{shown(prompt)}'")
+        read = read_prompt(prompt, self.syntax)
+        return [(piece, weight) for text, weight in read for piece in self._split(text)]
+
+    def split(self, prompt: str) -> list[str]:
+        """The prompt as plain texts and placeholder words, in order. Raises TokenError as `pieces`."""
+        return [piece for piece, _ in self.pieces(prompt)]
+
+    def _split(self, text: str) -> list[str]:
         pieces: list[str] = []
         position = 0
-        for match in _ANY_WORD.finditer(prompt):
-            pieces.append(prompt[position : match.start()])
+        for match in _ANY_WORD.finditer(text):
+            pieces.append(text[position : match.start()])
             pieces.extend(self._words(match.group()))
             position = match.end()
-        return [piece for piece in (*pieces, prompt[position:]) if piece.strip()]
+        return [piece for piece in (*pieces, text[position:]) if piece.strip()]
 
     def _words(self, word: str) -> tuple[str, ...]:
         word = word.lower()
@@ -63,15 +76,20 @@ class Vocabulary:
         if word in self.embeddings:
             return (word,)
         known = [*self.aliases, *self.embeddings]
+        if ":" in word:  # as a web UI loads a LoRA
+            raise TokenError(
+                f"'{shown(word)}' in the prompt loads nothing here; `mixofshow convert` makes a LoRA a concept"
+            )
         hint = nearest(word, known) or (f"; known are {', '.join(known)}" if known else "; no concept is loaded")
         raise TokenError(f"unknown concept '{shown(word)}' in the prompt{hint}")
 
     def without(self, words: Iterable[str]) -> Vocabulary:
         """The vocabulary less some words."""
         gone = set(words)
-        return Vocabulary(
-            {word: vector for word, vector in self.embeddings.items() if word not in gone},
-            {alias: parts for alias, parts in self.aliases.items() if not gone.intersection(parts)},
+        return replace(
+            self,
+            embeddings={word: vector for word, vector in self.embeddings.items() if word not in gone},
+            aliases={alias: parts for alias, parts in self.aliases.items() if not gone.intersection(parts)},
         )
 
     def vectors(self, layers: int) -> Tensor:
@@ -94,11 +112,7 @@ def token_ids(
     cutting a placeholder raises TokenError.
     """
     rows = {word: first_id + row for row, word in enumerate(vocabulary.embeddings)}
-    ids: list[int] = []
-    for piece in vocabulary.split(prompt):
-        ids.extend(
-            [rows[piece]] if piece in rows else tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
-        )
+    ids = [number for number, _ in _weighted_ids(prompt, tokenizer, vocabulary, rows)]
     if length is None:
         return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
     kept, cut = ids[: length - 2], ids[length - 2 :]
@@ -106,6 +120,23 @@ def token_ids(
         _report_cut(prompt, cut, tokenizer, rows, length, quiet=quiet)
     padding = tokenizer.pad_token_id
     return [tokenizer.bos_token_id, *kept, tokenizer.eos_token_id, *[padding] * (length - 2 - len(kept))]
+
+
+def token_weights(prompt: str, tokenizer: Any, vocabulary: Vocabulary, length: int) -> list[float]:
+    """The weights of the tokens that `token_ids` gives, cut and padded to `length`; the prompt's own syntax sets them."""
+    rows = dict.fromkeys(vocabulary.embeddings, 0)
+    weights = [weight for _, weight in _weighted_ids(prompt, tokenizer, vocabulary, rows)][: length - 2]
+    return [1.0, *weights, *[1.0] * (length - 1 - len(weights))]
+
+
+def _weighted_ids(
+    prompt: str, tokenizer: Any, vocabulary: Vocabulary, rows: Mapping[str, int]
+) -> list[tuple[int, float]]:
+    ids: list[tuple[int, float]] = []
+    for piece, weight in vocabulary.pieces(prompt):
+        own = [rows[piece]] if piece in rows else tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+        ids.extend((number, weight) for number in own)
+    return ids
 
 
 def _report_cut(

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from mixofshow.concepts.concept import Concept
+from mixofshow.concepts.syntax import tell_of_marks
 from mixofshow.errors import RegionError, SettingsError, shown
 from mixofshow.progress import Progress
 from mixofshow.sampling.controls import require_all_fit
@@ -194,7 +195,7 @@ def _callback(callback: Any, names: Sequence[str]) -> Callback | None:
 
 
 def _say_unused(asked: Asked) -> None:
-    """Warn of what is asked for and changes nothing in this call."""
+    """Warn of what is asked for and changes nothing in this call, or is read as something else."""
     drawing = asked.drawing
     unused = {
         "negative_prompt": any(asked.negatives) and not asked.guided and "without guidance (guidance_scale 1)",
@@ -206,6 +207,8 @@ def _say_unused(asked: Asked) -> None:
     for name, where in unused.items():
         if where:
             logger.warning("%s changes nothing %s", name, where)
+    own = [text for one in asked.regions for text in (one.prompt, one.negative_prompt or "")]
+    tell_of_marks([*asked.prompts, *asked.negatives, *own], drawing.prompt_syntax)
 
 
 def require(holds: bool, name: str, value: object, expected: str) -> None:

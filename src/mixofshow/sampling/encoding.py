@@ -10,6 +10,7 @@ from torch import Tensor
 from mixofshow.bases.families import text_encoders
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.concepts.prompts import EncodedText, encode_prompts, joined, prompt_ids, unprompted
+from mixofshow.concepts.syntax import write_prompt
 from mixofshow.errors import SettingsError, shown
 from mixofshow.sampling.attention import RegionText
 from mixofshow.sampling.regions import Region, require_a_cell, shape_of
@@ -116,17 +117,15 @@ def concepts_in(model: ConceptModel, prompt: str) -> tuple[str, ...]:
 def without_concepts(model: ConceptModel, prompt: str) -> str:
     """The prompt with each concept replaced by its class word. Raises SettingsError if that is not known."""
     known = {word: (name, class_word) for name, words, class_word in model.class_words() for word in words}
-    text, before = "", None
-    for piece in model.vocabulary.split(prompt):
+    found, before = [], None
+    for piece, weight in model.vocabulary.pieces(prompt):
         name, class_word = known.get(piece, (None, ""))
         if name is None and piece in model.vocabulary.embeddings:
             raise SettingsError(f"the class word of {shown(piece)} is not known to this model; fuse its concept anew")
-        if name is None:
-            text += piece
-        elif name != before:
-            text += f" {class_word} "
+        if name is None or name != before:
+            found.append((piece if name is None else f" {class_word} ", weight))
         before = name
-    return " ".join(text.split())
+    return " ".join(write_prompt(found, model.vocabulary.syntax).split())
 
 
 def concept_places(model: ConceptModel, prompt: str) -> tuple[int, ...]:

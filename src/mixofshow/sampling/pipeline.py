@@ -211,9 +211,10 @@ class _Drawing(DiffusionPipeline):  # type: ignore[misc]
         self._guidance_scale, self._guidance_rescale = asked.guidance_scale, asked.drawing.guidance_rescale
         with contextlib.ExitStack() as stack, exclusive(self):
             stack.enter_context(clip_skipped(self, asked.drawing.clip_skip))
-            predicting = self._predicting(asked)
+            words = replace(self.model.vocabulary, syntax=asked.drawing.prompt_syntax)
+            predicting = self._predicting(asked, words)
             stack.enter_context(self.model.active())
-            run = partial(self._denoise, self._encode(asked, self.model.vocabulary), asked, predicting)
+            run = partial(self._denoise, self._encode(asked, words), asked, predicting)
             latents = self._passes(run, asked)
             pictures = latents if asked.output_type == "latent" else decode(self, latents, asked.output_type)
         self.maybe_free_model_hooks()
@@ -224,14 +225,13 @@ class _Drawing(DiffusionPipeline):  # type: ignore[misc]
         how: dict[str, Any] = {"width": width, "height": height, "guided": asked.guided, "steps": asked.steps}
         return encode(model, asked.prompts, asked.negatives, asked.regions, **how)
 
-    def _predicting(self, asked: Asked) -> Predicting:
+    def _predicting(self, asked: Asked, words: Vocabulary) -> Predicting:
         isolate = asked.drawing.isolated_steps
         if asked.own_weights is False:
             return partial(shared_weights, isolate=isolate)
         concepts = self.model.concepts if asked.own_weights is True else asked.own_weights
-        return predicting_own(
-            own_models(self.model, concepts, asked.regions, partial(self._encode, asked)), isolate=isolate
-        )
+        model = replace(self.model, vocabulary=words)
+        return predicting_own(own_models(model, concepts, asked.regions, partial(self._encode, asked)), isolate=isolate)
 
     def _passes(self, run: Callable[..., Tensor], asked: Asked) -> Tensor:
         """The picture, and if asked for, the same enlarged and drawn over."""

@@ -7,6 +7,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from mixofshow.concepts.syntax import Syntax
 from mixofshow.errors import SettingsError
 from mixofshow.tables import Settings
 
@@ -36,6 +37,10 @@ class Drawing(Settings):
         ge=0,
         le=64,
         description="Last layers of the text encoders to leave out, as in diffusers; default: the base's.",
+    )
+    prompt_syntax: Syntax = Field(
+        "plain",
+        description="How prompts are read: a1111 knows weights, (word:1.3), (word), [word]; plain has no marks.",
     )
     image_strength: float = Field(0.8, gt=0, le=1, description="How far to go from the picture to start from.")
     upscale: float = Field(1, ge=1, le=8, description="Then enlarge the picture and draw it over again.")

@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
+from mixofshow.concepts.syntax import foreign_marks, quoted
 from mixofshow.errors import LISTED, DatasetError, listed, shown
 from mixofshow.tuning.captions import METADATA, read_caption, read_metadata
 from mixofshow.tuning.folder import Finding, look_into, picture_paths
@@ -156,6 +157,7 @@ def readings(
     captions, problems = read_metadata(folder, {path.name for path in all_of_it.pictures})
     yield Reading(None, (*all_of_it.findings, *(Finding(file, "error", problem) for file, problem in problems)))
     seen: dict[str, str] = {}
+    marked: list[str] = []
     for path in all_of_it.pictures:
         beside = Beside(
             instance_prompt,
@@ -167,7 +169,13 @@ def readings(
             background,
             naming,
         )
-        yield _with_repeats(read(path, beside), label(path), seen)
+        reading = _with_repeats(read(path, beside), label(path), seen)
+        if marks := foreign_marks(reading.caption or instance_prompt):
+            marked.append(f"{quoted(marks)} in {_caption_label(path, beside)}")
+        yield reading
+    if marked:
+        what = f"{len(marked)} have another tool's marks, read as ordinary text here: {marked[0]}"
+        yield Reading(None, (Finding("captions", "warning", what),))
 
 
 def inputs_of(settings: TuningSettings) -> list[Path]:
