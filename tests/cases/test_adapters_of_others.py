@@ -267,3 +267,15 @@ def test_biases_and_norms_are_left_out_with_a_word(golden_pipeline, tmp_path, ca
     save_file(lora(golden_pipeline) | more, tmp_path / "x.safetensors")
     assert list(open_concept(tmp_path / "x.safetensors", golden_pipeline, DOG).deltas) == [TO_Q]
     assert "2 layers left out" in caplog.text
+
+
+@pytest.mark.parametrize(("texts", "given"), [({}, {}), ({"alpha": 1}, {}), ({}, {"unet_alpha": 1.0})])
+def test_a_scale_that_nobody_says_is_said(golden_pipeline, tmp_path, caplog, texts, given):
+    """Issue 19 §2.5: a LoRA with neither alpha nor configuration was read at scale 1 without a word."""
+    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    tensors = {f"{key}.lora_A.weight": torch.ones(2, 32), f"{key}.lora_B.weight": torch.ones(24, 2)}
+    tensors |= {f"{key}.alpha": torch.tensor(1.0)} if texts else {}
+    save_file(tensors, tmp_path / "thing.safetensors")
+    open_concept(tmp_path / "thing.safetensors", golden_pipeline, ImportSettings(words="dog", **given))
+    said = "no alpha in it nor beside it: its changes are read at scale 1; --unet-alpha and --text-encoder-alpha"
+    assert (said in caplog.text) == (not texts and not given)

@@ -126,6 +126,20 @@ def test_the_concept_is_followed_unless_told_otherwise(anime, own, tmp_path, cap
     assert text_encoders(job.pipeline)[0].skipped == (0 if given else 1)
 
 
+@pytest.mark.parametrize("given", [{}, {"clip_skip": 0}])
+def test_a_list_of_concepts_is_followed_too(anime, own, tmp_path, caplog, given):
+    anime.save(tmp_path / "ours.safetensors")
+    own.save_pretrained(tmp_path / "base")
+    listed = [{"lora_path": "anime.safetensors", "concept_name": "dog"}, {"lora_path": "ours.safetensors"}]
+    (tmp_path / "list.json").write_text(json.dumps(listed))
+    caplog.clear()
+    job = make_job([tmp_path / "list.json"], {}, base=str(tmp_path / "base"), **given)
+    assert text_encoders(job.pipeline)[0].skipped == (0 if given else 1)
+    assert caplog.text.count("made with clip skip 1, this base has 0") == (
+        1 if given else 0
+    )  # of the other file it was said
+
+
 def test_a_picture_of_another_layer_is_of_another_model(own):
     drawn = open_pipeline("emojiland")
     before = model_hash(drawn)

@@ -220,10 +220,11 @@ def value_problems(tensors: Mapping[str, Tensor]) -> list[str]:
     return problems
 
 
-def fitted(concept: Concept, pipeline: Any, name: str, *, base: str | None = None) -> Concept:
+def fitted(concept: Concept, pipeline: Any, name: str, *, base: str | None = None, quiet: bool = False) -> Concept:
     """The concept on this base. Of a sister base, where that is allowed, it is as if made for this one, and says so.
 
-    Raises ConceptFileError as `check_fits`; warns when its text was read before another layer of the text encoder.
+    Raises ConceptFileError as `check_fits`; warns, unless `quiet`, when its text was read before another layer of the
+    text encoder.
     """
     info, found = concept.info, base or fingerprint(pipeline)
     if info.base_fingerprint != found and getattr(plain(pipeline.unet), "takes_sisters", False):
@@ -234,7 +235,7 @@ def fitted(concept: Concept, pipeline: Any, name: str, *, base: str | None = Non
         concept = dataclasses.replace(concept, info=info.model_copy(update=change))
     check_fits(concept, pipeline, name, base=found)
     said, own = info.settings.get(CLIP_SKIP, 0), text_encoders(pipeline)[0].clip_skip
-    if said != own:
+    if said != own and not quiet:
         _say(f"{name}: made with clip skip {shown(said, 20)}, this base has {own}; --clip-skip sets it")
     return concept
 

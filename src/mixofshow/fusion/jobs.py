@@ -111,8 +111,9 @@ def _job_of_list(source: Path, settings: FusionSettings, base: str | None, loadi
         how = ImportSettings(
             words=one.concept_name, unet_alpha=one.unet_alpha, text_encoder_alpha=one.text_encoder_alpha
         )
-        concepts.append(open_concept(named_in(source.parent, one.lora_path), pipeline, how))
-    return Job(pipeline, concepts, settings)
+        path = named_in(source.parent, one.lora_path)
+        concepts.append((path, open_concept(path, pipeline, how, quiet=True)))
+    return _followed(pipeline, concepts, settings)
 
 
 def _read_list(source: Path) -> list[_Listed]:
@@ -163,5 +164,10 @@ def _job(files: Iterable[Path], settings: FusionSettings, base: str | None, load
     check_method(settings)
     pipeline = load_base(base or BASE, **loading)
     concepts = [(path, load_concept(path)) for path in files]
+    return _followed(pipeline, concepts, settings)
+
+
+def _followed(pipeline: Any, concepts: Sequence[tuple[Path, Concept]], settings: FusionSettings) -> Job:
+    """The job in which the base's text is read as the concepts' files say."""
     follow_clip_skip(pipeline, [concept for _, concept in concepts])
     return Job(pipeline, [fitted(concept, pipeline, str(path)) for path, concept in concepts], settings)

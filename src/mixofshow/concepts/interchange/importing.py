@@ -50,14 +50,20 @@ NOTES: Final = ("string_to_token/", "string_to_token.")
 DIFFUSERS_WEIGHTS: Final = "pytorch_lora_weights"
 
 
-def open_concept(path: str | Path, pipeline: Any, settings: ImportSettings = AS_USUAL) -> Concept:
-    """A concept file, or a file of another tool as a concept on this base. Raises ConceptFileError or TokenError."""
+def open_concept(
+    path: str | Path, pipeline: Any, settings: ImportSettings = AS_USUAL, *, quiet: bool = False
+) -> Concept:
+    """A concept file, or a file of another tool as a concept on this base. Raises ConceptFileError or TokenError.
+
+    With `quiet` its clip skip is not compared with the base's, which may yet follow it.
+    """
     file = str(_in_folder(Path(path)))
     tensors, texts = _read(file)
     if METADATA_KEY in texts:
-        concept = _renamed(read_concept(tensors, texts, file, pipeline), settings, file)
+        concept = _renamed(read_concept(tensors, texts, file), settings, file)
     else:
         concept = _imported(tensors, texts, file, pipeline, settings)
+    concept = fitted(concept, pipeline, file, quiet=quiet)
     concept = scaled(concept, unet=settings.unet_alpha, text_encoder=settings.text_encoder_alpha)
     raise_if(value_problems({name: tensor.float() for name, tensor in concept.tensors().items()}), file)
     return concept
@@ -103,6 +109,7 @@ def _imported(
     keys = {key: split_key(key) for key in tensors}
     rest = {key: tensors[key] for key, found in keys.items() if found is None}
     deltas = _changes({key: tensors[key] for key in tensors if key not in rest}, texts, file, pipeline)
+    _say_scale({found[1] for found in keys.values() if found}, texts, file, settings)
     if kind := other_kind(rest):
         raise ConceptFileError(f"{file}: {kind}, which is not read; LoRA, LoCon, LoHa, LoKr, DoRA and full changes are")
     # Only a file without a LoRA can be a plain table of tokens, whose keys are anything.
@@ -114,10 +121,19 @@ def _imported(
     if not (words or deltas):
         raise ConceptFileError(f"{file}: neither a LoRA nor an embedding; there is nothing in it to take")
     words = words or trigger_words(texts, pipeline, settings, file)
-    concept = Concept(
-        _info(words, deltas, texts, file=file, pipeline=pipeline, settings=settings), words.vectors, deltas
-    )
-    return fitted(concept, pipeline, file)
+    info = _info(words, deltas, texts, file=file, pipeline=pipeline, settings=settings)
+    return Concept(info, words.vectors, deltas)
+
+
+def _say_scale(parts: set[str], texts: Mapping[str, str], file: str, settings: ImportSettings) -> None:
+    """Say that the scale of an adapter is a guess, where neither file, configuration nor settings tell it."""
+    scaled_parts = parts - NO_WEIGHTS - {"alpha", "diff"}
+    if scaled_parts and "alpha" not in parts and not scales_of(file, texts).said and not settings.says_scale:
+        logger.warning(
+            "%s: no alpha in it nor beside it: its changes are read at scale 1; --unet-alpha and --text-encoder-alpha "
+            "set others",
+            file,
+        )
 
 
 def _info(

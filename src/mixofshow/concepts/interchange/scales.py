@@ -28,6 +28,11 @@ class Scales:
 
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    @property
+    def said(self) -> bool:
+        """Whether any configuration says an alpha."""
+        return any({"alpha", "lora_alpha"} & config.keys() for config in self.configs.values())
+
     def of(self, layer: str, parts: Mapping[str, Tensor], rank: int | None) -> float:
         """The scale of our layer: by its own alpha, else the configuration's, else 1. Raises ValueError."""
         if "alpha" in parts:

@@ -29,6 +29,11 @@ class ImportSettings(Settings):
     unet_alpha: float = Field(1.0, ge=0, le=100, description="Multiplies the changes of the UNet.")
     text_encoder_alpha: float = Field(1.0, ge=0, le=100, description="Multiplies those of the text encoder.")
 
+    @property
+    def says_scale(self) -> bool:
+        """Whether somebody chose how strong the changes are."""
+        return bool({"unet_alpha", "text_encoder_alpha"} & self.model_fields_set)
+
 
 class ConvertSettings(ImportSettings):
     """How `mixofshow convert` does it."""
