@@ -154,6 +154,8 @@ def _print_fused(out: Path | None, fused: Fused) -> None:
     typer.echo(line)
     for name, voice in fused.voices.items():
         typer.echo(f"{'guard: ' if voice.turned_down else ''}<{name}> {voice.why}")
+    if fused.voices and not fused.layers:
+        typer.echo("guard: nobody's changes are left; the model is the base with the concepts' words")
     for name, (before, after) in fused.refitted.items():
         say(f"<{name}> refitted: loss {before:.3g} -> {after:.3g}")
 

@@ -5,7 +5,7 @@ to the base weight, ⟨ΔW_i, ΔW_j⟩ / ‖W0‖². A concept's size in a stage
 over the layers that it changes there. Honest concepts are within about twice each other's size in a stage, while in a
 single layer they may differ fifty-fold: so files are compared stage by stage, and layers only with their own stage.
 
-What no guard sees is a concept that is bad and no louder than the others.
+What no guard sees is a concept that is bad and no louder than the others, nor that most of the files are loud.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ from mixofshow.concepts.changes import Change
 from mixofshow.concepts.concept import Concept
 from mixofshow.fusion.recording import STAGES, Stage, stage_of
 
-LOUD: Final = 2.0
-"""A file is loud in a stage when its size is over so many times the others' median; it is scaled to that median."""
+LOUD: Final = 1.3
+"""A file is loud in a stage when its size is over so many times the others' median; it is scaled to just this size.
+
+So much costs another less than a fifth more of its residual, by any method, and there is no jump where it begins.
+"""
 SPIKE: Final = 8.0
 """No single layer of it may be larger than so many times that median."""
 USUAL: Final[Mapping[Stage, float]] = {"text": 0.03, "keys-and-values": 0.1, "picture": 0.1}
@@ -79,10 +82,11 @@ def voices(bases: Mapping[str, Tensor], concepts: Sequence[Concept], *, guard: b
     products = grams(bases, [concept.deltas for concept in concepts])
     names = [concept.info.name for concept in concepts]
     words = [concept.embeddings.double().flatten() for concept in concepts]
+    alike = _cosines(products, len(concepts))
     found = silent(products, len(concepts))
-    found |= doubles(products, names, words, gone=found)
+    found |= doubles(products, alike, names, words, gone=found)
     if guard:
-        found |= opposed(products, names, gone=found)
+        found |= opposed(products, alike, names, gone=found)
         found |= loud(products, len(concepts), gone=found)
     return found
 
@@ -110,11 +114,11 @@ def silent(products: Grams, count: int) -> dict[int, Voice]:
 
 
 def doubles(
-    products: Grams, names: Sequence[str], words: Sequence[Tensor], gone: Mapping[int, Voice]
+    products: Grams, alike: Tensor, names: Sequence[str], words: Sequence[Tensor], gone: Mapping[int, Voice]
 ) -> dict[int, Voice]:
-    """Those that are one with an earlier concept, which counts for both."""
+    """Those that are one with an earlier concept, which counts for both; `alike` are the cosines, (concepts, concepts)."""
     found: dict[int, Voice] = {}
-    alike, sizes = _cosines(products, len(names)), _squares(products, len(names)).sqrt()
+    sizes = _squares(products, len(names)).sqrt()
     for late in range(len(names)):
         for early in range(late):
             if late in found or {late, early} & {*gone, *found} or alike[late, early] < ALIKE:
@@ -128,25 +132,25 @@ def doubles(
     return found
 
 
-def opposed(products: Grams, names: Sequence[str], gone: Mapping[int, Voice]) -> dict[int, Voice]:
+def opposed(products: Grams, alike: Tensor, names: Sequence[str], gone: Mapping[int, Voice]) -> dict[int, Voice]:
     """Of two that undo each other, the one that agrees less with all others; both if these do not tell.
 
     Whoever is tuned on pictures changes a model in part as all others do (cosines of some 0.05, in the text encoder of
-    0.3), which a negated copy does not.
+    0.3), which a negated copy does not. Copies of either are no witnesses: a negation given twice agrees with itself.
     """
     found: dict[int, Voice] = {}
-    alike = _cosines(products, len(names))
     counted = [k for k in range(len(names)) if k not in gone]
     for number, one in enumerate(counted):
         for other in counted[:number]:
             if alike[one, other] > OPPOSED:
                 continue
-            rest = [k for k in counted if k not in (one, other)]
+            rest = [k for k in counted if alike[[one, other], k].abs().max() < -OPPOSED]
             lead = float((alike[one, rest] - alike[other, rest]).sum())
-            out = [one, other] if abs(lead) < TELLING else [other if lead > 0 else one]
-            for k in out:
-                against = names[other if k == one else one]
-                found[k] = Voice(f"left out, for it undoes <{against}>", dict.fromkeys(products, 0.0), counted=False)
+            unclear = abs(lead) < TELLING
+            for k in [one, other] if unclear else [other if lead > 0 else one]:
+                why = f"left out, for it undoes <{names[other if k == one else one]}>"
+                why += ", and the others do not tell which is the copy" if unclear else ""
+                found[k] = Voice(why, dict.fromkeys(products, 0.0), counted=False)
     return found
 
 
@@ -164,7 +168,7 @@ def loud(products: Grams, count: int, gone: Mapping[int, Voice]) -> dict[int, Vo
                 continue
             usual = max(median_low(others), USUAL[stage])
             clipped = [min(size, SPIKE * usual) for size in own]
-            share = usual / volume if (volume := _root_mean(clipped)) > LOUD * usual else 1.0
+            share = min(LOUD * usual / volume, 1.0) if (volume := _root_mean(clipped)) else 1.0
             turned_to = {n: share * now / was for n, now, was in zip(layers, clipped, own, strict=True) if was > 0}
             if less := {name: left for name, left in turned_to.items() if left < 1}:
                 strengths[k] = strengths.get(k, {}) | less

@@ -78,11 +78,11 @@ def refit(
 ) -> Refitted:
     """Words and fused `weights`, (out, in) by layer, after `settings.refit` steps for each concept.
 
-    Nothing is done in 0 steps, and for one concept alone, whose weights are its own. What does not lower the concepts'
+    Nothing is done in 0 steps, for no concepts, and for one alone, whose weights are its own. What does not lower the concepts'
     mean loss is thrown away. Progress is counted in steps.
     """
     before = Refitted(concepts, weights)
-    if not settings.refit or len(concepts) == 1:
+    if not settings.refit or len(concepts) <= 1:
         return before
     lessons = [own_lessons(pipeline, Source.of(concept, settings), settings) for concept in concepts]
     after = _learned(pipeline, before, lessons, settings, progress)

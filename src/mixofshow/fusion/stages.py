@@ -216,7 +216,9 @@ class _Fusion:
     recorded: int = 0
 
     def run(self) -> None:
-        """All layers, then the passes of refinement; at once where nothing need be recorded."""
+        """All layers, then the passes of refinement; at once where nothing need be recorded, or nobody is left."""
+        if not self._changed:
+            return
         if not looks_at_inputs(self.settings):
             self._solve_blindly(self._names(STAGES))
         elif self.settings.mode == "independent":
