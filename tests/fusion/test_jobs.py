@@ -143,7 +143,7 @@ def test_weights_that_cannot_be(text):
         make_fusion_settings({"weights": text})
 
 
-def test_a_loud_dogyan_be_refused(golden_pipeline, golden_concepts):
+def test_a_loud_one_may_be_refused(golden_pipeline, golden_concepts):
     few = list(golden_concepts[0].deltas)[:3]
     quiet, shy = (replace(one, deltas={name: one.deltas[name] for name in few}) for one in golden_concepts)
     loud = replace(quiet, deltas={name: Full(1000 * one.matrix()) for name, one in quiet.deltas.items()})
