@@ -92,6 +92,10 @@ def scaled(one: Concept, scale: float, name: str | None = None) -> Concept:
     return dataclasses.replace(turned(one, dict.fromkeys(one.deltas, scale)), info=info)
 
 
+def other_words(one: Concept, seed: int) -> Concept:
+    return dataclasses.replace(one, embeddings=normal(1, 1, 8, seed=seed))
+
+
 def fused(
     concepts: Sequence[Concept], way: tuple[str, str], *, guard: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, Voice]]:
@@ -172,6 +176,13 @@ def test_a_concept_given_twice_draws_as_once(way):
     assert "<cat> once more" in told["dog"].why
 
 
+@pytest.mark.parametrize(
+    "other", [scaled(CAT, 0.5, "dog"), other_words(scaled(CAT, 1, "dog"), 3)], ids=["size", "words"]
+)
+def test_what_differs_in_size_or_words_is_no_double(other):
+    assert not voices(BASES, [ANT, BEE, CAT, other], guard=False)
+
+
 @pytest.mark.parametrize("size", [1.0, 50.0])
 @pytest.mark.parametrize("way", WAYS, ids="-".join)
 def test_a_negated_copy_is_left_out(way, size):
@@ -179,10 +190,6 @@ def test_a_negated_copy_is_left_out(way, size):
     assert same(found, without)
     assert told["dog"].left_out
     assert "undoes <cat>" in told["dog"].why
-
-
-def other_words(one: Concept, seed: int) -> Concept:
-    return dataclasses.replace(one, embeddings=normal(1, 1, 8, seed=seed))
 
 
 def noisy(one: Concept, share: float) -> Concept:
@@ -307,6 +314,7 @@ def test_one_loud_layer_is_turned_down_and_the_others_left():
     strengths = told[2].strengths
     assert min(strengths, key=strengths.__getitem__) == layer
     assert strengths[layer] * 1e3 <= 8
+    assert min(left for name, left in strengths.items() if name != layer) > 0.2  # the loud layer counts as 8, not 1000
     assert not {name for name in LAYERS if name.startswith("text_encoder")} & strengths.keys()
 
 
