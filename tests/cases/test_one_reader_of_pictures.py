@@ -16,8 +16,8 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from mixofshow import MixOfShowPipeline, load_base
-from mixofshow.bases.configs import quiet
 from mixofshow.bases.loading import GUIDANCE
+from mixofshow.bases.strangers import quiet
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.errors import BadInputError, SettingsError
 from mixofshow.images import MAX_PIXELS, read_grey, read_image

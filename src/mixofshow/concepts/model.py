@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from mixofshow.bases.checkpoints import is_checkpoint
-from mixofshow.bases.configs import quiet
 from mixofshow.bases.families import TextEncoder, family_of, of_encoders, text_encoders, token_width
 from mixofshow.bases.layers import count_groups, layer, matrix
 from mixofshow.bases.loading import (
@@ -27,6 +26,7 @@ from mixofshow.bases.loading import (
     load_named_base,
 )
 from mixofshow.bases.parts import exclusive, own_tensors, plain, refuse_adapters
+from mixofshow.bases.strangers import quiet
 from mixofshow.concepts.adapters import replaced, tuned_weights
 from mixofshow.concepts.concept import Concept, fitted, raise_if, value_problems, vocabulary
 from mixofshow.concepts.delta import Compression, Delta, DeltaInfo, compressed, load_delta

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mixofshow.bases.configs import check_config, strangers_model
+from mixofshow.bases.configs import check_config
+from mixofshow.bases.strangers import strangers_model
 from mixofshow.errors import BadInputError, SettingsError, shown
 from mixofshow.reading import read_json
 

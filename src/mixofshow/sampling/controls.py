@@ -22,8 +22,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixofshow.bases.configs import check_config, quiet, strangers_model
+from mixofshow.bases.configs import check_config
 from mixofshow.bases.loading import EMBEDDED_CONTROLS
+from mixofshow.bases.strangers import quiet, strangers_model
 from mixofshow.errors import BadInputError, SettingsError, nearest, shown
 from mixofshow.reading import parse_json, read_bytes
 from mixofshow.sampling.pictures import Source, read_picture
