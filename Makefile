@@ -2,12 +2,14 @@
 #
 # PYTHON  the Python that a new environment is made from
 # VENV    the environment to use; made when it is not there, so it may also be one of your own
+# JOBS    how many processes share the tests, each on a core of its own
 # TORCH   what pip is asked for as torch. The default is the version the tests were run with.
 #         `make demo TORCH=torch` takes the torch that VENV has already, or the newest one.
 # Where packages come from, and which build of torch, is left to pip's own settings.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 # Touched after a complete installation; a broken-off one is started again.
@@ -20,8 +22,10 @@ INSTALLED := $(VENV)/.mixofshow-installed
 demo: $(INSTALLED) ## tune three concepts, fuse them, draw them together; writes out/demo/report.html
 	$(BIN)/mixofshow demo --out out/demo
 
+# A file stays in one process, so that what it makes once for its tests is made once; one thread for each, or they
+# and the commands that they start would be in each other's way.
 test: $(INSTALLED) ## run the tests, without those marked slow
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 check: $(INSTALLED) ## lint, types, and who may import whom
 	$(BIN)/ruff check
