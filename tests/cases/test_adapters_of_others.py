@@ -238,6 +238,72 @@ def test_textual_inversions_own_table_of_parameters(golden_pipeline, tmp_path):
     close(concept.embeddings[:, 0], vectors.data)
 
 
+WRAPPERS = (
+    "_orig_mod.",
+    "module.",
+    "base_model.model._orig_mod.",
+    "unet.module.",
+    "unet.base_model.model.",
+    "model.unet.",
+)
+
+
+@pytest.mark.parametrize("front", WRAPPERS)
+def test_what_wrapped_the_model_names_no_layer(golden_pipeline, tmp_path, front):
+    out, inputs = layer(golden_pipeline, TO_Q).weight.shape
+    down, up, name = torch.randn(2, inputs), torch.randn(out, 2), front + TO_Q.removeprefix("unet.")
+    save_file(
+        {f"{name}.lora_A.my-style.weight": down, f"{name}.lora_B.my-style.weight": up}, tmp_path / "x.safetensors"
+    )
+    close(open_concept(tmp_path / "x.safetensors", golden_pipeline, DOG).deltas[TO_Q].matrix(), up @ down)
+
+
+@pytest.mark.parametrize("front", ["text_encoders.clip_l.transformer.text_model.", "clip_l.transformer.", "lora_te1."])
+def test_text_encoders_have_several_names(golden_pipeline, tmp_path, front):
+    name = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    out, inputs = layer(golden_pipeline, name).weight.shape
+    key = front + name.split("text_model.")[1]
+    tensors = {f"{key}.lora_down.weight": torch.ones(1, inputs), f"{key}.lora_up.weight": torch.ones(out, 1)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    assert list(open_concept(tmp_path / "x.safetensors", golden_pipeline, DOG).deltas) == [name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("whole", [torch.int64, torch.float64, torch.float8_e4m3fn])
+def test_numbers_of_every_width(golden_pipeline, tmp_path, dtype, whole):
+    tensors = {key: one.to(dtype) for key, one in lora(golden_pipeline).items()}
+    save_file(tensors | {f"{kohya(TO_Q)}.alpha": torch.tensor(2).to(whole)}, tmp_path / "x.safetensors")
+    change = open_concept(tmp_path / "x.safetensors", golden_pipeline, DOG).deltas[TO_Q].matrix()
+    close(change, torch.full_like(change, 2.0))
+
+
+def test_a_kronecker_product_with_a_tucker_core(golden_pipeline, tmp_path):
+    """With several blocks, where the product of the core is no contiguous tensor."""
+    one, left, right, core = torch.randn(2, 2), torch.randn(2, 8), torch.randn(2, 8), torch.randn(2, 2, 3, 3)
+    parts = {"lokr_w1": one, "lokr_w2_a": left, "lokr_w2_b": right, "lokr_t2": core, "alpha": torch.tensor(1.0)}
+    save_file({f"{kohya(CONV)}.{name}": tensor for name, tensor in parts.items()}, tmp_path / "x.safetensors")
+    two = torch.einsum("ijkl,ip,jr->prkl", core, left, right)
+    expected = torch.einsum("ab,prkl->apbrkl", one, two).reshape(16, 16, 3, 3) / 2
+    close(open_concept(tmp_path / "x.safetensors", golden_pipeline, DOG).deltas[CONV].matrix(), expected.flatten(1))
+
+
+def test_a_scale_that_is_assumed_is_said(golden_pipeline, tmp_path, caplog):
+    """Case 05: nothing in the file, nor beside it, says alpha."""
+    save_file(lora(golden_pipeline), tmp_path / "x.safetensors")
+    open_concept(tmp_path / "x.safetensors", golden_pipeline, DOG)
+    assert "nothing says alpha" in caplog.text
+    caplog.clear()
+    save_file(lora(golden_pipeline) | {f"{kohya(TO_Q)}.alpha": torch.tensor(1.0)}, tmp_path / "x.safetensors")
+    open_concept(tmp_path / "x.safetensors", golden_pipeline, DOG)
+    assert "alpha" not in caplog.text
+
+
+def test_one_magnitude_of_all_is_refused(golden_pipeline, tmp_path):
+    save_file(lora(golden_pipeline) | {f"{kohya(TO_Q)}.dora_scale": torch.tensor(1.0)}, tmp_path / "x.safetensors")
+    with pytest.raises(ConceptFileError, match="magnitudes, found 1"):
+        open_concept(tmp_path / "x.safetensors", golden_pipeline, DOG)
+
+
 # ---- what does not fit
 
 

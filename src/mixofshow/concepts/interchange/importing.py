@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 AS_USUAL: Final = ImportSettings()
 LONGEST_NOTE: Final = 200
+WITHOUT_SCALE: Final = frozenset({"alpha", "diff"})
+"""A layer with one of these leaves nothing to be assumed of its scale."""
 NOTES: Final = ("string_to_token/", "string_to_token.")
 """What a textual inversion says beside its vectors: ids of tokens."""
 DIFFUSERS_WEIGHTS: Final = "pytorch_lora_weights"
@@ -89,7 +91,12 @@ def _in_folder(path: Path) -> Path:
 def _read(file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     data = read_bytes(Path(file), MAX_BYTES)
     tensors, texts = read_pickle(data, file) if is_pickle(data) else parse_tensors(data, file)
-    return {key: one for key, one in tensors.items() if not key.startswith(NOTES)}, texts
+    return {key: _in_usual_floats(one) for key, one in tensors.items() if not key.startswith(NOTES)}, texts
+
+
+def _in_usual_floats(tensor: Tensor) -> Tensor:
+    """Numbers of 8 bits, which are packed only, and of 64 as those of 32: what no arithmetic of a base is done in."""
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize in (1, 8) else tensor
 
 
 def _renamed(concept: Concept, settings: ImportSettings, file: str) -> Concept:
@@ -200,6 +207,12 @@ def _changes(tensors: Mapping[str, Tensor], texts: Mapping[str, str], file: str,
             problems.append(f"layer '{shown(name)}' is not in this base")
     problems += layer_problems(changes, pipeline)
     _report(problems, passed, file, texts=texts, layers=layers, pipeline=pipeline)
+    if changes and not scales.configs and not any(parts.keys() & WITHOUT_SCALE for parts in layers.values()):
+        logger.warning(
+            "%s: nothing says alpha, so that it counts as the rank (scale 1); --unet-alpha, "
+            "--text-encoder-alpha multiply the changes",
+            file,
+        )
     return changes
 
 

@@ -6,7 +6,8 @@ Mix-of-Show, research      params/unet/ PATH.to_q_lora.down.weight
 kohya, A1111, ai-toolkit   lora_unet_ PATH_to_q.lora_down.weight, with a tensor lora_unet_ PATH_to_q.alpha
 kohya, for SDXL            the same, PATH as in the original code: input_blocks_4_1_…
 OneTrainer                 unet. PATH.to_q.lora_down.weight, PATH as in the original code; clip_l. and clip_g.
-ComfyUI                    diffusion_model. PATH.to_q.lora_down.weight, PATH as in the original code
+ComfyUI                    diffusion_model. PATH.to_q.lora_down.weight, PATH as in the original code;
+                           text_encoders.clip_l.transformer. and …clip_g.transformer.
 LyCORIS alone              lycoris_ PATH_to_q.lora_down.weight
 diffusers                  unet. PATH.to_q.lora_A.weight
 diffusers, older           unet. PATH.to_q.lora.down.weight, unet. PATH.processor.to_q_lora.down.weight
@@ -27,10 +28,10 @@ from torch import nn
 from mixofshow.bases.layers import TEXT_PREFIX, tunable_layers
 
 _KIND: Final = re.compile(
-    r"(?:\.lora_(down|up|mid|A|B)(?:\.\w+)?\.weight"
+    r"(?:\.lora_(down|up|mid|A|B)(?:\.[\w-]+)?\.weight"
     r"|(?:[._]lora|\.lora_linear_layer)\.(down|up)\.weight"
     r"|\.(alpha|diff|dora_scale|lora_magnitude_vector|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2)"
-    r"(?:\.default)?(?:\.weight)?"
+    r"(?:\.(?!weight$)[\w-]+)?(?:\.weight)?"
     r"|\.(?:\w+\.)*(bias|diff_b|w_norm|b_norm))$"
 )
 _CALLED: Final = {"A": "down", "B": "up"}
@@ -44,10 +45,12 @@ _OTHERS: Final = (
     (re.compile(r"\.scaled?_oft|\.set_weight$"), "a set of whole weights"),
 )
 _SPELLINGS: Final = (
-    (re.compile(r"^(params/|base_model\.model\.|lycoris_)"), ""),
+    # What wraps a model (torch.compile, processes in parallel, peft) puts its own name in front, or between.
+    (re.compile(r"(^|(?<=\.))(_orig_mod\.|module\.|base_model\.model\.)"), ""),
+    (re.compile(r"^(params/|lycoris_|model\.(?=unet\.))"), ""),
     (re.compile(r"^(lora_unet[._]|(model\.)?diffusion_model\.)"), "unet."),
-    (re.compile(r"^(lora_te1?[._]|clip_l\.)"), "text_encoder."),
-    (re.compile(r"^(lora_te2[._]|clip_g\.)"), "text_encoder_2."),
+    (re.compile(r"^(lora_te1?[._]|(text_encoders\.)?clip_l\.(transformer\.)?)"), "text_encoder."),
+    (re.compile(r"^(lora_te2[._]|(text_encoders\.)?clip_g\.(transformer\.)?)"), "text_encoder_2."),
     (re.compile(r"[./]"), "_"),
     (re.compile(r"(?<=_)text_model_|^text_model_|(?<=_)processor_"), ""),
 )

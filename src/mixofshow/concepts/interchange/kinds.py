@@ -32,7 +32,7 @@ def change_of(parts: Parts, scale: Scale, weight: Tensor) -> Change:
     """The change of a layer whose own weight is `weight`, of any kind. Raises ValueError when the tensors make none."""
     parts = {name: tensor.float() for name, tensor in parts.items() if name != "alpha"}
     magnitude = parts.pop("dora_scale", None)
-    per_output = magnitude is not None and len(magnitude) == len(weight)
+    per_output = magnitude is not None and magnitude.shape[:1] == weight.shape[:1]
     if "lora_magnitude_vector" in parts:
         magnitude, per_output = parts.pop("lora_magnitude_vector"), True
     change = _plain(parts, scale, weight)
@@ -93,7 +93,9 @@ def _lokr(parts: Parts, scale: Scale, weight: Tensor) -> Change:
     two = parts["lokr_w2"] if "lokr_w2" in parts else _product(parts, "lokr_w2", "lokr_t2")
     ranks = [len(parts[name]) for name in ("lokr_w2_b", "lokr_w1_b") if name in parts]
     one = one[(..., *[None] * (two.ndim - one.ndim))]
-    return Full.of(scale(ranks[0] if ranks else None) * torch.kron(one, two).reshape(weight.shape))
+    return Full.of(
+        scale(ranks[0] if ranks else None) * torch.kron(one.contiguous(), two.contiguous()).reshape(weight.shape)
+    )
 
 
 def _product(parts: Parts, name: str, core: str = "") -> Tensor:
