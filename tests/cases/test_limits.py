@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 
 from mixofshow import files
 from mixofshow.bases.loading import fingerprint
-from mixofshow.concepts.changes import Full
-from mixofshow.concepts.concept import load_concept
+from mixofshow.concepts.concept import Full, load_concept  # Full: where case 11 imports it from
 from mixofshow.concepts.delta import Delta, DeltaInfo
 from mixofshow.concepts.interchange.importing import open_concept
 from mixofshow.concepts.interchange.settings import ImportSettings

@@ -29,7 +29,13 @@ from mixofshow.bases.families import (
 from mixofshow.bases.layers import count_groups
 from mixofshow.bases.loading import SISTER, base_name, fingerprint
 from mixofshow.bases.parts import plain
-from mixofshow.concepts.changes import Change, layer_problems, read_changes
+from mixofshow.concepts.changes import (
+    Change,
+    Full,  # noqa: F401  (scripts import the two from here, where they were first)
+    LowRank,  # noqa: F401
+    layer_problems,
+    read_changes,
+)
 from mixofshow.concepts.words import Vocabulary, check_word
 from mixofshow.errors import ConceptFileError, TokenError, listed, shown
 from mixofshow.files import raw, read_tensors, write_tensors
