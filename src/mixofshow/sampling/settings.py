@@ -40,7 +40,7 @@ class Drawing(Settings):
     )
     prompt_syntax: Syntax = Field(
         "plain",
-        description="How prompts are read: a1111 knows weights, (word:1.3), (word), [word]; plain has no marks.",
+        description="How prompts are read: a1111 knows weights such as (word:1.3); plain has no marks.",
     )
     image_strength: float = Field(0.8, gt=0, le=1, description="How far to go from the picture to start from.")
     upscale: float = Field(1, ge=1, le=8, description="Then enlarge the picture and draw it over again.")
