@@ -25,7 +25,7 @@ from mixofshow import MixOfShowPipeline
 from mixofshow.bases.emojiland.scenes import PLAIN_SCENES
 from mixofshow.bases.emojiland.world import SIZE, WIDE
 from mixofshow.bases.loading import EMBEDDED_CONTROLS
-from mixofshow.evaluation.layout import centre_error, foreground, overlap, sketched
+from mixofshow.evaluation.metrics import centre_error, foreground, overlap, sketched
 from mixofshow.grids import grid
 from mixofshow.sampling.controls import load_control, make_control
 

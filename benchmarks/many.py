@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,11 +24,13 @@ from mixofshow import fuse, load_base, load_concept, make_settings, tune
 from mixofshow.bases.emojiland.concepts import SCENES, class_word, write_concept
 from mixofshow.concepts.concept import Concept
 from mixofshow.concepts.model import ConceptModel, with_concept
-from mixofshow.evaluation.prompts import prompts_by_category
-from mixofshow.evaluation.protocol import Case, EvaluationSettings, references_of, score
-from mixofshow.evaluation.scorers import judge_scorer
-from mixofshow.evaluation.suite.settings import read_suite
+from mixofshow.evaluation.metrics import image_alignment, text_scores
+from mixofshow.evaluation.prompt_sets import prompts_by_category
+from mixofshow.evaluation.scorers import judge_scorer, references_of
+from mixofshow.evaluation.suite import read_suite
+from mixofshow.evaluation.tasks import draw
 from mixofshow.fusion.settings import PAPER, make_fusion_settings
+from mixofshow.sampling.settings import Composition
 
 CONCEPTS: Final = (
     *("reddog", "bluedog", "foxy", "mintcat", "greencop"),
@@ -72,8 +75,8 @@ def main() -> None:
     torch.set_flush_denormal(True)
     pipeline = load_base("emojiland")
     concepts = [_concept(name, options.folder, options.tuning, pipeline) for name in CONCEPTS]
-    cases = [_case(concept, options.folder) for concept in concepts]
-    single = [_scored(case, with_concept(pipeline, case.concept), options.images) for case in cases]
+    score = partial(_scored, folder=options.folder, images=options.images)
+    single = [score(with_concept(pipeline, concept), concept) for concept in concepts]
     figures = known(options.json)
     for count in map(int, options.counts.split(",")):
         found = figures.setdefault(options.tuning, {}).setdefault(str(count), {})
@@ -82,7 +85,7 @@ def main() -> None:
             started = time.perf_counter()
             model = fuse(concepts[:count], pipeline, make_fusion_settings(WAYS[way])).model
             seconds = round(time.perf_counter() - started)
-            found[way] = _mean([_scored(case, model, options.images) for case in cases[:count]])
+            found[way] = _mean([score(model, concept) for concept in concepts[:count]])
             image, text = (found[way][key] - found["single"][key] for key in found["single"])
             print(f"{count}, {way}: {found[way]} ({image:+.4f}, {text:+.3f}), fused in {seconds} s", flush=True)
             keep(figures, options.json)
@@ -98,19 +101,16 @@ def _concept(name: str, folder: Path, tuning: str, pipeline: Any) -> Concept:
     return load_concept(path, pipeline)
 
 
-def _case(concept: Concept, folder: Path) -> Case:
-    name = concept.info.name
-    prompts = prompts_by_category("emojiland", "scene" if name in SCENES else "subject")
-    references = references_of(folder / "pictures" / name / "reference")
-    return Case(concept, references, (*prompts["context"], *prompts["attribute"][:3]))
-
-
-def _scored(case: Case, model: ConceptModel, images: int) -> tuple[float, float]:
+def _scored(model: ConceptModel, concept: Concept, *, folder: Path, images: int) -> tuple[float, float]:
     """Image and text alignment of a model's pictures of one concept."""
-    scorer, settings = judge_scorer(), EvaluationSettings(images_per_prompt=images)
-    references = scorer.images(case.references)
-    found = score(model, case.concept.prompt, case, references=references, scorer=scorer, settings=settings)
-    return found.image, found.text
+    name, scorer = concept.info.name, judge_scorer()
+    by_category = prompts_by_category("emojiland", "scene" if name in SCENES else "subject")
+    prompts = (*by_category["context"], *by_category["attribute"][:3])
+    wanted = [Composition(prompt=prompt.format(concept.prompt), num=images, seed=100) for prompt in prompts]
+    made = scorer.images([image for one in wanted for image in draw(model, one)])
+    texts = scorer.texts([prompt.format(concept.info.class_word) for prompt in prompts for _ in range(images)])
+    references = scorer.images(references_of(folder / "pictures" / name / "reference"))
+    return image_alignment(made, references), float(text_scores(made, texts).mean())
 
 
 def _mean(scores: list[tuple[float, float]]) -> dict[str, float]:

@@ -40,9 +40,9 @@ from mixofshow.bases.emojiland.concepts import SUBJECTS, class_word, concept_pic
 from mixofshow.bases.emojiland.scenes import SCENES
 from mixofshow.bases.emojiland.world import SIZE, WIDE, compose, places
 from mixofshow.concepts.model import ConceptModel
-from mixofshow.evaluation.drawing import draw
 from mixofshow.evaluation.metrics import image_alignment, interference, nearest_concept
 from mixofshow.evaluation.scorers import judge_scorer
+from mixofshow.evaluation.tasks import draw
 from mixofshow.fusion.jobs import make_job
 from mixofshow.fusion.stages import fuse
 from mixofshow.grids import grid

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from mixofshow.concepts.concept import Concept, load_concept
 from mixofshow.concepts.model import ConceptModel, with_concept
-from mixofshow.evaluation.drawing import draw
 from mixofshow.evaluation.metrics import image_alignment, reference_scores, self_alignment
-from mixofshow.evaluation.protocol import references_of
-from mixofshow.evaluation.scorers import ImageTower
+from mixofshow.evaluation.scorers import ImageTower, references_of
+from mixofshow.evaluation.tasks import draw
 from mixofshow.grids import grid
 from mixofshow.progress import Progress, silent
 from mixofshow.sampling.settings import Composition

@@ -336,7 +336,7 @@ def test_commands_take_a_variant_of_the_base(half, arguments, capsys, monkeypatc
         (["evaluate", "{0}/dogx.safetensors={0}/no-pictures", "--base", "{0}/half"], "no-pictures: no such folder"),
         (["sample", "--model", "{0}/half", "--prompt", "a <man>"], "unknown concept '<man>'"),
         (["replay", "{0}/pictures/good.png", "--model", "{0}/half"], "good.png"),
-        (["evaluate", "{0}/suite.yaml"], "--variant: is for FILE=FOLDER; of a suite"),
+        (["evaluate", "{0}/suite.yaml"], "suite.yaml: cannot be read"),
     ],
 )
 def test_with_the_variant_only_what_else_is_wrong_is_said(half, arguments, message, capsys, monkeypatch):

@@ -7,10 +7,13 @@ import json
 import pytest
 
 from mixofshow import MixOfShowPipeline, fuse, load_base, load_concept
+from mixofshow.concepts.model import with_concept
 from mixofshow.demo import CONCEPTS, run_demo
-from mixofshow.evaluation.prompts import EMOJILAND
-from mixofshow.evaluation.protocol import SINGLE, Case, EvaluationSettings, evaluate, references_of
-from mixofshow.evaluation.scorers import judge_scorer
+from mixofshow.evaluation.metrics import image_alignment
+from mixofshow.evaluation.prompt_sets import EMOJILAND
+from mixofshow.evaluation.scorers import judge_scorer, references_of
+from mixofshow.evaluation.tasks import draw
+from mixofshow.sampling.settings import Composition
 
 pytestmark = pytest.mark.slow
 
@@ -40,10 +43,17 @@ def test_one_concept_alone_is_itself(done):
     concept = load_concept(done / f"{CONCEPTS[0]}.safetensors", base)
     fused = fuse([concept], base)
     assert max(one.residual for one in fused.layers.values()) <= 1e-3
-    case = Case(concept, references_of(done / "pictures" / CONCEPTS[0] / "reference"), EMOJILAND["subject"][:4])
-    scores = evaluate(base, [case], {"alone": fused.model}, judge_scorer(), EvaluationSettings(images_per_prompt=2))
-    name = concept.info.name
-    assert scores["alone"][name].image == pytest.approx(scores[SINGLE][name].image, abs=0.005)
+    look = judge_scorer().images
+    references = look(references_of(done / "pictures" / CONCEPTS[0] / "reference"))
+    wanted = [
+        Composition(prompt=prompt.format(concept.prompt), seed=100, num=2)
+        for prompt in EMOJILAND["subject"]["context"][:4]
+    ]
+    own, alone = (
+        image_alignment(look([image for one in wanted for image in draw(model, one)]), references)
+        for model in (with_concept(base, concept), fused.model)
+    )
+    assert alone == pytest.approx(own, abs=0.005)
 
 
 def test_the_same_seed_is_the_same_picture(done):

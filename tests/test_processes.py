@@ -9,14 +9,14 @@ import pytest
 
 SUITE = """
 import time
-from mixofshow.evaluation.suite.workforce import workforce
+from mixofshow.evaluation.tasks import process_pool
 
 def job(number):
     print("ready", flush=True)
     time.sleep(600)
 
 if __name__ == "__main__":
-    with workforce(1 + 1) as each:
+    with process_pool(1 + 1) as each:
         list(each(job, [1, 2]))
 """
 DECODER = """

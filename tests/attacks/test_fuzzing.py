@@ -39,7 +39,7 @@ from mixofshow.concepts.manifest import MANIFEST
 from mixofshow.concepts.model import load_model, with_concept
 from mixofshow.errors import MixOfShowError
 from mixofshow.evaluation.study import build_study, score_study
-from mixofshow.evaluation.suite.settings import read_suite
+from mixofshow.evaluation.suite import read_suite
 from mixofshow.files import TensorFile
 from mixofshow.fusion import store
 from mixofshow.fusion.editing import fused_from

@@ -19,7 +19,7 @@ from emojiland.training import new_run
 from mixofshow.bases.emojiland.sprites import ICON_SIZE, sprite
 from mixofshow.bases.emojiland.world import Placement
 from mixofshow.bases.loading import EMBEDDED_CONTROLS, load_base
-from mixofshow.evaluation.layout import foreground, overlap, sketched
+from mixofshow.evaluation.metrics import foreground, overlap, sketched
 
 CLASSES = {"t2i-adapter": T2IAdapter, "controlnet": ControlNetModel}
 every_kind = pytest.mark.parametrize("kind", KINDS)

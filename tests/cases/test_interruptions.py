@@ -21,8 +21,7 @@ from mixofshow.concepts.concept import load_concept
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.demo import run_demo
 from mixofshow.errors import BadInputError, ResourceError
-from mixofshow.evaluation.suite import run_suite
-from mixofshow.evaluation.suite.settings import Suite
+from mixofshow.evaluation.suite import Suite, run_suite
 from mixofshow.fusion.stages import Fused
 from mixofshow.outputs import holding
 from mixofshow.reading import parse_table

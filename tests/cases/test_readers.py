@@ -26,7 +26,7 @@ from mixofshow import cli
 from mixofshow.bases.loading import load_base
 from mixofshow.cli.options import assignments
 from mixofshow.errors import BadInputError, BaseModelError, MixOfShowError, ResourceError, SettingsError, ours, shown
-from mixofshow.evaluation.suite.settings import make_suite
+from mixofshow.evaluation.suite import make_suite
 from mixofshow.fusion.jobs import inputs_of
 from mixofshow.reading import MAX_YAML_BYTES, named_in, parse_json, parse_table, parse_value, read_bytes, read_table
 from mixofshow.sampling.composition import make_composition, parse_size

@@ -13,9 +13,8 @@ from typer.testing import CliRunner
 
 from mixofshow.cli import app
 from mixofshow.errors import BadInputError, SettingsError
-from mixofshow.evaluation.protocol import case_of
 from mixofshow.evaluation.study import build_study
-from mixofshow.evaluation.suite.settings import make_suite
+from mixofshow.evaluation.suite import make_suite, suite_of_files
 
 ROW = [{"prompt": "a cat", "pictures": ["0.png", "1.png"]}]
 STATES = {"single": {"cat": ROW}, "fused": {"cat": ROW}}
@@ -137,4 +136,4 @@ def test_settings_within_a_suite_are_checked(changes, message):
 @pytest.mark.parametrize("pair", ["a.safetensors=", "=folder", "="])
 def test_a_pair_needs_both(pair):
     with pytest.raises(SettingsError, match="expected FILE=FOLDER"):
-        case_of(pair, None, "emojiland", "subject")
+        suite_of_files([pair])

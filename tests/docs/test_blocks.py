@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -30,7 +31,7 @@ from PIL import Image
 
 from mixofshow import cli, fuse
 from mixofshow.bases.emojiland.concepts import write_concept
-from mixofshow.evaluation import protocol
+from mixofshow.evaluation import suite_settings, tasks
 from mixofshow.fusion.methods import METHODS
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.sampling import asked
@@ -153,20 +154,24 @@ SUITE = {"tune": {"steps": 2}, "fuse": {"steps": 2}, "images_per_prompt": 1, "pr
 def hurried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Everything does two steps: tuning, what fusion draws, what is drawn. Fusion does not refine.
 
-    Of Emojiland's concepts only those that the pages name are written, and files are evaluated on two prompts.
+    Of Emojiland's concepts only those that the pages name are written; they are drawn on one prompt of each category.
     """
     few = {"steps": 2, "refine": 0}
-    make_drawing, prompts_for = asked.make_drawing, protocol.prompts_for
+    make_drawing, prompts_of = asked.make_drawing, suite_settings.prompts_by_category
     monkeypatch.setitem(BASE_PRESETS["emojiland"], "steps", 2)
     monkeypatch.setattr(asked, "make_drawing", lambda table: make_drawing({**table, "num_inference_steps": 2}))
     monkeypatch.setattr("mixofshow.bases.emojiland.concepts.ALL", ("reddog", "greenhouse", "foxy"))
-    monkeypatch.setattr(protocol, "prompts_for", lambda *which: prompts_for(*which)[:2])
     monkeypatch.setattr(
-        "mixofshow.fusion.stages.fuse",
-        lambda concepts, base, settings=None, **more: fuse(
-            concepts, base, (settings or FusionSettings()).model_copy(update=few), **more
-        ),
+        suite_settings,
+        "prompts_by_category",
+        lambda *which: {key: prompts[:1] for key, prompts in prompts_of(*which).items()},
     )
+
+    def quickly(concepts: Any, base: Any, settings: FusionSettings | None = None, **more: Any) -> Any:
+        return fuse(concepts, base, (settings or FusionSettings()).model_copy(update=few), **more)
+
+    monkeypatch.setattr("mixofshow.fusion.stages.fuse", quickly)
+    monkeypatch.setattr(tasks, "fuse", quickly)
     with patch.dict(METHODS):  # a page shows how to enter one
         yield
 

@@ -10,18 +10,11 @@ from PIL import Image
 
 from mixofshow.errors import DatasetError, SettingsError
 from mixofshow.evaluation import metrics
-from mixofshow.evaluation.metrics import image_alignment, text_alignment
-from mixofshow.evaluation.protocol import (
-    Case,
-    EvaluationSettings,
-    Score,
-    case_of,
-    evaluate,
-    means,
-    references_of,
-)
-from mixofshow.evaluation.report import Page
-from mixofshow.evaluation.scorers import Scorer, scorer_for
+from mixofshow.evaluation.metrics import image_alignment
+from mixofshow.evaluation.report import _templates, enlarged
+from mixofshow.evaluation.requests import BaseSource, DrawnBy, Models, make_plan
+from mixofshow.evaluation.scorers import references_of, scorer_for
+from mixofshow.evaluation.suite import make_suite, suite_of_files
 
 
 def _unit(*rows):
@@ -94,46 +87,34 @@ def test_distances_to_training_and_drift():
 
 
 def test_text_alignment_is_clipscore():
-    assert text_alignment(_unit([1, 0], [1, 0]), _unit([1, 0], [-1, 0])) == pytest.approx(2.5 / 2)
+    assert metrics.text_scores(_unit([1, 0], [1, 0]), _unit([1, 0], [-1, 0])).tolist() == [2.5, 0]
 
 
-def test_each_model_is_asked_for_its_own_name_of_the_concept(golden_pipeline, golden_concepts):
-    asked = []
-
-    def texts(captions):
-        asked.extend(captions)
-        return _unit(*[[1, 0]] * len(captions))
-
-    scorer = Scorer(lambda images: _unit(*[[1, 0]] * len(images)), texts)
-    concept = golden_concepts[0]
-    settings = EvaluationSettings(images_per_prompt=2, num_inference_steps=1)
-    golden_small = [Image.new("RGB", (8, 8))]
-    scores = evaluate(golden_pipeline, [Case(concept, golden_small, ["a {}"])], {}, scorer, settings)
-    assert set(scores) == {"lower_bound", "single"}
-    assert asked == [f"a {concept.info.class_word}"] * 4
-    assert scores["single"][concept.info.name].image == pytest.approx(1)
+def test_each_model_is_asked_for_its_own_name_of_the_concept():
+    suite = make_suite({"concepts": ["reddog"], "methods": ["p-plus"], "prompts": {"subject": {"context": ["a {}"]}}})
+    base, single, fused = (DrawnBy(BaseSource("emojiland"), name) for name in ("base", "single", "fused"))
+    plan = make_plan(suite, Models(base, {"p-plus": {"reddog": single}}, {}, {"p-plus": fused}), side=64)
+    arms = {"base": plan.bounds, "single": plan.single["p-plus"], "fused": plan.fused["p-plus"]}
+    asked = {name: arm["reddog"][0] for name, arm in arms.items()}
+    assert {name: one.request.model.identity for name, one in asked.items()} == {name: name for name in asked}
+    prompts = {name: one.request.composition.prompt for name, one in asked.items()}
+    assert prompts == {"base": "a dog", "single": "a <reddog>", "fused": "a <reddog>"}
+    assert {one.plain for one in asked.values()} == {"a dog"}
 
 
-def test_means_are_over_concepts():
-    scores = {"single": {"a": Score(0.5, 1.0, ()), "b": Score(0.7, 0.0, ())}}
-    assert means(scores)["image_alignment"]["single"] == pytest.approx(0.6)
-    assert means(scores)["text_alignment"]["single"] == pytest.approx(0.5)
-
-
-def test_the_page_needs_no_other_file_and_runs_no_strangers_code(tmp_path):
-    page = Page("A <title>")
-    page.paragraph("<script>alert(1)</script>")
-    page.figure(Image.new("RGB", (4, 4), "red"), '"><img src=x onerror=alert(1)>')
-    page.table(("a", "b"), [("<b>", "1")])
-    page.save(tmp_path / "report.html")
-    text = (tmp_path / "report.html").read_text()
+def test_the_page_needs_no_other_file_and_runs_no_strangers_code():
+    page = """{% extends "page.html.j2" %}{% from "page.html.j2" import table, figure %}{% block title %}{{ title }}
+    {% endblock %}{% block body %}{{ figure(image|enlarged(2), caption) }}{{ table(["a"], [[text]]) }}{% endblock %}"""
+    strange = {"title": "A <title>", "text": "<script>alert(1)</script>", "caption": '"><img src=x onerror=alert(1)>'}
+    text = _templates().from_string(page).render(image=Image.new("RGB", (4, 4), "red"), **strange)
     assert "<script" not in text and "onerror=alert(1)>" not in text.replace("&gt;", "")
     assert set(re.findall(r'(?:src|href)="([a-z]+:)', text)) == {"data:"}
+    assert enlarged(Image.new("RGB", (4, 4)), 2).startswith("data:image/png;base64,")
 
 
-def test_what_cannot_be_evaluated_is_named(golden_pipeline, tmp_path):
+def test_what_cannot_be_evaluated_is_named(tmp_path):
     with pytest.raises(SettingsError, match="expected FILE=FOLDER"):
-        case_of("cat.safetensors", golden_pipeline, "emojiland", "subject")
+        suite_of_files(["cat.safetensors"])
     with pytest.raises(SettingsError, match="--clip"):
         scorer_for("some/base", None)
     with pytest.raises(DatasetError, match="no such folder"):

@@ -25,7 +25,7 @@ from mixofshow.concepts.model import ConceptModel, load_model, load_unfused, wit
 from mixofshow.concepts.prompts import encode_prompts, layerwise, prompt_ids
 from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import BaseModelError, ConceptFileError
-from mixofshow.evaluation.protocol import Case, EvaluationSettings, evaluate
+from mixofshow.evaluation.suite import make_suite, run_suite
 from mixofshow.fusion.settings import PAPER, FusionSettings
 from mixofshow.fusion.stages import fuse
 from mixofshow.sampling.latents import decode, initial_latents
@@ -327,12 +327,24 @@ class Colours:
         return torch.ones(len(texts), 3)
 
 
-def test_evaluation_sees_every_family(base, concepts):
-    fused = fuse(concepts, base, SHORT).model
-    case = Case(concepts[0], [Image.new("RGB", (64, 64), "red")], ["a photo of a {}"])
-    few = EvaluationSettings(images_per_prompt=1, num_inference_steps=1)
-    scores = evaluate(base, [case], {"fused": fused}, Colours(), few)
-    assert scores.keys() == {"lower_bound", "single", "fused"}
+def test_evaluation_sees_every_family(base, concepts, tmp_path, monkeypatch):
+    monkeypatch.setattr("mixofshow.evaluation.suite.scorer_for", lambda *which, **how: Colours())
+    base.save_pretrained(tmp_path / "tiny")
+    concepts[0].save(tmp_path / "cat.safetensors")
+    (tmp_path / "held-out").mkdir()
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "held-out" / "0.png")
+    info, files = concepts[0].info, {"ed-lora": str(tmp_path / "cat.safetensors")}
+    concept = {"name": info.name, "kind": "object", "class_word": info.class_word, "files": files}
+    table = {
+        "base": str(tmp_path / "tiny"),
+        "concepts": [{**concept, "references": str(tmp_path / "held-out")}],
+        "methods": ["ed-lora+average"],
+        "prompts": {"subject": {"context": ["a photo of a {}"]}},
+        **{"prior_prompts": [], "images_per_prompt": 1, "steps": 1, "imagenet": False},
+    }
+    found = run_suite(make_suite(table), tmp_path / "out")["methods"]["ed-lora+average"]
+    assert found["by_concept"]["image_alignment"].keys() == {info.name}
+    assert found["distance_to_training"] == {"single": None, "fused": None}
 
 
 def test_a_pictures_hash_is_of_every_text_encoder(base):

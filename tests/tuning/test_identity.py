@@ -7,8 +7,7 @@ import pytest
 from mixofshow.bases.emojiland.concepts import class_word, write_concept
 from mixofshow.bases.loading import load_base
 from mixofshow.evaluation.metrics import image_alignment
-from mixofshow.evaluation.protocol import references_of
-from mixofshow.evaluation.scorers import judge_scorer
+from mixofshow.evaluation.scorers import judge_scorer, references_of
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.tuning.settings import make_settings
 from mixofshow.tuning.trainer import tune

@@ -130,9 +130,9 @@ def _write_fused(fused: Fused, out: Path | None, as_delta: Path | None, rank: in
             _write_delta(as_delta, fused.model, rank)
     with _noted(failed):
         if report:
-            from mixofshow.evaluation.fusion_report import fusion_page
+            from mixofshow.evaluation.fusion_report import write_fusion_report
 
-            fusion_page(fused).save(report)
+            write_fusion_report(report, fused)
             say(report)
     if failed:
         raise failed[0]

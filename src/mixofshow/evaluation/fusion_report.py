@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
-from PIL import Image, ImageDraw
-
-from mixofshow.concepts.manifest import Manifest
-from mixofshow.evaluation.report import Page
+from mixofshow.evaluation.report import number, write_page
 from mixofshow.fusion.recording import STAGES, Stage, stage_of
 from mixofshow.fusion.solving import Kept, LayerReport, share, total
 from mixofshow.fusion.stages import Fused
-from mixofshow.grids import grid, label
 
 STAGE_NAMES: Final[Mapping[Stage, str]] = {
     "text": "text encoder",
@@ -21,66 +18,29 @@ STAGE_NAMES: Final[Mapping[Stage, str]] = {
     "picture": "the rest of the UNet",
 }
 WORST: Final = 10
-WIDTH: Final = 880
-HEIGHT: Final = 26
-WIDEST: Final = 14
-"""Pixels: of the heat map, of its rows, and the widest column."""
-DARK: Final = (8, 48, 107)
-BEYOND: Final = (165, 15, 21)
-UNTOUCHED: Final = (236, 236, 236)
-
-Reports = Mapping[str, LayerReport]
+DARK: Final = "rgb(8 48 107 / {:.2f})"
+BEYOND: Final = "rgb(165 15 21)"
+UNTOUCHED: Final = "rgb(236 236 236)"
+"""Colours of the heat map; the first, on white, is as dense as the residual is large."""
 
 
-def fusion_page(fused: Fused) -> Page:
-    """Everything that a fusion tells about itself."""
-    page = Page(f"How well {len(fused.model.concepts)} concepts were fused")
-    page.heading("The concepts")
-    if fused.recorded:
-        page.paragraph(
-            "What fusion leaves undone of the change that each concept wants, on the inputs that were recorded: "
-            "0 is perfect, 1 as if it had not been fused."
-        )
-        page.table(*concept_table(fused))
-    else:
-        page.paragraph("This method looks at no inputs, so nothing was recorded and measured (measure: true does).")
-    for name, one in fused.voices.items():
-        page.paragraph(f"<{name}>: {one.why}.")
-    if fused.refitted:
-        _refitted(page, fused.refitted)
-    if fused.recorded:
-        _layers(page, fused)
-    page.heading("Settings")
-    page.table(("setting", "value"), list(_settings(fused.model.manifest)))
-    return page
+def write_fusion_report(path: Path, fused: Fused) -> None:
+    """Everything that a fusion tells about itself, as one page."""
+    worst = sorted(fused.layers.items(), key=lambda item: -item[1].residual)[:WORST]
 
+    def row(name: str, one: LayerReport) -> tuple[str, ...]:
+        sufferer = max(one.concepts, key=lambda name: one.concepts[name].left)
+        return name, number(one.residual), number(share(one.average, one.unchanged)), f"<{sufferer}>"
 
-def _refitted(page: Page, refitted: Mapping[str, tuple[float, float]]) -> None:
-    page.heading("Refitted")
-    page.paragraph(
-        "The mean squared difference of the fused model's predictions from those of the concept's own model. All other "
-        "numbers here are of the fusion before."
-    )
-    rows = [(f"<{name}>", f"{before:.3g}", f"{after:.3g}") for name, (before, after) in refitted.items()]
-    page.table(("concept", "fused", "refitted"), rows)
-
-
-def _layers(page: Page, fused: Fused) -> None:
-    page.heading("Every concept in every layer")
-    names = [concept.info.name for concept in fused.model.concepts]
-    page.figure(
-        heat_map(names, fused.layers),
-        "Layers from left to right in the order in which a picture passes them. White: nothing is left undone; dark: "
-        "all of it; red: more than if it had not been fused; grey: the concept leaves this layer alone.",
-        scale=1,
-    )
-    page.heading(f"The {min(WORST, len(fused.layers))} worst layers")
-    page.table(
-        ("layer", "left undone", "by weight fusion", "most of it"),
-        [
-            (name, _number(one.residual), _number(share(one.average, one.unchanged)), f"<{_sufferer(one)}>")
-            for name, one in worst_layers(fused.layers)
-        ],
+    write_page(
+        path,
+        "fusion.html.j2",
+        fused=fused,
+        table_of_concepts=concept_table(fused),
+        stages={STAGE_NAMES[stage]: part for stage, part in _by_stage(fused.layers).items()},
+        shade=shade,
+        worst=[row(name, one) for name, one in worst] if fused.recorded else [],
+        settings=[(key.replace("_", " "), _shown(value)) for key, value in fused.model.manifest.settings.items()],
     )
 
 
@@ -93,8 +53,8 @@ def concept_table(fused: Fused) -> tuple[Sequence[str], list[list[str]]]:
     for concept in fused.model.concepts:
         name = concept.info.name
         over = [total(part.values(), name) for part in (fused.layers, *stages.values())]
-        row = [f"<{name}>", *(_number(share(kept.left, kept.wanted)) for kept in over)]
-        rows.append([*row, _percent(cost(over[0]))] if measured else row)
+        row = [f"<{name}>", *(number(share(kept.left, kept.wanted)) for kept in over)]
+        rows.append([*row, f"{100 * cost(over[0]):+.1f} %"] if measured else row)
     return [*head, "costs the others"] if measured else head, rows
 
 
@@ -103,64 +63,15 @@ def cost(kept: Kept) -> float:
     return math.sqrt(kept.others / kept.others_without) - 1 if kept.others_without > 0 else 0.0
 
 
-def worst_layers(layers: Reports) -> list[tuple[str, LayerReport]]:
-    """Those that leave most undone, the worst first."""
-    return sorted(layers.items(), key=lambda item: -item[1].residual)[:WORST]
+def shade(kept: Kept) -> str:
+    """The colour of a concept in a layer: white where nothing is left undone, dark where all is, red beyond that."""
+    residual = share(kept.left, kept.wanted)
+    return UNTOUCHED if kept.wanted == 0 else BEYOND if residual > 1 else DARK.format(residual)
 
 
-def heat_map(names: Sequence[str], layers: Reports) -> Image.Image:
-    """Residuals, a row for each concept and a column for each layer, stage beside stage, above their scale."""
-    stages = _by_stage(layers)
-    width = max(3, min(WIDEST, WIDTH // len(layers)))
-    strips = [
-        _strip([_colour(one.concepts[name]) for one in part.values()], width)
-        for name in names
-        for part in stages.values()
-    ]
-    heads = [f"{STAGE_NAMES[stage]} ({len(part)})" for stage, part in stages.items()]
-    rows = [f"<{name}>" for name in names]
-    sheet = grid(strips, len(stages), gap=4, row_labels=rows, column_labels=heads, text_size=HEIGHT // 2)
-    shades = _strip([_shade(k / 50) for k in range(51)], 4)
-    scale = grid([label("0", HEIGHT // 2), shades, label("1", HEIGHT // 2)], 3, gap=4)
-    return grid([sheet, scale], 1, gap=HEIGHT)
-
-
-def _by_stage(layers: Reports) -> dict[Stage, dict[str, LayerReport]]:
+def _by_stage(layers: Mapping[str, LayerReport]) -> dict[Stage, dict[str, LayerReport]]:
     found = {stage: {name: one for name, one in layers.items() if stage_of(name) == stage} for stage in STAGES}
     return {stage: part for stage, part in found.items() if part}
-
-
-def _strip(colours: Sequence[tuple[int, int, int]], width: int) -> Image.Image:
-    """Colours side by side in a frame, each so many pixels wide."""
-    picture = Image.new("RGB", (len(colours) * width + 2, HEIGHT), (200, 200, 200))
-    draw = ImageDraw.Draw(picture)
-    for number, colour in enumerate(colours):
-        left = 1 + number * width
-        draw.rectangle((left, 1, left + width - 1, HEIGHT - 2), fill=colour)
-    return picture
-
-
-def _colour(kept: Kept) -> tuple[int, int, int]:
-    if kept.wanted == 0:
-        return UNTOUCHED
-    residual = share(kept.left, kept.wanted)
-    return BEYOND if residual > 1 else _shade(residual)
-
-
-def _shade(residual: float) -> tuple[int, int, int]:
-    """White at 0, dark at 1."""
-    red, green, blue = (round(255 + (end - 255) * residual) for end in DARK)
-    return red, green, blue
-
-
-def _sufferer(report: LayerReport) -> str:
-    return max(report.concepts, key=lambda name: report.concepts[name].left)
-
-
-def _settings(manifest: Manifest) -> Iterable[tuple[str, str]]:
-    yield "base", manifest.base
-    for key, value in manifest.settings.items():
-        yield key.replace("_", " "), _shown(value)
 
 
 def _shown(value: Any) -> str:
@@ -169,11 +80,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key}={one}" for key, one in value.items())
     return ", ".join(f"“{one}”" for one in value) if isinstance(value, list) else str(value)
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:+.1f} %"

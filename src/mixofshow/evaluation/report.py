@@ -1,88 +1,155 @@
-"""A self-contained HTML page: text, tables and pictures in one file that works from a mail or a disk."""
+"""Reports: self-contained HTML pages, made of templates, that work from a mail or a disk."""
 
 from __future__ import annotations
 
-import html
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from mixofshow.evaluation.protocol import Scores
+from mixofshow.evaluation import charts
+from mixofshow.evaluation.requests import Arm, RequestPlan
+from mixofshow.evaluation.results import SuiteRun, alignment_table, measures
+from mixofshow.evaluation.suite_settings import GROUPS, MEAN
+from mixofshow.grids import grid
 from mixofshow.outputs import write_text
 from mixofshow.sampling.pictures import embedded
-from mixofshow.terminal import print_table
 
-STYLE: Final = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .3rem .9rem; border-bottom: 1px solid #ddd; }
-td + td, th + th { text-align: right; font-variant-numeric: tabular-nums; }
-figure { display: inline-block; margin: .4rem .8rem .8rem 0; vertical-align: top; } figcaption { font-size: .85rem; color: #555; }
-img { image-rendering: auto; border-radius: 4px; max-width: 100%; } svg { max-width: 100%; height: auto; } h2 { margin-top: 2.5rem; }
-"""
-
-
-@dataclass
-class Page:
-    """A page that grows downwards."""
-
-    title: str
-    parts: list[str] = field(default_factory=list)
-
-    def heading(self, text: str) -> None:
-        """A section's title."""
-        self.parts.append(f"<h2>{html.escape(text)}</h2>")
-
-    def paragraph(self, text: str) -> None:
-        """Plain text."""
-        self.parts.append(f"<p>{html.escape(text)}</p>")
-
-    def figure(self, image: Image.Image, caption: str, *, scale: int = 2) -> None:
-        """A picture, enlarged, with what it shows below it."""
-        large = image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
-        note = html.escape(caption)
-        self.parts.append(f'<figure><img alt="{note}" src="{embedded(large)}"><figcaption>{note}</figcaption></figure>')
-
-    def chart(self, svg: str, caption: str) -> None:
-        """A drawing from `charts`, with what it shows below it."""
-        self.parts.append(f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>")
-
-    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table whose first column names its rows."""
-
-        def line(cells: Sequence[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-        self.parts.append("<table>" + line(head, "th") + "".join(line(row, "td") for row in rows) + "</table>")
-
-    def save(self, path: Path) -> None:
-        """Write the page whole or not at all."""
-        title = html.escape(self.title)
-        head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>{STYLE}</style>'
-        write_text(
-            path,
-            f"<!doctype html><html lang=en><head>{head}</head><body><h1>{title}</h1>{''.join(self.parts)}</body></html>\n",
-        )
+PAPER: Final[Mapping[str, tuple[float, float]]] = {
+    "lora+average": (0.816, 0.701),
+    "ed-lora+average": (0.843, 0.749),
+    "ed-lora+gradient": (0.843, 0.818),
+}
+"""Image alignment, single and fused, of the paper's 14 concepts on Stable Diffusion 1.5 by CLIP ViT-B/32 (its §4)."""
+TITLES: Final = {
+    "image_alignment": "Image alignment",
+    "image_alignment_first": "Image alignment, with the first reference only",
+    "text_alignment": "Text alignment",
+    "dino_alignment": "Image alignment by DINO",
+    "imagenet_alignment": "Image alignment by a network of photographs",
+}
+THUMBNAIL: Final = 96
+WIDE_HEIGHT: Final = 128
+"""Heights of small pictures in a grid, in pixels."""
 
 
-def alignment_rows(means: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
-    """Rows of (model, image alignment, text alignment)."""
-    images, texts = means["image_alignment"], means["text_alignment"]
-    return [[model.replace("_", " "), f"{images[model]:.3f}", f"{texts[model]:.3f}"] for model in images]
+@cache
+def _templates() -> Environment:
+    loader = PackageLoader("mixofshow.evaluation")
+    found = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    found.filters |= {"enlarged": enlarged, "number": number, "arrow": arrow, "change": _change, "cost": _cost}
+    return found
 
 
-def print_alignments(means: Mapping[str, Mapping[str, float]]) -> None:
-    """The table of alignments, on the terminal."""
-    print_table(("model", "image alignment", "text alignment"), alignment_rows(means))
+def write_page(path: Path, template: str, **values: Any) -> None:
+    """Write the page that a template makes of values, whole or not at all."""
+    write_text(path, _templates().get_template(template).render(values))
 
 
-def write_figures(path: Path, means: Mapping[str, Mapping[str, float]], scores: Scores) -> None:
-    """Means and every concept's own alignments as JSON."""
-    concepts = {
-        model: {name: {"image_alignment": one.image, "text_alignment": one.text} for name, one in by_name.items()}
-        for model, by_name in scores.items()
+def enlarged(image: Image.Image, scale: int = 1) -> str:
+    """A picture as a data URI, so many times as large."""
+    return embedded(image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC))
+
+
+def number(value: float | None) -> str:
+    """Three digits, or none."""
+    return "none" if value is None else f"{value:.3f}"
+
+
+def arrow(entry: Mapping[str, Any] | Sequence[float | None]) -> str:
+    """From single to fused, or from the first of two numbers to the second."""
+    first, second = (entry["single"], entry["fused"]) if isinstance(entry, Mapping) else entry
+    return f"{number(first)}\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}{number(second)}"
+
+
+def _change(entry: Mapping[str, Any]) -> str:
+    low, high = entry["intervals"]["change"]
+    return f"{entry['change']:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def _cost(cost: Mapping[str, float | None] | None) -> str:
+    if cost is None:
+        return "was there"
+    memory = "" if cost["peak_memory_mb"] is None else f", {cost['peak_memory_mb']:.0f} MB"
+    return f"{cost['seconds']} s{memory}"
+
+
+def write_suite_report(path: Path, run: SuiteRun) -> None:
+    """The paper's tables and figures with a suite's numbers and pictures, in one file."""
+    results, plan = run.results, run.plan
+    overs = next(iter(results["methods"].values()))["image_alignment"]
+    write_page(
+        path,
+        "suite.html.j2",
+        suite=run.suite,
+        results=results,
+        titles={measure: TITLES[measure] for measure in measures(results)},
+        means=[over for over in (MEAN, *GROUPS.values()) if over in overs],
+        paper=PAPER,
+        table_of=partial(alignment_table, results),
+        charts=_charts(results["methods"], results["bounds"]) if charts.can_draw() else None,
+        samples=sample_sheet(run),
+        words_only=_words_only_sheet(plan, run.pictures) if plan.words_only else None,
+        together=_together_sheet(plan, run.pictures) if results["region_accuracy"] else None,
+    )
+
+
+def _charts(methods: Mapping[str, Any], bounds: Mapping[str, Any]) -> dict[str, Any]:
+    """Charts by what they show."""
+
+    def points(state: str, entries: Iterable[Mapping[str, Any]]) -> list[charts.Point]:
+        return [(entry[state], *entry["intervals"][state]) for entry in entries]
+
+    def bars(measure: str) -> str:
+        entries = [one[measure][MEAN] for one in methods.values()]
+        series = {state: points(state, entries) for state in ("single", "fused")}
+        return charts.bar_chart(list(methods), series, line=next(iter(bounds[measure][MEAN].values())))
+
+    def lines(state: str, line: float | None = None) -> str:
+        overs = [over for over in bounds["image_alignment"] if over != MEAN]
+        entries = {key: [one["image_alignment"][over] for over in overs] for key, one in methods.items()}
+        return charts.line_chart(overs, {key: points(state, row) for key, row in entries.items()}, line=line)
+
+    return {
+        "bars": {TITLES[measure]: bars(measure) for measure in ("image_alignment", "text_alignment")},
+        "fused": lines("fused"),
+        "change": lines("change", 0.0),
+        "matrices": {key: charts.matrix_chart(**method["interference"]) for key, method in methods.items()},
     }
-    write_text(path, json.dumps({**means, "concepts": concepts}, indent=1) + "\n")
+
+
+def sample_sheet(run: SuiteRun, *, prompts: int = 1) -> Image.Image:
+    """The first picture of each concept's first prompts by all models, beside a reference."""
+    plan = run.plan
+    columns = ["reference", "base", *(f"{key}, {state}" for key in plan.single for state in ("single", "fused"))]
+    arms = [plan.bounds, *(arm for key in plan.single for arm in (plan.single[key], plan.fused[key]))]
+    rows = [(name, k) for name in run.references for k in range(min(prompts, len(plan.bounds[name])))]
+    cells: list[Image.Image] = []
+    for name, k in rows:
+        cells += [_small(run.references[name][0]), *(_first(arm, name, run.pictures, k) for arm in arms)]
+    return grid(cells, len(columns), row_labels=[f"<{name}>" for name, _ in rows], column_labels=columns)
+
+
+def _first(arm: Arm, name: str, pictures: Path, prompt: int = 0) -> Image.Image:
+    return _small(arm[name][prompt].request.pictures(pictures)[0])
+
+
+def _small(image: Image.Image, height: int = THUMBNAIL) -> Image.Image:
+    return image.resize((round(image.width * height / image.height), height), Image.Resampling.BICUBIC)
+
+
+def _words_only_sheet(plan: RequestPlan, pictures: Path) -> Image.Image:
+    arms = [arm for key in plan.words_only for arm in (plan.words_only[key], plan.single[key])]
+    columns = [f"{key}, alpha {alpha}" for key in plan.words_only for alpha in (0, 1)]
+    cells = [_first(arm, name, pictures) for name in plan.bounds for arm in arms]
+    return grid(cells, len(columns), row_labels=[f"<{name}>" for name in plan.bounds], column_labels=columns)
+
+
+def _together_sheet(plan: RequestPlan, pictures: Path) -> Image.Image:
+    rows = list(zip(*plan.together.values(), strict=True))
+    cells = [_small(one.pictures(pictures)[0], WIDE_HEIGHT) for row in rows for one in row]
+    names = [", ".join(row[0].names) for row in rows]
+    return grid(cells, len(plan.together), row_labels=names, column_labels=list(plan.together))

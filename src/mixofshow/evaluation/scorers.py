@@ -17,6 +17,7 @@ from mixofshow.bases.configs import check_config
 from mixofshow.bases.strangers import strangers_model
 from mixofshow.errors import BadInputError, SettingsError, shown
 from mixofshow.reading import read_json
+from mixofshow.tuning.dataset import read_folder
 
 BATCH: Final = 64
 
@@ -30,6 +31,11 @@ class Scorer:
 
     images: ImageTower
     texts: Callable[[Sequence[str]], Tensor]
+
+
+def references_of(folder: Path) -> list[Image.Image]:
+    """Held-out pictures of a folder. Raises DatasetError."""
+    return [example.image for example in read_folder(folder, instance_prompt="", with_masks=False)]
 
 
 def judge_scorer() -> Scorer:
@@ -53,7 +59,7 @@ def clip_scorer(name: str | Path, *, device: str = "cpu") -> Scorer:
         inputs = processor(text=list(captions), return_tensors="pt", padding=True, truncation=True).to(device)
         return normalize(clip.get_text_features(**inputs).pooler_output, dim=-1).cpu()
 
-    return Scorer(_tower(processor, lambda inputs: clip.get_image_features(**inputs).pooler_output, device), texts)
+    return Scorer(_processed(processor, lambda inputs: clip.get_image_features(**inputs).pooler_output, device), texts)
 
 
 def dino_scorer(name: str | Path, *, device: str = "cpu") -> ImageTower:
@@ -64,7 +70,7 @@ def dino_scorer(name: str | Path, *, device: str = "cpu") -> ImageTower:
     from transformers import AutoImageProcessor, AutoModel
 
     model, processor = _loaded(AutoModel, name).eval().to(device), _loaded(AutoImageProcessor, name)
-    return _tower(processor, lambda inputs: model(**inputs).last_hidden_state[:, 0], device)
+    return _processed(processor, lambda inputs: model(**inputs).last_hidden_state[:, 0], device)
 
 
 def imagenet_scorer(*, device: str = "cpu") -> ImageTower:
@@ -83,18 +89,13 @@ def imagenet_scorer(*, device: str = "cpu") -> ImageTower:
     network.eval().to(device)
     side = EfficientNet.get_image_size("efficientnet-lite2")
 
-    def inputs(images: Sequence[Image.Image]) -> Tensor:
+    def features(images: Sequence[Image.Image]) -> Tensor:
         large = [image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC) for image in images]
         array = np.stack([np.asarray(image, dtype=np.float32) for image in large])
-        return torch.from_numpy((array - 127) / 128).permute(0, 3, 1, 2)
+        inputs = torch.from_numpy((array - 127) / 128).permute(0, 3, 1, 2)
+        return network.extract_features(inputs.to(device)).mean((2, 3))
 
-    @torch.no_grad()
-    def images(pictures: Sequence[Image.Image]) -> Tensor:
-        parts = [pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH)]
-        found = [network.extract_features(inputs(part).to(device)).mean((2, 3)) for part in parts]
-        return normalize(torch.cat(found), dim=-1).cpu()
-
-    return images
+    return _tower(features)
 
 
 def _loaded(kind: Any, name: str | Path) -> Any:
@@ -107,11 +108,16 @@ def _loaded(kind: Any, name: str | Path) -> Any:
         return kind.from_pretrained(str(name), local_files_only=True, **options)
 
 
-def _tower(processor: Any, features: Callable[[Any], Tensor], device: str) -> ImageTower:
+def _processed(processor: Any, features: Callable[[Any], Tensor], device: str) -> ImageTower:
+    return _tower(lambda images: features(processor(images=images, return_tensors="pt").to(device)))
+
+
+def _tower(features: Callable[[Sequence[Image.Image]], Tensor]) -> ImageTower:
+    """Unit vectors of pictures, so many at once."""
+
     @torch.no_grad()
     def images(pictures: Sequence[Image.Image]) -> Tensor:
-        parts = [list(pictures[start : start + BATCH]) for start in range(0, len(pictures), BATCH)]
-        found = [features(processor(images=part, return_tensors="pt").to(device)) for part in parts]
+        found = [features(list(pictures[start : start + BATCH])) for start in range(0, len(pictures), BATCH)]
         return normalize(torch.cat(found), dim=-1).cpu()
 
     return images

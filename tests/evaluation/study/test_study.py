@@ -15,8 +15,7 @@ from typer.testing import CliRunner
 
 from mixofshow.cli import app
 from mixofshow.errors import BadInputError, SettingsError
-from mixofshow.evaluation.study import build_study, score_study
-from mixofshow.evaluation.study.score import fleiss_kappa, wilson
+from mixofshow.evaluation.study import build_study, fleiss_kappa, score_study, wilson
 
 METHODS = {"ours": (10, 200, 10), "theirs": (200, 10, 10)}
 CONCEPTS = ("cat", "dog")

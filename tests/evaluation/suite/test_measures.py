@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from random import Random
 from xml.etree import ElementTree
@@ -12,13 +13,12 @@ import torch
 from mixofshow.bases.emojiland.concepts import SUBJECTS, concept_pictures
 from mixofshow.bases.emojiland.judge import image_features
 from mixofshow.bases.emojiland.world import SIZE, WIDE, compose, places
-from mixofshow.evaluation.charts import Point, bar_chart, line_chart, matrix_chart
-from mixofshow.evaluation.suite.intervals import interval
-from mixofshow.evaluation.suite.measure import Eye, confusions, per_seed, region_hits, slices
-from mixofshow.evaluation.suite.plan import Asked, Together, columns
-from mixofshow.evaluation.suite.results import alignments
-from mixofshow.evaluation.suite.settings import make_suite
-from mixofshow.evaluation.suite.work import Model, Request
+from mixofshow.evaluation import charts
+from mixofshow.evaluation.charts import bar_chart, line_chart, matrix_chart
+from mixofshow.evaluation.metrics import interval
+from mixofshow.evaluation.requests import BaseSource, DrawnBy, ImageRequest, PromptRequest, WideRequest, columns
+from mixofshow.evaluation.results import Judge, alignments, confusions, per_seed, region_hits, slices
+from mixofshow.evaluation.suite import make_suite
 from mixofshow.sampling.settings import Composition
 
 THREE = ("reddog", "greenhouse", "robot")
@@ -44,7 +44,7 @@ def test_what_does_not_vary_has_no_width(values):
 
 
 def _asked(category):
-    return Asked(category, "", Request(Model("", ""), Composition(prompt="")))
+    return PromptRequest(category, "", ImageRequest(DrawnBy(BaseSource(""), ""), Composition(prompt="")))
 
 
 def test_means_are_over_seeds_last_and_every_concept_counts_the_same():
@@ -79,7 +79,7 @@ def references():
 
 def _kept(folder, name, images):
     """Pictures as if they had been drawn for a request."""
-    request = Request(Model("", name), Composition(prompt=name, num=len(images)))
+    request = ImageRequest(DrawnBy(BaseSource(""), name), Composition(prompt=name, num=len(images)))
     for image, path in zip(images, request.paths(folder), strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
@@ -92,8 +92,8 @@ def test_regions_of_true_wide_pictures_are_recognized_and_those_in_other_places_
     sprites = [(name, SUBJECTS[name].picture()) for name in THREE]
     scenes = ["in the forest", "on the beach", "in the city", "in the snow"] * 2
     images = [compose(sprites, scene, random, width=WIDE, laid=places(random, 3, width=WIDE)).image for scene in scenes]
-    one = Together(order, columns(3, WIDE, SIZE), _kept(tmp_path, "wide", images))
-    hits = region_hits([one], Eye(image_features, tmp_path), references)
+    one = WideRequest(order, columns(3, WIDE, SIZE), (_kept(tmp_path, "wide", images),))
+    hits = region_hits([one], Judge(image_features, tmp_path, references))
     right = [float(hits[name].mean()) for name in THREE]
     assert hits["reddog"].shape == (1, len(images))
     assert right[1] >= 0.8  # the middle one stands where it should in either order
@@ -102,19 +102,19 @@ def test_regions_of_true_wide_pictures_are_recognized_and_those_in_other_places_
 
 def test_true_pictures_are_not_confused_and_swapped_ones_are(tmp_path, references):
     made = {name: _kept(tmp_path, name, [one.image for one in concept_pictures(name, 8, seed=7)]) for name in THREE}
-    arm = {name: (Asked("context", "", made[name]),) for name in THREE}
-    eye = Eye(image_features, tmp_path)
-    assert float(confusions(arm, eye, references).diagonal().min()) >= 0.8
+    arm = {name: (PromptRequest("context", "", made[name]),) for name in THREE}
+    judge = Judge(image_features, tmp_path, references)
+    assert float(confusions(arm, judge).diagonal().min()) >= 0.8
     swapped = {**arm, "reddog": arm["robot"], "robot": arm["reddog"]}
-    found = confusions(swapped, eye, references)
+    found = confusions(swapped, judge)
     assert float(found[0, 2]) >= 0.8 and float(found[2, 0]) >= 0.8
 
 
 def test_pictures_with_other_things_in_them_do_not_count_as_confused(tmp_path, references):
     dogs = _kept(tmp_path, "dogs", [one.image for one in concept_pictures("reddog", 4, seed=7)])
     houses = _kept(tmp_path, "houses", [one.image for one in concept_pictures("greenhouse", 4, seed=7)])
-    arm = {"reddog": (Asked("context", "", dogs), Asked("interaction", "", houses))}
-    assert confusions(arm, Eye(image_features, tmp_path), references)[0].tolist() == [1, 0, 0]
+    arm = {"reddog": (PromptRequest("context", "", dogs), PromptRequest("interaction", "", houses))}
+    assert confusions(arm, Judge(image_features, tmp_path, references))[0].tolist() == [1, 0, 0]
 
 
 def test_boxes_stand_side_by_side_and_are_the_demos():
@@ -123,24 +123,29 @@ def test_boxes_stand_side_by_side_and_are_the_demos():
     assert edges == sorted(edges) and edges[0] > 0 and edges[-1] < 1280
 
 
-def _shapes(svg, tag):
-    return list(ElementTree.fromstring(svg).iter(tag))
+def _texts(chart):
+    svg = base64.b64decode(chart.removeprefix("data:image/svg+xml;base64,"))
+    return [text.text.strip() for text in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
 
 
-def test_bars_are_as_high_as_their_values():
-    series = {"single": [Point(0.8, 0.75, 0.85), Point(0.4)], "fused": [Point(0.6), Point(0.2)]}
-    svg = bar_chart(["a", "<b>"], series, line=0.1)
-    bars = [float(bar.get("height")) for bar in _shapes(svg, "rect") if bar.find("title") is not None]
-    steps = [bars[0] - bars[2], bars[2] - bars[1], bars[1] - bars[3]]  # 0.8, 0.6, 0.4, 0.2
-    assert steps[0] == pytest.approx(steps[1], abs=0.3) == pytest.approx(steps[2], abs=0.3)
-    assert steps[0] > 10
-    assert any("<b>, single: 0.400" in (title.text or "") for title in _shapes(svg, "title"))
+ODD = ["_a", "<b>", "$c", "字"]
 
 
-def test_lines_go_through_their_values_and_the_matrix_is_darkest_where_it_is_largest():
-    svg = line_chart(["one", "two"], {"a": [Point(0.0), Point(-0.1)]}, line=0.0)
-    first, second = (float(dot.get("cy")) for dot in _shapes(svg, "circle"))
-    level = [float(line.get("y1")) for line in _shapes(svg, "line") if line.get("stroke-dasharray")]
-    assert level == [pytest.approx(first)] and second > first
-    cells = [cell.get("fill") for cell in _shapes(matrix_chart(["a", "b"], [[1.0, 0.0], [0.5, 0.5]]), "rect")]
-    assert cells[:2] == ["rgb(8,48,107)", "rgb(255,255,255)"] and cells[2] == cells[3]
+def test_charts_say_their_values_and_any_name_and_are_the_same_each_time():
+    series = {"$single": [(0.8, 0.75, 0.85)] * 4, "_fused": [(0.6, 0.6, 0.6)] * 4}
+    chart = bar_chart(ODD, series, line=0.1)
+    assert chart == bar_chart(ODD, series, line=0.1)
+    assert {*ODD, *series, "0.800", "0.600"} <= {*_texts(chart)}
+    lines = line_chart(["one", "two"], {name: [(0.0, -0.1, 0.1), (-0.1, -0.1, -0.1)] for name in ODD}, line=0.0)
+    assert {*ODD, "one", "two"} <= {*_texts(lines)}
+
+
+def test_a_matrix_says_all_shares_but_those_of_nothing():
+    texts = _texts(matrix_chart(["a", "b"], [[1.0, 0.0], [0.5, 0.5]]))
+    assert texts.count("1.00") == 1 and texts.count("0.50") == 2 and "0.00" not in texts
+    assert texts.count("a") == texts.count("b") == 2
+
+
+def test_a_report_does_without_matplotlib_and_says_so(monkeypatch):
+    monkeypatch.setattr(charts, "find_spec", lambda name: None)
+    assert not charts.can_draw()

@@ -17,10 +17,12 @@ from mixofshow.bases.loading import load_base
 from mixofshow.concepts.concept import Concept, load_concept
 from mixofshow.concepts.model import with_concept
 from mixofshow.errors import BadInputError, SettingsError
-from mixofshow.evaluation.suite import make_suite, read_suite, run_suite, suite_means
-from mixofshow.evaluation.suite import work as working
-from mixofshow.evaluation.suite.index import read_index
-from mixofshow.evaluation.suite.workforce import workforce
+from mixofshow.evaluation import tasks
+from mixofshow.evaluation.requests import BaseSource, DrawnBy
+from mixofshow.evaluation.results import DRAWN_ALREADY, alignment_table, summary
+from mixofshow.evaluation.study import read_index
+from mixofshow.evaluation.suite import make_suite, read_suite, run_suite
+from mixofshow.evaluation.tasks import process_pool
 
 SHIPPED = Path(__file__).parents[3] / "examples" / "concepts"
 QUICK_FUSION = {"prompts": ["{}"], "picture_prompts": ["{}"], "steps": 1}
@@ -36,9 +38,12 @@ TABLE = {
     "prior_prompts": ["a cat in the snow"],
     "images_per_prompt": 2,
     "steps": 1,
+    "imagenet": False,
     "compositions": {"together": [["reddog", "greenhouse"]], "places": ["in the forest"], "images": 2},
 }
-REQUESTS = 4 * 2 * 2 + 1 + 2  # four arms of two concepts and two prompts, a wide picture, a prompt without concepts
+REQUESTS = (
+    4 * 2 * 2 + 2 + 2
+)  # four arms of two concepts and two prompts, a wide picture of two seeds, a prompt without concepts
 
 
 @pytest.fixture
@@ -54,8 +59,8 @@ def draws(monkeypatch):
             self.count += 1
             return drawn(model, wanted)
 
-    drawn, counter = working.draw, Draws()
-    monkeypatch.setattr(working, "draw", counter)
+    drawn, counter = tasks.draw, Draws()
+    monkeypatch.setattr(tasks, "draw", counter)
     return counter
 
 
@@ -118,15 +123,18 @@ def _check_results(results, out):
         and row["method"] == "ed-lora+average"
     ]
     assert float(row["value"]) == method["text_alignment"]["style"]["fused"]
-    assert (
-        suite_means(results)["image_alignment"]["ed-lora+average, single"]
-        == method["image_alignment"]["mean"]["single"]
-    )
+    assert summary(results)["image_alignment"]["single"] == method["image_alignment"]["mean"]["single"]
     page = (out / "report.html").read_text()
     assert set(re.findall(r'(?:src|href)="([a-z]+:)', page)) == {"data:"}
-    assert (
-        "<script" not in page and "0.843\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}0.749" in page and page.count("<svg") >= 5
-    )
+    assert "<script" not in page and page.count("data:image/svg+xml;base64,") >= 5
+    assert "0.843\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}0.749" in page
+    head, rows = alignment_table(results, "image_alignment")
+    assert len(head) == len(rows[0]) and [row[0] for row in rows][:3] == ["<reddog>", "<greenhouse>", "mean"]
+    flagged = {row[0].strip("<>") for row in rows if row[-1] == DRAWN_ALREADY}
+    lower = results["bounds"]["by_concept"]["image_alignment"]
+    assert flagged == {name for name in lower if by_concept[name]["single"] < lower[name]["lower"] + 0.05}
+    assert flagged == set(results["drawn_by_the_base"]["image_alignment"])
+    assert page.count("&lt;greenhouse&gt;") > 4 and (not flagged or DRAWN_ALREADY in page)
 
 
 def test_concepts_are_tuned_once_and_again_when_settings_or_pictures_change(tmp_path, draws, monkeypatch):
@@ -136,7 +144,7 @@ def test_concepts_are_tuned_once_and_again_when_settings_or_pictures_change(tmp_
         tuned.append(settings.name)
         return load_concept(SHIPPED / f"{settings.name}.safetensors", pipeline)
 
-    monkeypatch.setattr(working, "tune", tune)
+    monkeypatch.setattr(tasks, "tune", tune)
     folder = tmp_path / "mine"
     for part in ("train", "reference"):
         (folder / part).mkdir(parents=True)
@@ -165,7 +173,7 @@ def test_words_alone_lose_nothing_when_they_are_put_together(tmp_path, draws, mo
         word = {"words": (settings.placeholder,), "initializers": ("dog",), "method": settings.method}
         return Concept(concept.info.model_copy(update=word), concept.embeddings[1:], {})
 
-    monkeypatch.setattr(working, "tune", tune)
+    monkeypatch.setattr(tasks, "tune", tune)
     table = {**TABLE, "concepts": ["reddog", "foxy"], "methods": ["p-plus"], "words_only": [], "compositions": {}}
     method = run_suite(make_suite(table), tmp_path)["methods"]["p-plus"]
     assert method["image_alignment"]["mean"]["change"] == 0
@@ -186,9 +194,9 @@ def test_a_damaged_picture_and_a_strangers_concept_are_named(tmp_path, draws):
 
 def test_jobs_are_done_in_any_number_of_processes_and_errors_come_through(tmp_path):
     done = []
-    with workforce(1) as each:
+    with process_pool(1) as each:
         assert list(each(done.append, [1, 2, 3])) == done == [1, 2, 3]
-    with pytest.raises(SettingsError, match="workers"), workforce(0):
+    with pytest.raises(SettingsError, match="workers"), process_pool(0):
         pass
 
 
@@ -243,7 +251,7 @@ def test_a_fused_model_speaks_the_words_of_its_file(tmp_path):
     model = with_concept(load_base("emojiland"), load_concept(concept))
     refitted = {word: 2 * vector for word, vector in model.vocabulary.embeddings.items()}
     replace(model, vocabulary=replace(model.vocabulary, embeddings=refitted)).save_delta(tmp_path / "a.safetensors")
-    found = working._model(working.Model("emojiland", "", (concept,), tmp_path / "a.safetensors"), "cpu")
+    found = tasks._model(DrawnBy(BaseSource("emojiland"), "", (concept,), tmp_path / "a.safetensors"))
     assert found.vocabulary.aliases == model.vocabulary.aliases
     assert list(found.vocabulary.embeddings) == list(refitted)
     assert all(torch.equal(vector, refitted[word]) for word, vector in found.vocabulary.embeddings.items())

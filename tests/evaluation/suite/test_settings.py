@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from mixofshow.errors import SettingsError
-from mixofshow.evaluation.prompts import EMOJILAND, GENERAL
+from mixofshow.evaluation.prompt_sets import EMOJILAND, GENERAL
 from mixofshow.evaluation.suite import make_suite, read_suite
 from mixofshow.tuning.settings import with_presets
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo, model_validator
 
+from mixofshow.bases.emojiland import concepts as emojiland
+from mixofshow.bases.loading import EMBEDDED
+from mixofshow.concepts.concept import load_concept
 from mixofshow.errors import SettingsError, field_problem, nearest, shown
-from mixofshow.evaluation.prompts import ByCategory, prompts_by_category, prompts_without_concepts
+from mixofshow.evaluation.prompt_sets import ByCategory, prompts_by_category, prompts_without_concepts
 from mixofshow.fusion.settings import FusionSettings, make_fusion_settings
 from mixofshow.fusion.solving import check_method
 from mixofshow.reading import named_in, read_table
@@ -33,16 +38,16 @@ def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
 
 
 File = Annotated[Path, AfterValidator(_beside_the_file)]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,30}$")]
 
 
 class ConceptEntry(Group):
     """A concept: one of Emojiland's own by its name alone, or a folder with `train` and `reference` pictures."""
 
-    name: Name
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")
     kind: Literal["character", "object", "scene"]
     class_word: str = Field(min_length=1, max_length=64)
     folder: File | None = Field(None, description="Pictures in train/ and reference/; default: Emojiland's own.")
+    references: File | None = Field(None, description="Held-out pictures, where they lie elsewhere.")
     files: Mapping[str, File] = Field(
         {}, description="Concept files that are there already, by what results call the method or by how it tunes."
     )
@@ -50,17 +55,15 @@ class ConceptEntry(Group):
     @model_validator(mode="before")
     @classmethod
     def _emojilands_own(cls, value: Any) -> Any:
-        from mixofshow.bases.emojiland import concepts
-
         table = {"name": value} if isinstance(value, str) else value
-        if not isinstance(table, Mapping) or "folder" in table:
+        if not isinstance(table, Mapping) or "folder" in table or "references" in table:
             return table
         name = table.get("name")
-        if name not in concepts.ALL:
-            hint = nearest(str(name), concepts.ALL)
+        if name not in emojiland.ALL:
+            hint = nearest(str(name), emojiland.ALL)
             raise ValueError(f"emojiland has no such concept{hint}; give a folder of pictures for one of your own")
-        kind = "scene" if name in concepts.SCENES else "character" if name in concepts.CHARACTERS else "object"
-        return {"kind": kind, "class_word": concepts.class_word(name), **table}
+        kind = "scene" if name in emojiland.SCENES else "character" if name in emojiland.CHARACTERS else "object"
+        return {"kind": kind, "class_word": emojiland.class_word(name), **table}
 
     @property
     def noun(self) -> str:
@@ -81,6 +84,7 @@ class MethodEntry(Group):
     name: str | None = Field(None, max_length=64, description="What results call it; default: tuning+fusion.")
     tune: Mapping[str, Any] = Field({}, description="Settings of tuning, on top of the suite's.")
     fuse: Mapping[str, Any] = Field({}, description="Settings of fusion, on top of the suite's.")
+    fused: File | None = Field(None, description="A delta file of all the concepts fused that is there already.")
 
     @model_validator(mode="before")
     @classmethod
@@ -135,38 +139,27 @@ class Suite(Group):
     compositions: Compositions = Compositions()
     clip: str | None = Field(None, description="CLIP by folder or hub name; default: Emojiland's judge.")
     dino: str | None = Field(None, description="DINO by folder or hub name, for one more image alignment.")
-    imagenet: bool = Field(False, description="One more image alignment, by a network of photographs (an extra).")
+    imagenet: bool | None = Field(
+        None, description="One more image alignment, by a network of photographs; default: where the extra is there."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Suite:
-        names = [concept.name for concept in self.concepts]
-        keys = [method.key for method in self.methods]
+        names, keys = [concept.name for concept in self.concepts], [method.key for method in self.methods]
         for what, listed in (("concepts", names), ("methods", keys)):
-            if twice := sorted({one for one in listed if listed.count(one) > 1}):
+            if twice := sorted(one for one, count in Counter(listed).items() if count > 1):
                 raise ValueError(f"two {what} are called {', '.join(twice)}; give one of them a name of its own")
-        for one in (name for names_together in self.compositions.together for name in names_together):
-            if one not in names:
-                raise ValueError(f"compositions.together: no concept '{shown(one)}'{nearest(one, names)}")
-        for key in self.words_only:
-            if key not in keys:
-                raise ValueError(f"words_only: no method '{shown(key)}'{nearest(key, keys)}")
-        self._check_prompts()
-        return self
-
-    def _check_prompts(self) -> None:
+        for where, what, used, known in (
+            ("compositions.together", "concept", chain(*self.compositions.together), names),
+            ("words_only", "method", self.words_only, keys),
+        ):
+            for one in used:
+                if one not in known:
+                    raise ValueError(f"{where}: no {what} '{shown(one)}'{nearest(one, known)}")
         for kind in {concept.prompt_kind for concept in self.concepts}:
             for category, prompts in self.prompts_of(kind).items():
-                if category in (MEAN, *GROUPS.values()):
-                    raise ValueError(f"prompts.{kind}: '{category}' is no name for a category, results use it already")
-                for prompt in prompts:
-                    if (
-                        prompt.count("{}") != 1
-                        or prompt.replace("{}", "").count("{")
-                        or "}" in prompt.replace("{}", "")
-                    ):
-                        raise ValueError(
-                            f"prompts.{kind}.{category}: expected one {{}} for the concept, found '{shown(prompt)}'"
-                        )
+                _check_prompts(f"prompts.{kind}", category, prompts)
+        return self
 
     def prompts_of(self, kind: str) -> ByCategory:
         """The prompts of a kind of concept, "subject" or "scene", by category."""
@@ -198,6 +191,22 @@ class Suite(Group):
         check_method(settings)
         return settings
 
+    @property
+    def inputs(self) -> list[Path]:
+        """The files and folders of others that a run reads."""
+        of_concepts = [path for one in self.concepts for path in (one.folder, one.references, *one.files.values())]
+        base = [] if self.base in EMBEDDED else [Path(self.base)]
+        return [path for path in (*of_concepts, *(one.fused for one in self.methods), *base) if path]
+
+
+def _check_prompts(where: str, category: str, prompts: Iterable[str]) -> None:
+    if category in (MEAN, *GROUPS.values()):
+        raise ValueError(f"{where}: '{category}' is no name for a category, results use it already")
+    for prompt in prompts:
+        rest = prompt.replace("{}", "", 1)
+        if rest == prompt or "{" in rest or "}" in rest:
+            raise ValueError(f"{where}.{category}: expected one {{}} for the concept, found '{shown(prompt)}'")
+
 
 def read_suite(path: Path, over: Mapping[str, Any] | None = None) -> Suite:
     """A suite from a YAML file, with some keys `over` its own. Raises SettingsError naming the file and the field."""
@@ -206,6 +215,27 @@ def read_suite(path: Path, over: Mapping[str, Any] | None = None) -> Suite:
         if isinstance(named := table.get(key), str) and named_in(path.parent, named).is_dir():
             table[key] = str(named_in(path.parent, named))
     return make_suite(table, source=str(path), folder=path.parent)
+
+
+def suite_of_files(
+    pairs: Sequence[str], methods: Sequence[str] = ("gradient", "average"), kind: str = "subject", **settings: Any
+) -> Suite:
+    """Concept files, each with a folder of held-out pictures as "FILE=FOLDER", by methods of fusion; more `settings`.
+
+    Raises SettingsError, ConceptFileError.
+    """
+    concepts = []
+    for pair in pairs:
+        file, _, folder = pair.partition("=")
+        if not (file and folder):
+            raise SettingsError(
+                f"'{shown(pair)}': expected FILE=FOLDER, a concept file and a folder of held-out pictures of it"
+            )
+        info = load_concept(file).info
+        named = {"name": info.name, "class_word": info.class_word, "kind": "scene" if kind == "scene" else "character"}
+        concepts.append({**named, "references": folder, "files": {"ed-lora": file}})
+    ways = [{"tuning": "ed-lora", "fusion": method, "name": method} for method in methods]
+    return make_suite({"concepts": concepts, "methods": ways, "prior_prompts": [], **settings}, "evaluate")
 
 
 def make_suite(table: Mapping[str, Any], source: str = "suite", *, folder: Path = Path()) -> Suite:
@@ -228,17 +258,10 @@ def _problem(error: Mapping[str, Any]) -> str:
     *place, key = error["loc"] or ("suite",)
     if error["type"] == "value_error":
         where = ".".join(map(str, error["loc"]))
-        return f"{where + ': ' if where else ''}{error['ctx']['error']}{_found(error)}"
+        found = f", found {shown(error['input'])}" if isinstance(error.get("input"), str) else ""
+        return f"{where + ': ' if where else ''}{error['ctx']['error']}{found}"
     if error["type"] == "extra_forbidden" and place:
-        return f"{'.'.join(map(str, place))}: {field_problem({**error, 'loc': (key,)}, _names())}"
+        models: tuple[type[BaseModel], ...] = (ConceptEntry, MethodEntry, Compositions)
+        names = chain.from_iterable(model.model_fields for model in models)
+        return f"{'.'.join(map(str, place))}: {field_problem({**error, 'loc': (key,)}, names)}"
     return field_problem(error, Suite.model_fields)
-
-
-def _found(error: Mapping[str, Any]) -> str:
-    return f", found {shown(error['input'])}" if isinstance(error.get("input"), str) else ""
-
-
-def _names() -> Iterator[str]:
-    models: tuple[type[BaseModel], ...] = (ConceptEntry, MethodEntry, Compositions)
-    for model in models:
-        yield from model.model_fields

@@ -1,0 +1,209 @@
+"""What workers do: tune a concept, fuse a model, draw pictures; one after the other, or in several processes at once."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mixofshow.concepts.concept import load_concept
+from mixofshow.concepts.delta import load_delta
+from mixofshow.concepts.model import ConceptModel, with_concept
+from mixofshow.concepts.words import Vocabulary
+from mixofshow.errors import ResourceError, SettingsError
+from mixofshow.evaluation.requests import BaseSource, DrawnBy, ImageRequest
+from mixofshow.fusion.settings import FusionSettings
+from mixofshow.fusion.stages import fuse
+from mixofshow.fusion.store import Store
+from mixofshow.outputs import write_text
+from mixofshow.processes import end_with_parent
+from mixofshow.sampling.pipeline import MixOfShowPipeline
+from mixofshow.sampling.regions import entry_region
+from mixofshow.sampling.replay import maker_of, resolved, save_picture
+from mixofshow.sampling.settings import Composition
+from mixofshow.tuning.settings import TuningSettings
+from mixofshow.tuning.trainer import tune
+
+Each = Callable[[Callable[[Any], None], Sequence[Any]], Iterator[Any]]
+"""Does every task and yields it when it is done, in any order."""
+
+
+@dataclass(frozen=True)
+class TuneTask:
+    """A concept to tune into a file."""
+
+    base: BaseSource
+    settings: TuningSettings
+    target: Path
+
+
+@dataclass(frozen=True)
+class FuseTask:
+    """Concept files to fuse into a delta file."""
+
+    base: BaseSource
+    files: tuple[Path, ...]
+    settings: FusionSettings
+    target: Path
+
+    @property
+    def recordings(self) -> Path:
+        """Where what is recorded stays until all is fused."""
+        return self.target.with_suffix("")
+
+
+@dataclass(frozen=True)
+class DrawTask:
+    """Pictures to draw with one model into the folder of pictures."""
+
+    model: DrawnBy
+    requests: tuple[ImageRequest, ...]
+    folder: Path
+
+
+Task = TuneTask | FuseTask | DrawTask
+
+
+def work(task: Task) -> None:
+    """Do a task; its files appear whole or not at all."""
+    if isinstance(task, DrawTask):
+        _draw(task)
+        return
+    started, pipeline = time.monotonic(), task.base.load()
+    save: Callable[[Path], object]
+    if isinstance(task, TuneTask):
+        save = tune(task.settings, pipeline).save
+    else:
+        concepts = [load_concept(path, pipeline) for path in task.files]
+        save = fuse(concepts, pipeline, task.settings, store=Store(task.recordings)).model.save_delta
+    cost = {"seconds": round(time.monotonic() - started, 1), "peak_memory_mb": _peak_memory(task.base.device)}
+    write_text(_cost_file(task.target), json.dumps(cost) + "\n")
+    save(task.target)
+    if isinstance(task, FuseTask):
+        shutil.rmtree(task.recordings, ignore_errors=True)
+
+
+def _draw(task: DrawTask) -> None:
+    model = _model(task.model)
+    pipeline = MixOfShowPipeline.of(model)
+    maker = maker_of(pipeline)
+    # Wide pictures' regions are the suite's own: nobody could do anything about a notice of their size.
+    logging.getLogger(entry_region.__module__).setLevel(logging.ERROR)
+    for request in task.requests:
+        images, paths = draw(model, request.composition), request.paths(task.folder)
+        for number, (image, path) in enumerate(zip(images, paths, strict=True)):
+            save_picture(image, path, resolved(request.composition, pipeline), maker, number)
+
+
+def draw(model: ConceptModel, wanted: Composition) -> list[Image.Image]:
+    """A composition's pictures in one batch; picture k is made from seed + k."""
+    return MixOfShowPipeline.of(model)(
+        wanted.prompt,
+        regions=[entry_region(entry) for entry in wanted.regions],
+        negative_prompt=wanted.negative_prompt,
+        num_images_per_prompt=wanted.num,
+        seed=wanted.seed,
+        own_weights=wanted.own_weights,
+        **wanted.drawing,
+    )
+
+
+@lru_cache(maxsize=1)
+def _model(drawn_by: DrawnBy) -> ConceptModel:
+    pipeline = drawn_by.base.load()
+    if drawn_by.delta:
+        delta = load_delta(drawn_by.delta)
+        delta.check_fits(pipeline, str(drawn_by.delta))
+        words = {word: delta.vectors[word].to(pipeline.device) for word in delta.info.words}
+        return ConceptModel(pipeline, Vocabulary(words, delta.info.aliases), delta.weights(pipeline))
+    if not drawn_by.files:
+        return ConceptModel(pipeline)
+    concept = load_concept(drawn_by.files[0], pipeline)
+    return with_concept(pipeline, concept, unet=drawn_by.strength, text_encoder=drawn_by.strength)
+
+
+def read_cost(target: Path) -> dict[str, float | None] | None:
+    """Seconds and megabytes that a file cost to make; none if it was there already.
+
+    Memory is the most that the process (or the GPU) had held up to then.
+    """
+    file = _cost_file(target)
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _cost_file(target: Path) -> Path:
+    return target.with_suffix(".cost.json")
+
+
+def _peak_memory(device: str) -> float | None:
+    if device.startswith("cuda"):
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    if not find_spec("resource"):  # Windows has none
+        return None
+    import resource
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+
+
+def folder_digest(folders: Iterable[Path]) -> str:
+    """Hex digits over the names and bytes of all files in some folders; those that do not exist count as empty."""
+    found = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(path for path in folder.glob("*") if path.is_file()):
+            found.update(f"{folder.name}/{path.name} {path.stat().st_size} ".encode())
+            found.update(path.read_bytes())
+    return found.hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def process_pool(workers: int) -> Iterator[Each]:
+    """So many processes while inside; 1 is this process itself. Raises SettingsError, ResourceError."""
+    if workers < 1:
+        raise SettingsError(f"workers: expected at least 1, found {workers}")
+    if workers == 1:
+        yield _one_by_one
+        return
+    # Forked processes would share locks of torch's threads, and hang.
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start, initargs=(workers,))
+
+    def each(function: Callable[[Any], None], tasks: Sequence[Any]) -> Iterator[Any]:
+        running = {pool.submit(function, task): task for task in tasks}
+        for future in as_completed(running):
+            future.result()
+            yield running[future]
+
+    try:
+        yield each
+    except BrokenProcessPool as error:
+        raise ResourceError("a worker was killed, probably for want of memory; run again with fewer workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _one_by_one(function: Callable[[Any], None], tasks: Sequence[Any]) -> Iterator[Any]:
+    for task in tasks:
+        function(task)
+        yield task
+
+
+def _start(workers: int) -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    torch.set_flush_denormal(True)
+    end_with_parent()
