@@ -66,7 +66,7 @@ OPTIONS: Final[dict[str, dict[str, Any]]] = {
     "isolate in 5 steps": {"isolate": 5},
     "concept_from 5": {"concept_from": 5},
     "attend 0.05": {"attend": 0.05},
-    "own_weights": {"own_weights": True},
+    "regional_lora": {"regional_lora": True},
 }
 LEAKING: Final = ("plain", "isolate", "isolate in 5 steps")
 """Options of which leakage is measured, which takes the pictures once more."""

@@ -34,9 +34,10 @@ PROMPTS: Final = (
     "a photo of a {} in the city",
     "a photo of a {} at night",
     "a photo of a {} on a green background",
-    "a photo of a {} and a gift in the mountains",
-    "a photo of a penguin and a {} in the desert",
+    "a photo of a {} in the mountains",
+    "a photo of a {} in the desert",
 )
+"""As the references are: one thing in a place."""
 
 
 @dataclass(frozen=True)

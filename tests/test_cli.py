@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from PIL import Image
 from mixofshow import cli
 from mixofshow.bases.loading import load_base
 from mixofshow.concepts.concept import load_concept
+from mixofshow.concepts.interchange.exporting import export_concept
 from mixofshow.errors import MixOfShowError
 from mixofshow.tuning.settings import make_settings, schema
 
@@ -186,6 +188,27 @@ def test_tune_fuse_sample_inspect_on_a_foreign_base(folder, capsys, monkeypatch)
     )
     assert (folder / "grid.png").is_file() and (folder / "layout.png").is_file()
     assert composition_of(folder / "d.png").isolate == 1
+
+
+def test_two_files_draw_a_region_each_without_fusing(golden_concepts, golden_pipeline, tmp_path, capsys, monkeypatch):
+    def run(*arguments: str, code: int = 0) -> str:
+        found, error = _run([part.replace("{0}", str(tmp_path)) for part in arguments], capsys, monkeypatch)
+        assert found == code, error
+        return error
+
+    golden_concepts[0].save(tmp_path / "dogx.safetensors")
+    export_concept(golden_concepts[1], golden_pipeline, tmp_path / "alice", "kohya")
+    files = ["--concept", "{0}/dogx.safetensors", "--concept", "{0}/alice/manx.safetensors"]
+    asked = [*SAMPLE[:2], GOLDEN_BASE, "--prompt", "two men", "--size", "96x64", "--steps", "2", *files]
+    asked[1] = "--base"
+    places = ["--region", "0,0,48,64: a <dogx>", "--region", "48,0,96,64: a man <lora:manx:0.8>"]
+    run(*asked, *places, "--out", "{0}/a.png")
+    run("replay", "{0}/a.png", "--base", GOLDEN_BASE, *files, "--out", "{0}/b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    other = replace(golden_concepts[0], embeddings=2 * golden_concepts[0].embeddings)
+    other.save(tmp_path / "dogx.safetensors")
+    assert "another model" in run("replay", "{0}/a.png", "--base", GOLDEN_BASE, *files, "--out", "{0}/c.png", code=2)
+    assert "2 files without regions" in run(*asked, "--out", "{0}/d.png", code=2)
 
 
 def test_a_controlled_picture_is_replayed_while_its_files_are_there(folder, capsys, monkeypatch):

@@ -249,7 +249,14 @@ def _of_settings() -> dict[str, Reader]:
     region = {"prompt": "a dog", "box": [0, 0, 32, 64], "strength": 0.5, "weight": 2, "feather": 0.1, "first_step": 1}
     polygon = {"prompt": "a cat", "polygon": [[0, 0], [32, 0], [32, 64]], "negative_prompt": "blurred"}
     drawing = {"steps": 3, "width": 64, "height": 64, "guidance_scale": 2.0, "isolate": 2, "upscale": 1.5}
-    composition = {"prompt": "two", "regions": [region, polygon], **drawing, "seed": 3, "num": 2, "own_weights": False}
+    composition = {
+        "prompt": "two",
+        "regions": [region, polygon],
+        **drawing,
+        "seed": 3,
+        "num": 2,
+        "regional_lora": False,
+    }
     tuning = {"name": "reddog", "class_word": "dog", "data": "x", "unet": {"rank": 4, "rate": 1e-4}, "steps": 10}
     concepts = [{"name": "a", "class_word": "b", "data": "c"}, {"name": "d", "class_word": "e", "data": "f"}]
     fusion = {"method": "gradient", "options": {"ridge": 1e-6}, "weights": {"a": 1, "b": 0.5}, "steps": 3, "prior": 0.1}

@@ -49,16 +49,16 @@ def draw(model, **asked):
     return MixOfShowPipeline.of(model)("a <dogx>", **(ASKED | asked))[0].tobytes()
 
 
-def test_own_weights_of_a_reloaded_model_are_refused(fused, golden_concepts, tmp_path):
+def test_a_regional_lora_of_a_reloaded_model_is_refused(fused, golden_concepts, tmp_path):
     """B9: it drew W_fused + ΔW instead of W0 + ΔW."""
     fused.save(tmp_path / "fused")
     again = MixOfShowPipeline.from_pretrained(tmp_path / "fused")
     with pytest.raises(BadInputError, match="load_unfused"):
-        again("", regions=REGIONS, own_weights=golden_concepts, **ASKED)
+        again("", regions=REGIONS, regional_lora=golden_concepts, **ASKED)
     apart = load_unfused(tmp_path / "fused", base="tests/goldens/pipeline")
     apart.pipeline.scheduler = fused.pipeline.scheduler
     found, expected = (
-        np.frombuffer(draw(one, regions=REGIONS, own_weights=True), np.uint8).astype(int) for one in (apart, fused)
+        np.frombuffer(draw(one, regions=REGIONS, regional_lora=True), np.uint8).astype(int) for one in (apart, fused)
     )
     assert np.abs(found - expected).max() <= 1  # files hold half precision
 

@@ -258,8 +258,8 @@ def test_without_weights_nothing_changes(draw):
     assert draw.model.vocabulary.syntax == "plain"
 
 
-def test_own_weights_find_the_concept(draw):
-    asked = {**ASKED, "prompt_syntax": "a1111", "own_weights": True}
+def test_a_regional_lora_finds_its_concept(draw):
+    asked = {**ASKED, "prompt_syntax": "a1111", "regional_lora": True}
     plain = draw("a castle", regions=[Region("a <dogx>", LEFT)], **asked)[0]
     assert torch.equal(draw("a castle", regions=[Region("a (<dogx>:1)", LEFT)], **asked)[0], plain)
     assert not torch.allclose(draw("a castle", regions=[Region("a (<dogx>:2)", LEFT)], **asked)[0], plain, atol=1e-4)

@@ -300,7 +300,7 @@ def test_a_fused_folder_is_drawn_from_by_plain_diffusers(base, concepts, tmp_pat
                 assert torch.allclose(output.text_embeds, one.model.text_projection(output.last_hidden_state[:, -1]))
 
 
-def test_deltas_and_own_weights(base, concepts, tmp_path, relative_error):
+def test_deltas_and_regional_lora(base, concepts, tmp_path, relative_error):
     base.save_pretrained(tmp_path / "tiny")
     base = load_base(tmp_path / "tiny")
     concepts = [dataclasses.replace(one, info=one.info.model_copy(update={"base": "tiny"})) for one in concepts]
@@ -313,7 +313,7 @@ def test_deltas_and_own_weights(base, concepts, tmp_path, relative_error):
     assert relative_error(latents(delta, "a man", **asked), latents(folder, "a man", **asked)) < 1e-4
     unfused = MixOfShowPipeline.of(load_unfused(tmp_path / "fused", base=tmp_path / "tiny"))
     assert (
-        relative_error(latents(unfused, "a man", own_weights=True, **asked), latents(folder, "a man", **asked)) > 1e-4
+        relative_error(latents(unfused, "a man", regional_lora=True, **asked), latents(folder, "a man", **asked)) > 1e-4
     )
 
 

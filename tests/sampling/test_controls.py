@@ -29,7 +29,7 @@ from mixofshow.sampling.controls import (
     make_control,
     map_of_regions,
 )
-from mixofshow.sampling.denoising import added, denoise, shared_weights
+from mixofshow.sampling.denoising import added, denoise, noise_predictor
 from mixofshow.sampling.encoding import EncodedPrompt
 
 PROMPT, NEGATIVE = "photo of a red castle", "lowres"
@@ -214,7 +214,7 @@ def test_every_prediction_of_a_step_is_controlled(network, golden_pipeline, star
     """The UNet empties the list that it is given; a step of regions with weights of their own predicts several times."""
     more = asked(make_control(network, noise_picture()), golden_pipeline, start)
     text = repeat(texts(golden_pipeline, 2)[0], "rows ... -> rows layers ...", layers=16)
-    with shared_weights(golden_pipeline, EncodedPrompt(text, (), guided=False), start) as predict:
+    with noise_predictor(golden_pipeline, EncodedPrompt(text, (), guided=False), start) as predict:
         first, second, plain = (predict(start, torch.tensor(500), 1, given) for given in (more, more, {}))
     assert torch.equal(first, second) and not torch.equal(first, plain)
 

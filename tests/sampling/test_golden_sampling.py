@@ -6,7 +6,6 @@ import json
 import math
 from contextlib import contextmanager
 from fractions import Fraction
-from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from mixofshow.concepts.concept import vocabulary
 from mixofshow.concepts.model import with_concept
 from mixofshow.concepts.prompts import encode_prompts
 from mixofshow.sampling.attention import regional
-from mixofshow.sampling.denoising import denoise, shared_weights
+from mixofshow.sampling.denoising import denoise
 from mixofshow.sampling.encoding import EncodedPrompt, encode
 from mixofshow.sampling.latents import decode
 from mixofshow.sampling.regions import Region, as_shares, cells, is_empty
@@ -185,7 +184,7 @@ def test_regional_sampling(golden, golden_fused, composed, relative_error):
             composed("regions"),
             num_inference_steps=8,
             guidance_scale=7.5,
-            predicting=partial(shared_weights, tiny="drop"),
+            tiny="drop",
         )
     assert relative_error(torch.cat([*seen[1:], found]), expected["sample_steps"]) < SAMPLING_TOLERANCE
 

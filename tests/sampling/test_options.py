@@ -1,8 +1,7 @@
-"""What goes beyond the paper: concept strength and start, isolation, own weights, guided attention."""
+"""What goes beyond the paper: concept strength and start, isolation, guided attention."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from mixofshow.errors import ConceptFileError, SettingsError
 from mixofshow.fusion.settings import make_fusion_settings
 from mixofshow.fusion.stages import fuse
 from mixofshow.sampling.attend import attend_and_excite, missing, queries_of
-from mixofshow.sampling.denoising import Moment, shared_weights
+from mixofshow.sampling.denoising import Moment, noise_predictor
 from mixofshow.sampling.encoding import concepts_in, encode, without_concepts
 from mixofshow.sampling.latents import initial_latents
 
@@ -106,49 +105,27 @@ def test_isolation_for_all_steps_or_the_first(latents):
     assert torch.equal(free, latents(*regions, isolate=0))
 
 
-def test_own_weights_in_a_region_of_the_whole_picture_are_the_concepts_own_model(golden_pipeline, golden_concepts):
-    everywhere = [Region("a <dogx>", (0, 0, 1, 1))]
-    fused = fuse(golden_concepts, golden_pipeline, make_fusion_settings({"method": "average"})).model
-    # A fused model's words may have been refitted to its weights; own weights go with the words as they were tuned.
-    moved = {word: 1.5 * vector for word, vector in fused.vocabulary.embeddings.items()}
-    fused = replace(fused, vocabulary=replace(fused.vocabulary, embeddings=moved))
-    asked = {**ASKED, "regions": everywhere, "output_type": "latent"}
-    (found,) = MixOfShowPipeline.of(fused)(**asked, own_weights=True)
-    own = with_concept(golden_pipeline, golden_concepts[0])
-    (expected,) = MixOfShowPipeline.of(own)(**asked)
-    assert torch.allclose(found, expected, atol=1e-5)
-    (without,) = MixOfShowPipeline.of(fused)(**asked)
-    assert not torch.allclose(found, without, atol=1e-4)
-
-
-def test_own_weights_change_nothing_where_fusing_has_nothing_to_do(golden_pipeline, golden_concepts):
+def test_a_regional_lora_changes_nothing_where_fusing_has_nothing_to_do(
+    golden_pipeline, golden_concepts, relative_error
+):
     own = MixOfShowPipeline.of(with_concept(golden_pipeline, golden_concepts[0]))
     asked = {**ASKED, "regions": [Region("a <dogx>", LEFT)], "output_type": "latent"}
-    (found,), (expected,) = own(**asked, own_weights=True), own(**asked)
-    assert torch.allclose(found, expected, atol=1e-5)
+    (found,), (expected,) = own(**asked, own_weights=True), own(**asked)  # as it was called
+    assert relative_error(found, expected) < 1e-5
 
 
-def test_own_weights_of_a_saved_model(golden_pipeline, golden_concepts, tmp_path, relative_error):
+def test_the_regional_loras_of_a_saved_model(golden_pipeline, golden_concepts, tmp_path, relative_error):
     fused = fuse(golden_concepts, golden_pipeline, make_fusion_settings({"method": "average"})).model
     fused.save(tmp_path / "model")
     again = load_unfused(tmp_path / "model", base=GOLDEN_BASE)
     again.pipeline.scheduler = golden_pipeline.scheduler
     asked = {**ASKED, "regions": [Region("a <dogx>", LEFT), Region("a <manx>", RIGHT)], "output_type": "latent"}
     for own, tolerance in ((False, 1e-6), (True, 1e-3)):  # concepts are kept in half precision
-        (expected,), (found,) = (MixOfShowPipeline.of(one)(**asked, own_weights=own) for one in (fused, again))
+        (expected,), (found,) = (MixOfShowPipeline.of(one)(**asked, regional_lora=own) for one in (fused, again))
         assert relative_error(found, expected) < tolerance
     next((tmp_path / "model" / "concepts").iterdir()).unlink()
     with pytest.raises(ConceptFileError, match="its 1 files are not the concepts"):
         load_unfused(tmp_path / "model", base=GOLDEN_BASE)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [("a <dogx> and a <manx>", r"expected one concept, found \('dogx', 'manx'\)"), ("a <manx>", "missing")],
-)
-def test_own_weights_need_one_concept_that_is_there(prompt, message, model, golden_concepts):
-    with pytest.raises(SettingsError, match=message):
-        MixOfShowPipeline.of(model)(**ASKED, regions=[Region(prompt, LEFT)], own_weights=golden_concepts[:1])
 
 
 def test_guided_attention_lowers_its_loss(model, latents):
@@ -161,14 +138,14 @@ def test_guided_attention_lowers_its_loss(model, latents):
         batch = torch.cat([moved] * 2)
         with (
             torch.no_grad(),
-            shared_weights(draw, encoded, batch) as predict,
+            noise_predictor(draw, encoded, batch) as predict,
             queries_of(predict.attention.layers) as seen,
         ):
             predict(batch, torch.tensor(999), 1, {})
             return float(missing(predict.attention, seen, 1, pictures=1))
 
     batch = torch.cat([start] * 2)
-    with torch.no_grad(), shared_weights(draw, encoded, batch) as predict:
+    with torch.no_grad(), noise_predictor(draw, encoded, batch) as predict:
         moment = Moment(predict, torch.tensor(999), 1, 4, lambda latents, timestep: torch.cat([latents] * 2))
         moved = attend_and_excite(0.02)(moment, start)
         later = Moment(predict, torch.tensor(1), 4, 4, moment.batched)

@@ -259,7 +259,6 @@ def test_controls_are_added_in_every_step(draw, relative_error):
         ({"generator": generators(1, 2)}, "generator: expected 1"),
         ({"output_type": "jpg"}, "output_type: expected one of pil"),
         ({"image": [picture(), picture()]}, "image"),
-        ({"attend": 0.1, "own_weights": True}, "attend"),
     ],
 )
 def test_refused_settings(asked, message, draw):

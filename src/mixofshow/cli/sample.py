@@ -8,22 +8,31 @@ from typing import Annotated, Any
 import typer
 
 from mixofshow.cli.options import BASE_PANEL, Device, bases, with_loading, with_settings
+from mixofshow.errors import SettingsError
 from mixofshow.progress import terminal_bar
 from mixofshow.sampling.settings import Composition
 from mixofshow.terminal import say
 
 app = typer.Typer()
-Model = Annotated[str, typer.Option(help="Fused folder, delta file, or base model.", rich_help_panel=BASE_PANEL)]
+Model = Annotated[
+    str | None,
+    typer.Option(help="Fused folder, delta file, or base model; default: --base.", rich_help_panel=BASE_PANEL),
+]
 DeltaBase = Annotated[
     str | None,
     typer.Option(
-        "--base",
-        help="Base of a delta file, where it is not here by the name that the file says.",
+        help="Base model, default emojiland; of a delta file, where it is not here by the name that the file says.",
         rich_help_panel=BASE_PANEL,
     ),
 ]
-OneConcept = Annotated[Path | None, typer.Option("--concept", help="A single concept file to put on the base model.")]
-Strength = Annotated[float, typer.Option(help="Of the single concept: 0 its words only, 1 as tuned.")]
+Concepts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--concept",
+        help="A concept file, or another tool's LoRA, to put on the base model; of several, each draws its own regions.",
+    ),
+]
+Strength = Annotated[float, typer.Option(help="Of the concepts: 0 their words only, 1 as tuned.")]
 
 
 @app.command()
@@ -32,9 +41,9 @@ Strength = Annotated[float, typer.Option(help="Of the single concept: 0 its word
 def sample(
     *,
     composition: Annotated[Path | None, typer.Argument(help="YAML composition; the options below override it.")] = None,
-    model: Model = "emojiland",
+    model: Model = None,
     base: DeltaBase = None,
-    concept: OneConcept = None,
+    concept: Concepts = None,
     strength: Strength = 1.0,
     region: Annotated[
         list[str] | None, typer.Option(help='"left,top,right,bottom: prompt", in pixels; any number.')
@@ -63,12 +72,13 @@ def sample(
     typed = {"regions": region, "controls": control, "size": size, "image": image}
     options = given | {key: value for key, value in typed.items() if value}
     wanted = from_options(composition, options)
+    concepts, wanted = _together(concept, wanted)
+    model, base = _named(model, base)
     targets = picture_paths(out, wanted.num) if grid is None else [grid]
-    read = [*inputs_of(composition, options), *bases(model, base), concept]
+    read = [*inputs_of(composition, options), *bases(model, base), *concepts]
     check_outputs(files=[*targets, show_layout], inputs=read)
-    own = wanted.own_weights
-    how: dict[str, Any] = {"own_weights": own, "device": device, **loading}
-    pipeline = open_pipeline(model, base=base, concept=concept, strength=strength, **how)
+    how: dict[str, Any] = {"regional_lora": wanted.regional_lora, "device": device, **loading}
+    pipeline = open_pipeline(model, base=base, concepts=concepts, strength=strength, **how)
     with terminal_bar("sampling") as progress:
         if grid is not None:
             draw_grid(pipeline, wanted, vary, grid, progress=progress)
@@ -83,9 +93,9 @@ def replay(
     *,
     picture: Annotated[Path, typer.Argument(help="A PNG that sample wrote.")],
     out: Annotated[Path | None, typer.Option(help="PNG to write, default NAME-replay.png.")] = None,
-    model: Model = "emojiland",
+    model: Model = None,
     base: DeltaBase = None,
-    concept: OneConcept = None,
+    concept: Concepts = None,
     strength: Strength = 1.0,
     device: Device = "cpu",
     loading: dict[str, Any],
@@ -97,10 +107,27 @@ def replay(
     from mixofshow.sampling.replay import replay as run
 
     out = out or picture.with_stem(f"{picture.stem}-replay")
-    check_outputs(files=[out], inputs=[picture, *bases(model, base), concept])
-    own = composition_of(picture).own_weights
-    how: dict[str, Any] = {"own_weights": own, "device": device, **loading}
-    pipeline = open_pipeline(model, base=base, concept=concept, strength=strength, **how)
+    model, base = _named(model, base)
+    check_outputs(files=[out], inputs=[picture, *bases(model, base), *(concept or [])])
+    how: dict[str, Any] = {"regional_lora": composition_of(picture).regional_lora, "device": device, **loading}
+    pipeline = open_pipeline(model, base=base, concepts=concept or [], strength=strength, **how)
     with terminal_bar("replaying") as progress:
         run(pipeline, picture, out, progress=progress)
     say(out)
+
+
+def _named(model: str | None, base: str | None) -> tuple[str, str | None]:
+    """The model, and the base of a delta file: without a model, the base is the model."""
+    return (model, base) if model else (base or "emojiland", None)
+
+
+def _together(files: list[Path] | None, wanted: Composition) -> tuple[list[Path], Composition]:
+    """The concept files, and the composition: several draw only in regions. Raises SettingsError without any."""
+    if not files or len(files) == 1:
+        return files or [], wanted
+    if not wanted.regions:
+        raise SettingsError(
+            f"--concept: {len(files)} files without regions: give each its place by --region, or make one model of them by "
+            "mixofshow fuse"
+        )
+    return files, wanted.model_copy(update={"regional_lora": True})

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mixofshow.bases.layers import kind_of, layer, matrix
-from mixofshow.bases.parts import exclusive, parameter_of, plain, refuse_streamed
+from mixofshow.bases.layers import kind_of, layer, matrix, tunable_layers
+from mixofshow.bases.parts import adapters, exclusive, parameter_of, plain, refuse_streamed
+from mixofshow.concepts.changes import Change, LowRank
 from mixofshow.concepts.concept import Concept
+from mixofshow.errors import BaseModelError, shown
 
 
 @contextlib.contextmanager
@@ -56,3 +58,40 @@ def tuned_weights(
             strength = strengths.get(kind_of(name), 1.0)
             weights[name] = base.clone() if delta is None else base + delta.matrix(strength).to(base)
     return weights
+
+
+def attached_changes(pipeline: Any, adapter: str) -> dict[str, Change]:
+    """What an adapter of peft's (a LoRA that diffusers loaded) changes of the base, by our layer names, as it is scaled.
+
+    Raises BaseModelError for a kind that is more than two factors.
+    """
+    changes: dict[str, Change] = {}
+    for name in tunable_layers(pipeline):
+        module: Any = layer(pipeline, name)
+        if adapter not in getattr(module, "lora_A", ()):
+            continue
+        if adapter in getattr(module, "lora_magnitude_vector", ()):
+            raise BaseModelError(f"adapter '{shown(adapter)}': a DoRA; convert its file to a concept, which is exact")
+        down, up = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
+        changes[name] = LowRank.of(down, module.scaling[adapter] * up)
+    return changes
+
+
+@contextlib.contextmanager
+def silenced(pipeline: Any, names: Iterable[str]) -> Iterator[None]:
+    """Inside, the named adapters of peft's add nothing, whichever are active."""
+    asked = set(names) & set(adapters(pipeline))
+    parts = [plain(part) for part in pipeline.components.values() if isinstance(part, nn.Module)] if asked else []
+    scaled = [(module.scaling, name) for part in parts for module in part.modules() for name in asked & _scaled(module)]
+    before = [scaling[name] for scaling, name in scaled]
+    try:
+        for scaling, name in scaled:
+            scaling[name] = 0.0
+        yield
+    finally:
+        for (scaling, name), own in zip(scaled, before, strict=True):
+            scaling[name] = own
+
+
+def _scaled(module: Any) -> set[str]:
+    return set(module.scaling) if hasattr(module, "lora_A") else set()

@@ -155,6 +155,12 @@ def load_concept(path: str | Path, pipeline: Any = None) -> Concept:
     return read_concept(*read_tensors(Path(path)), name, pipeline)
 
 
+def is_concept(path: str | Path) -> bool:
+    """Whether a file says that it is a concept, and not another tool's. Raises as `read_tensors` does."""
+    path = Path(path)
+    return path.is_file() and path.suffix == ".safetensors" and METADATA_KEY in read_tensors(path)[1]
+
+
 def read_concept(tensors: dict[str, Tensor], metadata: Mapping[str, str], name: str, pipeline: Any = None) -> Concept:
     """The concept of a file's tensors and metadata, checked in the same way; `name` is the file's, for errors."""
     info = _read_info(metadata, name)

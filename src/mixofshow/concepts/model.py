@@ -212,6 +212,15 @@ def with_concept(pipeline: Any, concept: Concept, *, unet: float = 1.0, text_enc
     return ConceptModel(pipeline, vocabulary([concept]), weights, (concept,))
 
 
+def with_words(pipeline: Any, concepts: Sequence[Concept]) -> ConceptModel:
+    """The base model that knows concepts' words and has them at hand, un-fused: for regions that draw by their LoRAs.
+
+    Raises ConceptFileError when one was made for another base, TokenError when two claim the same word.
+    """
+    there = tuple(fitted(one, pipeline, f"concept <{one.info.name}>") for one in concepts)
+    return ConceptModel(pipeline, vocabulary(there), concepts=there)
+
+
 def load_model(name: str | Path, *, base: str | Path | None = None, **options: Any) -> ConceptModel:
     """A fused model's folder or delta file, or any base model (which knows no concept); `options` are `load_base`'s.
 

@@ -119,7 +119,7 @@ def draw(model: ConceptModel, wanted: Composition) -> list[Image.Image]:
         negative_prompt=wanted.negative_prompt,
         num_images_per_prompt=wanted.num,
         seed=wanted.seed,
-        own_weights=wanted.own_weights,
+        regional_lora=wanted.regional_lora,
         **wanted.drawing,
     )
 

@@ -63,7 +63,7 @@ class Asked:
     size: tuple[int, int]
     eta: float
     latents: Tensor | None
-    own_weights: bool | Sequence[Concept]
+    regional_lora: bool | Sequence[Concept]
     controls: Sequence[Control]
     output_type: str
     callback: Callback | None
@@ -85,6 +85,7 @@ class Asked:
 def checked(pipeline: Any, given: dict[str, Any]) -> Asked:
     """A call's arguments, by name, as they are meant. Raises SettingsError, RegionError."""
     settings = given.pop("settings")
+    given["regional_lora"] = settings.pop("own_weights", given["regional_lora"])  # its name before
     for name, way_out in REFUSED.items():
         value = settings.pop(name, None) if name in settings else given.pop(name, None)
         empty = value is None or (isinstance(value, tuple | list | dict) and not any(value))
@@ -93,11 +94,10 @@ def checked(pipeline: Any, given: dict[str, Any]) -> Asked:
     named = {name: given.pop(name) for name in chosen}
     drawing = make_drawing({name: value for name, value in named.items() if value is not None} | settings)
     prompts, negatives = _texts(given["prompt"], given["negative_prompt"])
-    each, own = given["num_images_per_prompt"], given["own_weights"]
+    each = given["num_images_per_prompt"]
     each = 1 if each is None else each
     require(isinstance(each, int) and each >= 1, "num_images_per_prompt", each, "at least 1")
     require(given["output_type"] in OUTPUTS, "output_type", given["output_type"], "one of " + ", ".join(OUTPUTS))
-    require(not (own and drawing.attend), "attend", drawing.attend, "0 with own_weights")
     require(not drawing.attend or drawing.steps > 2, "attend", drawing.attend, "0 with fewer than 3 steps")
     require_all_fit(given["controls"], pipeline.unet, drawing.steps)
     count = each * len(prompts)
@@ -115,7 +115,7 @@ def checked(pipeline: Any, given: dict[str, Any]) -> Asked:
         size=(width, height),
         eta=_eta(given["eta"], pipeline.scheduler),
         latents=_latents(given["latents"], pipeline, count, width, height),
-        own_weights=own,
+        regional_lora=given["regional_lora"],
         controls=given["controls"],
         output_type=given["output_type"],
         callback=_callback(given["callback_on_step_end"], given["callback_on_step_end_tensor_inputs"]),
@@ -202,7 +202,7 @@ def _say_unused(asked: Asked) -> None:
         "guidance_rescale": drawing.guidance_rescale and not asked.guided and "without guidance (guidance_scale 1)",
         "isolate": drawing.isolate and len(asked.regions) < 2 and "with fewer than two regions",
         "attend": drawing.attend and not asked.regions and "without regions",
-        "own_weights": asked.own_weights is not False and not asked.regions and "without regions",
+        "regional_lora": asked.regional_lora is not False and not asked.regions and "without regions",
     }
     for name, where in unused.items():
         if where:

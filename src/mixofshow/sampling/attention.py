@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from mixofshow.bases.layers import cross_attentions, text_groups
 from mixofshow.bases.parts import plain
+from mixofshow.concepts.changes import Change
 from mixofshow.errors import BaseModelError
 from mixofshow.sampling.regions import Cells, Grid, Shape, bounding_cells, coverages, levels
 
@@ -40,7 +41,7 @@ class RegionText:
     """A region's place and its text, (sides, layers, tokens, dim): with guidance, the negative one comes first.
 
     It counts by its weight, from `first_step` to `last_step` (from 1, both included). `words` are the places of its
-    concepts' words among its tokens, and `concepts` their names.
+    concepts' words among its tokens, `concepts` their names, and `changes` what these change of the UNet's layers there.
     """
 
     shape: Shape
@@ -50,6 +51,7 @@ class RegionText:
     last_step: int | None = None
     words: tuple[int, ...] = ()
     concepts: tuple[str, ...] = ()
+    changes: Mapping[str, Sequence[Change]] = field(default_factory=dict)
 
     def holds(self, step: int) -> bool:
         """Whether the region is there in a step."""
@@ -81,6 +83,8 @@ class RegionalAttention:
         self.plan: Plan = {}
         self.apart: Mapping[int, Tensor] = {}
         self._plans: dict[tuple[int, ...], Plan] = {}
+        self._there: tuple[int, ...] = ()
+        self._shares: dict[tuple[tuple[int, ...], int], Tensor] = {}
         self._masks: dict[tuple[int, ...], Mapping[int, Tensor]] = {}
         self.at(1)
 
@@ -89,7 +93,7 @@ class RegionalAttention:
         there = tuple(number for number, region in enumerate(self.regions) if region.holds(step))
         if there not in self._plans:
             self._plans[there] = {columns * rows: self._planned(there, (columns, rows)) for columns, rows in self.grids}
-        self.plan = self._plans[there]
+        self.plan, self._there = self._plans[there], there
         isolated = step <= self.isolate and len(there) > 1
         if isolated and there not in self._masks:
             self._masks[there] = self._apart(there)
@@ -100,11 +104,24 @@ class RegionalAttention:
         level = self.grids.index(grid)
         return torch.stack([torch.zeros(grid[1], grid[0]), *(self.covers[number][level] for number in there)])
 
-    def _planned(self, there: Sequence[int], grid: Grid) -> tuple[Grid, list[Piece]]:
+    def share(self, cells: int) -> Tensor:
+        """Each text's share at present in a feature map of so many cells, (texts, rows, columns); the global one first."""
+        key = (self._there, cells)
+        if key not in self._shares:
+            (grid,) = (one for one in self.grids if one[0] * one[1] == cells)
+            found = torch.zeros(1 + len(self.regions), grid[1], grid[0])
+            found[[0, *(number + 1 for number in self._there)]] = self._share(self._there, grid)
+            self._shares[key] = found.to(self.like)
+        return self._shares[key]
+
+    def _share(self, there: Sequence[int], grid: Grid) -> Tensor:
         weights = torch.tensor([1.0, *(self.regions[number].weight for number in there)])
+        return shares(self._stacked(there, grid), weights)
+
+    def _planned(self, there: Sequence[int], grid: Grid) -> tuple[Grid, list[Piece]]:
         texts = (0, *(number + 1 for number in there))
         pieces = []
-        for text, share in zip(texts, shares(self._stacked(there, grid), weights), strict=True):
+        for text, share in zip(texts, self._share(there, grid), strict=True):
             left, top, right, bottom = area = bounding_cells(share)
             if share.any():
                 pieces.append(Piece(text, area, share[top:bottom, left:right, None].to(self.like)))
@@ -129,10 +146,19 @@ def shares(covers: Tensor, weights: Tensor) -> Tensor:
     return found
 
 
+@dataclass(frozen=True)
+class Text:
+    """A text as a layer reads it, (rows, tokens, dim), and what a concept changes of the layer's keys and values."""
+
+    states: Tensor
+    keys: Sequence[Change] = ()
+    values: Sequence[Change] = ()
+
+
 class CrossAttention:
     """Processor of a cross-attention layer: one query for the picture, then each text where it has a share."""
 
-    def __init__(self, attn: Any, texts: Sequence[Tensor], regional: RegionalAttention, batch: int) -> None:
+    def __init__(self, attn: Any, texts: Sequence[Text], regional: RegionalAttention, batch: int) -> None:
         self.regional = regional
         self.texts = [_keys_values(attn, text, batch, regional.like) for text in texts]
         self.queries: list[Tensor] | None = None
@@ -199,16 +225,19 @@ def _in_heads(states: Tensor, heads: int) -> Tensor:
     return states.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-def _keys_values(attn: Any, text: Tensor, batch: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def _keys_values(attn: Any, text: Text, batch: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """(rows, tokens, dim) -> keys and values, (batch, heads, tokens, dim): equal parts of the batch share a row."""
     device = attn.to_k.weight.device
-    text = text.to(device if device.type != "meta" else like.device, like.dtype)
+    states = text.states.to(device if device.type != "meta" else like.device, like.dtype)
 
-    def projected(project: nn.Module) -> Tensor:
-        states = _in_heads(project(text), attn.heads)
-        return repeat(states, "rows ... -> (rows same) ...", same=batch // len(states)).to(like.device)
+    def projected(project: nn.Module, changes: Sequence[Change]) -> Tensor:
+        made = project(states)
+        for change in changes:
+            made = made + F.linear(states, change.matrix().to(states))
+        made = _in_heads(made, attn.heads)
+        return repeat(made, "rows ... -> (rows same) ...", same=batch // len(made)).to(like.device)
 
-    return projected(attn.to_k), projected(attn.to_v)
+    return projected(attn.to_k, text.keys), projected(attn.to_v, text.values)
 
 
 @contextlib.contextmanager
@@ -242,7 +271,7 @@ def regional(
     try:
         for name, module in replaced.items():
             if name in cross:
-                texts = [one[:, groups[name]] for one in (text, *(region.text for region in regions))]
+                texts = [Text(text[:, groups[name]]), *(_text_of(region, name, groups[name]) for region in regions)]
                 module.processor = CrossAttention(module, texts, handle, batch)
                 handle.layers.append(module.processor)
             else:
@@ -251,6 +280,11 @@ def regional(
     finally:
         for name, module in replaced.items():
             module.processor = before[name]
+
+
+def _text_of(region: RegionText, name: str, group: int) -> Text:
+    keys, values = (region.changes.get(f"unet.{name}.{part}", ()) for part in ("to_k", "to_v"))
+    return Text(region.text[:, group], keys, values)
 
 
 def _require_known(name: str, attn: Any) -> None:

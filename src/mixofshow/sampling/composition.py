@@ -20,6 +20,7 @@ from mixofshow.sampling.settings import ENTRIES, Composition
 from mixofshow.sampling.steering import open_controls, with_known_controls
 
 _SIZE: Final = re.compile(r"([0-9]{1,5})[xX]([0-9]{1,5})")
+_LORA: Final = re.compile(r"<lora:([\w.-]{1,64}?)(?::(-?[0-9]*\.?[0-9]+))?>")
 NAMING: Final = ("image", "mask", "picture", "network", "strength_map")
 """Keys, in a composition and in its lists, whose values name files."""
 
@@ -59,11 +60,16 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def region_entry(text: str) -> dict[str, Any]:
-    """A region as a table, from "left,top,right,bottom: prompt". Raises RegionError."""
+    """A region as a table, from "left,top,right,bottom: prompt", as A1111 has it with `<lora:name:strength>` for its LoRAs.
+
+    Raises RegionError.
+    """
     region = Region.parse(text)
-    if not region.prompt:
+    adapters = {name: float(strength or 1) for name, strength in _LORA.findall(region.prompt)}
+    prompt = " ".join(_LORA.sub(" ", region.prompt).split()) if adapters else region.prompt
+    if not prompt:
         raise RegionError(f"region '{shown(text)}': its prompt is empty")
-    return {"box": region.box, "prompt": region.prompt}
+    return {"box": region.box, "prompt": prompt} | ({"adapters": adapters} if adapters else {})
 
 
 def control_entry(text: str) -> dict[str, Any]:
@@ -129,7 +135,7 @@ def compose(pipeline: MixOfShowPipeline, composition: Composition, *, progress: 
             negative_prompt=composition.negative_prompt,
             image=start,
             seed=composition.seed + number,
-            own_weights=composition.own_weights,
+            regional_lora=composition.regional_lora,
             controls=controls,
             progress=as_part(progress, number, composition.num),
             **composition.drawing,

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +19,7 @@ from mixofshow.progress import Progress, silent
 from mixofshow.sampling.attention import RegionalAttention, regional
 from mixofshow.sampling.encoding import EncodedPrompt
 from mixofshow.sampling.latents import require_finite
+from mixofshow.sampling.regional_lora import regional_lora
 
 
 class Control(Protocol):
@@ -35,22 +35,11 @@ class Control(Protocol):
         """
 
 
-class Predict(Protocol):
-    """The UNet's prediction in a step, counted from 1, with more keyword arguments for it."""
-
-    def __call__(self, latents: Tensor, timestep: Tensor, step: int, more: Mapping[str, Any]) -> Tensor:
-        """(sides · pictures, channels, height, width) to the same."""
-
-
-Predicting = Callable[[Any, EncodedPrompt, Tensor], AbstractContextManager[Predict]]
-"""What makes predictions, from a pipeline, the prompts, and a batch of latents of the size to come."""
-
-
 @dataclass(frozen=True)
 class Moment:
     """A step, counted from 1, out of `steps`; `batched` makes of latents, and the timestep, what `predict` takes."""
 
-    predict: Any
+    predict: NoisePredictor
     timestep: Tensor
     step: int
     steps: int
@@ -63,8 +52,8 @@ StepEnd = Callable[[int, Tensor, Tensor], Tensor]
 """Told of a step, from 0, its timestep and the latents after it; gives the latents to go on with."""
 
 
-class SharedWeights:
-    """Predictions by one UNet for the whole picture; `told` is what it is told beside the text."""
+class NoisePredictor:
+    """The UNet's predictions; `told` is what it is told beside the text, `attention` what it reads in which places."""
 
     def __init__(
         self, unet: Any, text: Tensor, attention: RegionalAttention, told: Mapping[str, Any] | None = None
@@ -72,7 +61,7 @@ class SharedWeights:
         self.unet, self.text, self.attention, self.told = unet, text, attention, told or {}
 
     def __call__(self, latents: Tensor, timestep: Tensor, step: int, more: Mapping[str, Any]) -> Tensor:
-        """See Predict."""
+        """In a step, from 1, with `more` keyword arguments: (sides · pictures, channels, height, width) to the same."""
         self.attention.at(step)
         # The UNet empties the lists that it is given, and a step may have several predictions.
         more = {name: [*value] if isinstance(value, list) else value for name, value in more.items()}
@@ -81,16 +70,18 @@ class SharedWeights:
 
 
 @contextlib.contextmanager
-def shared_weights(
+def noise_predictor(
     pipeline: Any, encoded: EncodedPrompt, latents: Tensor, *, isolate: int = 0, tiny: str = "nearest"
-) -> Iterator[SharedWeights]:
-    """Predictions by the pipeline's UNet; `isolate` and `tiny` are those of `regional`."""
+) -> Iterator[NoisePredictor]:
+    """For latents of this size, while the UNet reads the regions' texts; `isolate` and `tiny` are those of `regional`."""
     batch, (rows, columns) = len(latents), latents.shape[-2:]
     text, told = encoded.text.to(latents), conditions(pipeline, encoded.pooled, latents)
-    with regional(
-        pipeline.unet, text, encoded.regions, batch=batch, columns=columns, rows=rows, isolate=isolate, tiny=tiny
-    ) as attention:
-        yield SharedWeights(pipeline.unet, text, attention, told)
+    how: dict[str, Any] = {"columns": columns, "rows": rows, "isolate": isolate, "tiny": tiny}
+    with (
+        regional(pipeline.unet, text, encoded.regions, batch=batch, **how) as attention,
+        regional_lora(pipeline, attention),
+    ):
+        yield NoisePredictor(pipeline.unet, text, attention, told)
 
 
 def denoise(
@@ -106,7 +97,8 @@ def denoise(
     strength: float = 1.0,
     generators: Sequence[torch.Generator] = (),
     controls: Sequence[Control] = (),
-    predicting: Predicting = shared_weights,
+    isolate: int = 0,
+    tiny: str = "nearest",
     correct: Correct | None = None,
     step_end: StepEnd | None = None,
     interrupted: Callable[[], bool] = bool,
@@ -116,7 +108,7 @@ def denoise(
 
     With clean latents to `start` from, only the last steps are done, a share `strength` of all; these are counted on,
     so that a region's steps mean the same. Some schedulers draw noise in every step (DDIM as much as `eta` says):
-    picture k's from generator k. Raises MixOfShowError for numbers that are not finite.
+    picture k's from generator k. `isolate` and `tiny` are `regional`'s. Raises MixOfShowError for what is not finite.
     """
     scheduler, timesteps, latents = _begin(pipeline, noise, num_inference_steps, start, strength)
     skipped, sides = len(scheduler.timesteps) - len(timesteps), 2 if encoded.guided else 1
@@ -125,8 +117,7 @@ def denoise(
     def batched(latents: Tensor, timestep: Tensor) -> Tensor:
         return scheduler.scale_model_input(torch.cat([latents] * sides), timestep)
 
-    told = conditions(pipeline, encoded.pooled, rows := torch.cat([latents] * sides))
-    with predicting(pipeline, encoded, rows) as predict:
+    with noise_predictor(pipeline, encoded, torch.cat([latents] * sides), isolate=isolate, tiny=tiny) as predict:
         for done, timestep in enumerate(timesteps):
             if interrupted():
                 return latents
@@ -135,10 +126,10 @@ def denoise(
                 latents = correct(Moment(predict, timestep, step, num_inference_steps, batched), latents)
             batch = batched(latents, timestep)
             seen = (batch, timestep, encoded.text, step, num_inference_steps)
-            prediction = predict(batch, timestep, step, added([one.residuals(*seen, told=told) for one in controls]))
-            if encoded.guided:
-                prediction = guided(prediction, guidance_scale, guidance_rescale)
-            latents = scheduler.step(prediction, timestep, latents, **how, return_dict=False)[0]
+            steering = added([one.residuals(*seen, told=predict.told) for one in controls])
+            noise = predict(batch, timestep, step, steering)
+            noise = guided(noise, guidance_scale, guidance_rescale) if encoded.guided else noise
+            latents = scheduler.step(noise, timestep, latents, **how, return_dict=False)[0]
             latents = step_end(done, timestep, latents) if step_end else latents
             require_finite(latents, f"step {step} of {num_inference_steps}")
             progress(done + 1, len(timesteps), {})

@@ -8,8 +8,9 @@ from typing import Any
 
 from PIL import Image
 
-from mixofshow.concepts.concept import fitted, follow_clip_skip, load_concept
-from mixofshow.concepts.model import load_model, load_unfused, with_concept
+from mixofshow.concepts.concept import follow_clip_skip, is_concept, load_concept
+from mixofshow.concepts.interchange.importing import open_concept, scaled
+from mixofshow.concepts.model import load_model, load_unfused, with_concept, with_words
 from mixofshow.errors import SettingsError, shown
 from mixofshow.grids import grid
 from mixofshow.outputs import writing
@@ -26,24 +27,27 @@ def open_pipeline(
     model: str,
     *,
     base: str | None = None,
-    concept: Path | None = None,
+    concepts: Sequence[Path] = (),
     strength: float = 1.0,
-    own_weights: bool = False,
+    regional_lora: bool = False,
     **loading: Any,
 ) -> MixOfShowPipeline:
-    """A fused folder, delta file or base model by its name, with a single concept at a strength, or without.
+    """A fused folder, delta file or base model by its name, with concepts, or other tools' LoRAs, at a strength.
 
-    With `own_weights` a fused folder comes with its concepts and base. `loading` are options of `load_base`. Raises as
-    `load_model` and `load_concept` do.
+    A single one is put on the base, unless it is to be drawn in regions only, as several are. With `regional_lora` a
+    fused folder comes with its concepts and base. `loading` are options of `load_base`. Raises as `load_model` and
+    `open_concept` do.
     """
-    load = load_unfused if own_weights and not concept and Path(model).is_dir() else load_model
+    load = load_unfused if regional_lora and not concepts and Path(model).is_dir() else load_model
     known = load(model, base=base, **loading)
-    if concept:
-        file = load_concept(concept)
-        follow_clip_skip(known.pipeline, [file])
-        known = with_concept(
-            known.pipeline, fitted(file, known.pipeline, str(concept)), unet=strength, text_encoder=strength
-        )
+    if concepts:
+        follow_clip_skip(known.pipeline, [load_concept(one) for one in concepts if is_concept(one)])
+        files = [open_concept(one, known.pipeline) for one in concepts]
+        if regional_lora or len(files) > 1:
+            scaled_files = [scaled(one, unet=strength, text_encoder=strength) for one in files]
+            known = with_words(known.pipeline, scaled_files)
+        else:
+            known = with_concept(known.pipeline, files[0], unet=strength, text_encoder=strength)
     return MixOfShowPipeline.of(known)
 
 

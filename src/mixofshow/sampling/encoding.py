@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from mixofshow.bases.families import text_encoders
+from mixofshow.concepts.adapters import replaced
+from mixofshow.concepts.changes import Change
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.concepts.prompts import EncodedText, encode_prompts, joined, prompt_ids, unprompted
 from mixofshow.concepts.syntax import write_prompt
+from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import SettingsError, shown
 from mixofshow.sampling.attention import RegionText
 from mixofshow.sampling.regions import Region, require_a_cell, shape_of
@@ -34,6 +37,19 @@ class EncodedPrompt:
         return len(self.text) // (2 if self.guided else 1)
 
 
+Adapters = tuple[tuple[str, float], ...]
+"""Names and strengths of the LoRAs by which a region is drawn."""
+
+
+@dataclass(frozen=True)
+class OwnText:
+    """How a region's concepts are read and drawn as they were tuned: words, text encoders' weights, changes of the UNet."""
+
+    vocabulary: Vocabulary
+    weights: Mapping[str, Tensor]
+    changes: Mapping[str, Sequence[Change]]
+
+
 def encode(
     model: ConceptModel,
     prompt: str | Sequence[str],
@@ -44,10 +60,12 @@ def encode(
     height: int,
     guided: bool,
     steps: tuple[int, int] | None = None,
+    own: Mapping[Adapters, OwnText] | None = None,
 ) -> EncodedPrompt:
     """All prompts of a composition, layer by layer; `steps` are the first and last to be done, from 1.
 
-    There is one negative prompt for all, or one for each prompt; a region without one has that of the prompt.
+    There is one negative prompt for all, or one for each prompt; a region without one has that of the prompt. Regions
+    that name concepts are read by these concepts' `own` text encoders, where they are given.
     Raises RegionError, TokenError, SettingsError.
     """
     if steps:
@@ -61,23 +79,25 @@ def encode(
     given = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
     negatives = given if len(set(given)) > 1 else given[:1]
 
-    def sides(positive: Sequence[str], negative: Sequence[str]) -> EncodedText:
-        text = encode_prompts(model.pipeline, positive, model.vocabulary)
+    def sides(positive: Sequence[str], negative: Sequence[str], words: Vocabulary = model.vocabulary) -> EncodedText:
+        text = encode_prompts(model.pipeline, positive, words)
         if not guided:
             return text
-        without = [
-            unprompted(model.pipeline, one, encode_prompts(model.pipeline, [one], model.vocabulary)) for one in negative
-        ]
+        without = [unprompted(model.pipeline, one, encode_prompts(model.pipeline, [one], words)) for one in negative]
         return joined([*without, text])
 
+    known, plain = own or {}, OwnText(model.vocabulary, {}, {})
     texts = []
     for region, shape in zip(regions, shapes, strict=True):
-        own = negatives if region.negative_prompt is None else [region.negative_prompt]
+        without = negatives if region.negative_prompt is None else [region.negative_prompt]
         for one in _stages(region, model):
             words = concept_places(model, one.prompt)
             concepts = concepts_in(model, one.prompt)
-            text = sides([one.prompt] * len(own), own).hidden
-            texts.append(RegionText(shape, text, one.weight, one.first_step, one.last_step, words, concepts))
+            tuned = known.get(adapters_of(model, region), plain) if one.tuned else plain
+            with replaced(model.pipeline, tuned.weights):
+                text = sides([one.prompt] * len(without), without, tuned.vocabulary).hidden
+            when = (one.first_step, one.last_step)
+            texts.append(RegionText(shape, text, one.weight, *when, words, concepts, tuned.changes))
     whole = sides(prompts, negatives * (len(prompts) // len(negatives)))
     return EncodedPrompt(whole.hidden, tuple(texts), guided, whole.pooled)
 
@@ -90,6 +110,8 @@ class _Stage:
     weight: float
     first_step: int
     last_step: int | None
+    tuned: bool = False
+    """Whether its concepts are there."""
 
 
 def _stages(region: Region, model: ConceptModel) -> Iterator[_Stage]:
@@ -105,7 +127,14 @@ def _stages(region: Region, model: ConceptModel) -> Iterator[_Stage]:
         plain = without_concepts(model, region.prompt)
         yield _Stage(plain, region.weight * (1 - region.strength), first, last)
     if region.strength > 0:
-        yield _Stage(region.prompt, region.weight * region.strength, first, last)
+        yield _Stage(region.prompt, region.weight * region.strength, first, last, tuned=True)
+
+
+def adapters_of(model: ConceptModel, region: Region) -> Adapters:
+    """The LoRAs by which a region is drawn, where each is by its own: those it says, else the concepts in its prompt."""
+    if region.adapters is not None:
+        return tuple(sorted(region.adapters.items()))
+    return tuple((name, 1.0) for name in concepts_in(model, region.prompt) if region.strength)
 
 
 def concepts_in(model: ConceptModel, prompt: str) -> tuple[str, ...]:

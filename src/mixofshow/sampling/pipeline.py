@@ -27,18 +27,17 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from mixofshow.bases.families import clip_skipped, family_of
 from mixofshow.bases.parts import exclusive
+from mixofshow.concepts.adapters import silenced
 from mixofshow.concepts.concept import Concept
 from mixofshow.concepts.model import ConceptModel, load_model, with_concept
-from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import SettingsError, nearest, shown
 from mixofshow.progress import Progress, silent
 from mixofshow.sampling.asked import Asked, Callback, checked
 from mixofshow.sampling.attend import attend_and_excite
-from mixofshow.sampling.denoising import Control, Predicting, denoise, shared_weights
-from mixofshow.sampling.encoding import EncodedPrompt, encode
+from mixofshow.sampling.denoising import Control, denoise
+from mixofshow.sampling.encoding import Adapters, EncodedPrompt, OwnText, encode
 from mixofshow.sampling.latents import decode, initial_latents, picture_latents
-from mixofshow.sampling.own_weights import own_models
-from mixofshow.sampling.own_weights import own_weights as predicting_own
+from mixofshow.sampling.regional_lora import own_texts
 from mixofshow.sampling.regions import Region
 
 LOADING: Final = ("base", "device", "dtype", "variant", "config", "download")
@@ -190,7 +189,7 @@ class _Drawing(DiffusionPipeline):  # type: ignore[misc]
         image: Image.Image | Sequence[Image.Image] | None = None,
         strength: float = 0.8,
         seed: int | None = None,
-        own_weights: bool | Sequence[Concept] = False,
+        regional_lora: bool | Sequence[Concept] = False,
         controls: Sequence[Control] = (),
         progress: Progress = silent,
         **settings: Any,
@@ -212,26 +211,26 @@ class _Drawing(DiffusionPipeline):  # type: ignore[misc]
         with contextlib.ExitStack() as stack, exclusive(self):
             stack.enter_context(clip_skipped(self, asked.drawing.clip_skip))
             words = replace(self.model.vocabulary, syntax=asked.drawing.prompt_syntax)
-            predicting = self._predicting(asked, words)
-            stack.enter_context(self.model.active())
-            run = partial(self._denoise, self._encode(asked, words), asked, predicting)
+            model = replace(self.model, vocabulary=words)
+            own = self._own_texts(model, asked)
+            stack.enter_context(silenced(self, [name for one in own for name, _ in one]))
+            stack.enter_context(model.active())
+            run = partial(self._denoise, self._encode(model, asked, own), asked)
             latents = self._passes(run, asked)
             pictures = latents if asked.output_type == "latent" else decode(self, latents, asked.output_type)
         self.maybe_free_model_hooks()
         return Pictures(pictures)
 
-    def _encode(self, asked: Asked, vocabulary: Vocabulary) -> EncodedPrompt:
-        model, (width, height) = replace(self.model, vocabulary=vocabulary), asked.size
-        how: dict[str, Any] = {"width": width, "height": height, "guided": asked.guided, "steps": asked.steps}
-        return encode(model, asked.prompts, asked.negatives, asked.regions, **how)
+    def _own_texts(self, model: ConceptModel, asked: Asked) -> Mapping[Adapters, OwnText]:
+        if asked.regional_lora is False and all(region.adapters is None for region in asked.regions):
+            return {}
+        concepts = model.concepts if isinstance(asked.regional_lora, bool) else asked.regional_lora
+        return own_texts(model, concepts, asked.regions)
 
-    def _predicting(self, asked: Asked, words: Vocabulary) -> Predicting:
-        isolate = asked.drawing.isolated_steps
-        if asked.own_weights is False:
-            return partial(shared_weights, isolate=isolate)
-        concepts = self.model.concepts if asked.own_weights is True else asked.own_weights
-        model = replace(self.model, vocabulary=words)
-        return predicting_own(own_models(model, concepts, asked.regions, partial(self._encode, asked)), isolate=isolate)
+    def _encode(self, model: ConceptModel, asked: Asked, own: Mapping[Adapters, OwnText]) -> EncodedPrompt:
+        width, height = asked.size
+        how: dict[str, Any] = {"width": width, "height": height, "guided": asked.guided, "steps": asked.steps}
+        return encode(model, asked.prompts, asked.negatives, asked.regions, own=own, **how)
 
     def _passes(self, run: Callable[..., Tensor], asked: Asked) -> Tensor:
         """The picture, and if asked for, the same enlarged and drawn over."""
@@ -251,7 +250,6 @@ class _Drawing(DiffusionPipeline):  # type: ignore[misc]
         self,
         encoded: EncodedPrompt,
         asked: Asked,
-        predicting: Predicting,
         size: tuple[int, int],
         *,
         noise: Tensor | None,
@@ -280,7 +278,7 @@ class _Drawing(DiffusionPipeline):  # type: ignore[misc]
                 strength=strength,
                 generators=asked.generators,
                 controls=asked.controls,
-                predicting=predicting,
+                isolate=drawing.isolated_steps,
                 correct=attend_and_excite(drawing.attend) if drawing.attend else None,
                 step_end=partial(self._step_end, asked.callback),
                 interrupted=lambda: self._interrupt,

@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Final, get_args
 
@@ -45,7 +45,8 @@ class Region:
     picture. Where regions overlap, each counts by its `weight`. `first_step` and `last_step` count from 1 and are
     included; None is the first or last there is. `strength` 0 to 1 is how much of the prompt's concepts is there (0: only
     their class words), and before `concept_from`, a step, none of it is. `feather` is the width over which the region
-    fades in, half of it on either side of its edge.
+    fades in, half of it on either side of its edge. `adapters` are the LoRAs by which it is drawn, concepts by name or
+    those that were loaded as adapters, and how much of each; None: with `regional_lora`, the concepts in its prompt.
     """
 
     prompt: str
@@ -61,6 +62,7 @@ class Region:
     concept_from: int | None = None
     feather: float = 0.0
     units: Units | None = None
+    adapters: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         if [self.box, self.polygon, self.mask].count(None) != 2:
@@ -72,6 +74,9 @@ class Region:
         for name in ("first_step", "last_step", "concept_from"):
             step = getattr(self, name)
             self._require(step is None or step >= 1, name, "a step, counted from 1")
+        for name, strength in (self.adapters or {}).items():
+            if not math.isfinite(strength):
+                raise RegionError(f"{self.title}: adapters: {shown(name)}: expected a finite number, found {strength}")
         ends = self.last_step is None or (self.first_step or 1) <= self.last_step
         self._require(ends, "last_step", f"at least first_step, {self.first_step}")
 

@@ -78,6 +78,9 @@ def model_hash(pipeline: MixOfShowPipeline) -> str:
         digest.update(f"clip_skip {skips}".encode())
     for word, vectors in pipeline.model.vocabulary.embeddings.items():
         take(word, vectors)
+    if not pipeline.model.weights:  # un-fused concepts, if any, are part of no weights
+        for name, own in () if pipeline.model.baked else pipeline.model.concept_hashes.items():
+            digest.update(f"{name} {own}".encode())
     scheduler = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
     digest.update(f"{type(pipeline.scheduler).__name__} {json.dumps(scheduler, sort_keys=True, default=str)}".encode())
     return digest.hexdigest()

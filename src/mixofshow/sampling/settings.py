@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from mixofshow.concepts.syntax import Syntax
 from mixofshow.errors import SettingsError
@@ -103,6 +103,7 @@ class RegionEntry(BaseModel):
     concept_from: int | None = None
     feather: float = 0.0
     units: Units | None = None
+    adapters: dict[str, float] | None = None
 
 
 class ControlEntry(BaseModel):
@@ -141,7 +142,11 @@ class Composition(Drawing):
     image: str | None = None
     seed: int = Field(0, description="Of the first picture.")
     num: int = Field(1, ge=1, le=10_000, description="How many pictures; picture k has seed + k.")
-    own_weights: bool = Field(False, description="Draw each region with its concept's own weights, un-fused.")
+    regional_lora: bool = Field(
+        False,
+        validation_alias=AliasChoices("regional_lora", "own_weights"),
+        description="Draw each region by the LoRA of its own concepts alone, un-fused.",
+    )
 
     @property
     def drawing(self) -> dict[str, Any]:
