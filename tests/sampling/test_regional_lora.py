@@ -22,6 +22,7 @@ from mixofshow.errors import BadInputError, SettingsError
 from mixofshow.fusion.settings import make_fusion_settings
 from mixofshow.fusion.stages import fuse
 from mixofshow.sampling.composition import region_entry
+from mixofshow.sampling.regions import Shape, area_coverage, coverage
 
 ASKED = {
     "prompt": "two things",
@@ -163,6 +164,15 @@ def test_each_cell_is_drawn_by_its_own_regions_weights(golden_pipeline, golden_c
     assert relative_error(plain(**asked)[0], expected) > 1e-2
 
 
+@pytest.mark.parametrize(("columns", "rows"), [(16, 12), (5, 3), (1, 1)])
+def test_a_boxs_area_is_that_of_the_polygon_with_its_corners(columns, rows):
+    left, top, right, bottom = box = (0.13, 0.2, 0.71, 0.9)
+    corners = torch.tensor([(left, top), (right, top), (right, bottom), (left, bottom)], dtype=torch.float64)
+    found = area_coverage(Shape(box=box), columns=columns, rows=rows)
+    assert torch.allclose(found, coverage(Shape(polygon=corners), columns=columns, rows=rows), atol=1e-5)
+    assert abs(float(found.mean()) - (right - left) * (bottom - top)) < 1e-5
+
+
 def test_outside_its_steps_a_region_changes_nothing(golden_pipeline, concepts):
     plain = MixOfShowPipeline.of(unfused(golden_pipeline, concepts))
     late = [Region("a <dogx>", LEFT, first_step=3)]
@@ -262,3 +272,45 @@ def test_an_unknown_adapter_is_named_with_those_there(with_lora):
 def test_a1111s_mark_of_a_lora_in_a_regions_text(text, expected):
     found = region_entry(text)
     assert (found["prompt"], found.get("adapters")) == expected
+
+
+def test_concepts_are_loaded_one_by_one(golden_pipeline, concepts, tmp_path, relative_error):
+    base = MixOfShowPipeline.of(ConceptModel(golden_pipeline))
+    everywhere = {**ASKED, "regions": [Region("a castle", LEFT)]}
+    (plain,) = base(**everywhere)
+    concepts[0].save(tmp_path / "dogx.safetensors")
+    base.load_concept(tmp_path / "dogx.safetensors")
+    (one,) = base(**everywhere)
+    assert relative_error(one, MixOfShowPipeline.single(golden_pipeline, concepts[0])(**everywhere)[0]) < 1e-2  # halves
+    base.load_concept(concepts[1])
+    base.set_concepts("dogx", 0.5)
+    (half,) = base(**everywhere)
+    assert (
+        relative_error(half, MixOfShowPipeline.single(golden_pipeline, concepts[0], strength=0.5)(**everywhere)[0])
+        < 1e-2
+    )
+    base.set_concepts([])
+    assert relative_error(base(**everywhere)[0], plain) < 1e-6
+    with pytest.raises(SettingsError, match="set_concepts: expected some of dogx, manx, found dogx, cat"):
+        base.set_concepts(["dogx", "cat"])
+    base.unload_concepts()
+    assert torch.equal(base(**everywhere)[0], plain)
+
+
+def test_a_loaded_concept_that_a_region_draws_leaves_the_rest_of_the_picture(golden_pipeline, concepts, relative_error):
+    """A third that no region names, such as a style, stays in all of it."""
+    pipe = MixOfShowPipeline.of(ConceptModel(golden_pipeline))
+    for one in concepts:
+        pipe.load_concept(one)
+    asked = {**ASKED, "regions": [Region("a <dogx>", LEFT)]}
+    (found,) = pipe(**asked, regional_lora=True)
+    style = ConceptModel(
+        golden_pipeline, vocabulary(concepts), with_concept(golden_pipeline, concepts[1]).weights, tuple(concepts)
+    )
+    (expected,) = MixOfShowPipeline.of(style)(**asked, regional_lora=True)
+    assert relative_error(found, expected) < 1e-4
+
+
+def test_a_fused_model_takes_no_concept(golden_fused, concepts):
+    with pytest.raises(BadInputError, match="this model is fused"):
+        MixOfShowPipeline.of(golden_fused).load_concept(concepts[0])

@@ -60,6 +60,21 @@ def tuned_weights(
     return weights
 
 
+@torch.no_grad()
+def summed_weights(
+    pipeline: Any, tuned: Iterable[tuple[Mapping[str, Change], float]], names: Iterable[str] = ()
+) -> dict[str, Tensor]:
+    """W0 + Σ strength · ΔW of every layer that is changed, and of the named ones, while the pipeline has base weights."""
+    weights: dict[str, Tensor] = {}
+    with exclusive(pipeline):
+        for deltas, strength in ((dict.fromkeys(names), 1.0), *tuned):
+            for name, change in deltas.items():
+                own = weights.setdefault(name, matrix(layer(pipeline, name)).clone())
+                if change is not None:
+                    own += change.matrix(strength).to(own)
+    return weights
+
+
 def attached_changes(pipeline: Any, adapter: str) -> dict[str, Change]:
     """What an adapter of peft's (a LoRA that diffusers loaded) changes of the base, by our layer names, as it is scaled.
 

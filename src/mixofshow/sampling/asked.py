@@ -77,6 +77,11 @@ class Asked:
         return min(steps - min(int(steps * share), steps) + 1, steps), steps
 
     @property
+    def regional(self) -> bool:
+        """Whether regions are drawn by LoRAs of their own."""
+        return self.regional_lora is not False or any(region.adapters is not None for region in self.regions)
+
+    @property
     def guided(self) -> bool:
         """Whether there is a negative prompt's side."""
         return self.guidance_scale != 1.0

@@ -24,7 +24,7 @@ from mixofshow.bases.layers import cross_attentions, text_groups
 from mixofshow.bases.parts import plain
 from mixofshow.concepts.changes import Change
 from mixofshow.errors import BaseModelError
-from mixofshow.sampling.regions import Cells, Grid, Shape, bounding_cells, coverages, levels
+from mixofshow.sampling.regions import Cells, Grid, Shape, area_coverage, bounding_cells, coverages, levels
 
 _WITHOUT: Final = (
     *("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross"),
@@ -105,23 +105,29 @@ class RegionalAttention:
         return torch.stack([torch.zeros(grid[1], grid[0]), *(self.covers[number][level] for number in there)])
 
     def share(self, cells: int) -> Tensor:
-        """Each text's share at present in a feature map of so many cells, (texts, rows, columns); the global one first."""
+        """Each text's share at present of the cells of a feature map by area, (texts, rows, columns); the global one first.
+
+        Finer than what cross-attention reads, which takes whole cells of boxes.
+        """
         key = (self._there, cells)
         if key not in self._shares:
             (grid,) = (one for one in self.grids if one[0] * one[1] == cells)
-            found = torch.zeros(1 + len(self.regions), grid[1], grid[0])
-            found[[0, *(number + 1 for number in self._there)]] = self._share(self._there, grid)
+            columns, rows = grid
+            there = [self.regions[number] for number in self._there]
+            covers = [area_coverage(one.shape, columns=columns, rows=rows) for one in there]
+            weights = torch.tensor([1.0, *(one.weight for one in there)])
+            found = torch.zeros(1 + len(self.regions), rows, columns)
+            found[[0, *(number + 1 for number in self._there)]] = shares(
+                torch.stack([torch.zeros(rows, columns), *covers]), weights
+            )
             self._shares[key] = found.to(self.like)
         return self._shares[key]
 
-    def _share(self, there: Sequence[int], grid: Grid) -> Tensor:
-        weights = torch.tensor([1.0, *(self.regions[number].weight for number in there)])
-        return shares(self._stacked(there, grid), weights)
-
     def _planned(self, there: Sequence[int], grid: Grid) -> tuple[Grid, list[Piece]]:
+        weights = torch.tensor([1.0, *(self.regions[number].weight for number in there)])
         texts = (0, *(number + 1 for number in there))
         pieces = []
-        for text, share in zip(texts, self._share(there, grid), strict=True):
+        for text, share in zip(texts, shares(self._stacked(there, grid), weights), strict=True):
             left, top, right, bottom = area = bounding_cells(share)
             if share.any():
                 pieces.append(Piece(text, area, share[top:bottom, left:right, None].to(self.like)))

@@ -35,8 +35,9 @@ from mixofshow.progress import Progress, silent
 from mixofshow.sampling.asked import Asked, Callback, checked
 from mixofshow.sampling.attend import attend_and_excite
 from mixofshow.sampling.denoising import Control, denoise
-from mixofshow.sampling.encoding import Adapters, EncodedPrompt, OwnText, encode
+from mixofshow.sampling.encoding import Adapters, EncodedPrompt, OwnText, adapters_of, encode
 from mixofshow.sampling.latents import decode, initial_latents, picture_latents
+from mixofshow.sampling.loaders import ConceptLoaderMixin
 from mixofshow.sampling.regional_lora import own_texts
 from mixofshow.sampling.regions import Region
 
@@ -63,7 +64,7 @@ class HasModel(Protocol):
         """The fused model."""
 
 
-class _Drawing(DiffusionPipeline):  # type: ignore[misc]
+class _Drawing(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
     """What a pipeline of diffusers' becomes when its model knows concepts."""
 
     base_class: ClassVar[str]
@@ -210,8 +211,7 @@ class _Drawing(DiffusionPipeline):  # type: ignore[misc]
         self._guidance_scale, self._guidance_rescale = asked.guidance_scale, asked.drawing.guidance_rescale
         with contextlib.ExitStack() as stack, exclusive(self):
             stack.enter_context(clip_skipped(self, asked.drawing.clip_skip))
-            words = replace(self.model.vocabulary, syntax=asked.drawing.prompt_syntax)
-            model = replace(self.model, vocabulary=words)
+            model = self._model_for(asked)
             own = self._own_texts(model, asked)
             stack.enter_context(silenced(self, [name for one in own for name, _ in one]))
             stack.enter_context(model.active())
@@ -221,8 +221,15 @@ class _Drawing(DiffusionPipeline):  # type: ignore[misc]
         self.maybe_free_model_hooks()
         return Pictures(pictures)
 
+    def _model_for(self, asked: Asked) -> ConceptModel:
+        """The model that draws the whole picture: loaded concepts that regions draw by themselves are not in it."""
+        words = replace(self.model.vocabulary, syntax=asked.drawing.prompt_syntax)
+        model = replace(self.model, vocabulary=words)
+        there = {name for region in asked.regions for name, _ in adapters_of(model, region)} if asked.regional else ()
+        return self._without(model, there)
+
     def _own_texts(self, model: ConceptModel, asked: Asked) -> Mapping[Adapters, OwnText]:
-        if asked.regional_lora is False and all(region.adapters is None for region in asked.regions):
+        if not asked.regional:
             return {}
         concepts = model.concepts if isinstance(asked.regional_lora, bool) else asked.regional_lora
         return own_texts(model, concepts, asked.regions)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from mixofshow.bases.layers import kind_of, layer, matrix
 from mixofshow.bases.parts import adapters, plain
-from mixofshow.concepts.adapters import attached_changes
+from mixofshow.concepts.adapters import attached_changes, summed_weights
 from mixofshow.concepts.changes import Change, Full, LowRank
 from mixofshow.concepts.concept import Concept, fitted, vocabulary
 from mixofshow.concepts.model import ConceptModel
@@ -78,17 +78,16 @@ def _own_text(
     words: Vocabulary,
     unfused: Mapping[str, Change],
 ) -> OwnText:
-    weights = {
-        name: matrix(layer(model.pipeline, name)).clone() for name in model.weights if kind_of(name) == "text_encoder"
-    }
+    text = [
+        ({name: one for name, one in deltas.items() if kind_of(name) != "unet"}, strength) for deltas, strength in tuned
+    ]
     changes: dict[str, list[Change]] = {name: [change] for name, change in unfused.items()}
     for deltas, strength in tuned:
         for name, change in deltas.items():
             if kind_of(name) == "unet":
                 changes.setdefault(name, []).append(change.scaled(strength))
-            else:
-                own = weights.setdefault(name, matrix(layer(model.pipeline, name)).clone())
-                own += change.matrix(strength).to(own)
+    fused = (name for name in model.weights if kind_of(name) != "unet")
+    weights = summed_weights(model.pipeline, text, fused)
     return OwnText(words, weights, changes)
 
 

@@ -225,6 +225,21 @@ def coverage(shape: Shape, *, columns: int, rows: int) -> Tensor:
     return _feathered(cover, shape.feather).clamp(0, 1).round(decimals=6).float()
 
 
+def area_coverage(shape: Shape, *, columns: int, rows: int) -> Tensor:
+    """The same, but of a box too the share of each cell that lies inside, so that none is lost on a coarse grid."""
+    if shape.box is None:
+        return coverage(shape, columns=columns, rows=rows)
+    left, top, right, bottom = shape.box
+    down, across = _inside(top, bottom, rows), _inside(left, right, columns)
+    return _feathered(down[:, None] * across, shape.feather).clamp(0, 1).round(decimals=6).float()
+
+
+def _inside(start: float, end: float, count: int) -> Tensor:
+    """How much of each of `count` equal parts of 0 to 1 lies between start and end: (count,)."""
+    edges = _edges(count)
+    return (edges[1:].clamp(max=end) - edges[:-1].clamp(min=start)).clamp(min=0) * count
+
+
 def coverages(shape: Shape, grids: Sequence[Grid], *, tiny: str = "nearest") -> list[Tensor]:
     """The shape's coverage of each grid, finest first.
 

@@ -1,0 +1,65 @@
+"""Concepts that are loaded into a pipeline one by one, as diffusers loads LoRAs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mixofshow.concepts.adapters import summed_weights
+from mixofshow.concepts.changes import Change
+from mixofshow.concepts.concept import Concept
+from mixofshow.concepts.interchange.importing import open_concept
+from mixofshow.concepts.model import ConceptModel, with_words
+from mixofshow.errors import BadInputError, shown
+from mixofshow.sampling.asked import require
+
+
+class ConceptLoaderMixin:
+    """What diffusers' LoRA loader is for LoRAs: `load_concept`, `set_concepts`, `unload_concepts`."""
+
+    model: ConceptModel
+    _strengths: Mapping[str, float] | None = None
+    """Of concepts that were loaded one by one; None: the model came as it is."""
+
+    def load_concept(self, concept: str | Path | Concept, strength: float = 1.0) -> None:
+        """A concept, or another tool's LoRA, beside those that are loaded: its words, and its change of the whole picture.
+
+        How much of each the whole picture has is `set_concepts`'; in regions, with `regional_lora`, each draws as it was
+        tuned. Raises ConceptFileError, TokenError, and BadInputError for a fused model, to which `fuse` adds.
+        """
+        if self.model.baked or (self.model.weights and self._strengths is None):
+            raise BadInputError("load_concept: this model is fused; add the concept by fuse, or load it on the base")
+        found = concept if isinstance(concept, Concept) else open_concept(concept, self)
+        self._know([*self.model.concepts, found], {**(self._strengths or {}), found.info.name: strength})
+
+    def set_concepts(self, names: str | Sequence[str], weights: float | Sequence[float] = 1.0) -> None:
+        """Which loaded concepts change the whole picture, and how much, as `set_adapters`; the others' words stay known."""
+        names = [names] if isinstance(names, str) else list(names)
+        strengths = [float(weights)] * len(names) if isinstance(weights, int | float) else list(weights)
+        known = [one.info.name for one in self.model.concepts]
+        require(self._strengths is not None or not names, "set_concepts", "none", "concepts from load_concept")
+        require(set(names) <= set(known), "set_concepts", shown(", ".join(names)), f"some of {', '.join(known)}")
+        require(len(strengths) == len(names), "set_concepts", len(strengths), f"{len(names)} weights, one for each")
+        self._know(self.model.concepts, dict(zip(names, strengths, strict=True)))
+
+    def unload_concepts(self) -> None:
+        """The base alone again, without the concepts that were loaded."""
+        if self._strengths is not None:
+            self._know((), {})
+
+    def _know(self, concepts: Sequence[Concept], strengths: Mapping[str, float]) -> None:
+        known = with_words(self, concepts)
+        weights = summed_weights(self, _changes(known.concepts, strengths))
+        self.model, self._strengths = replace(known, weights=weights), strengths
+
+    def _without(self, model: ConceptModel, names: Collection[str]) -> ConceptModel:
+        """The model without the weights of some of the loaded concepts."""
+        if self._strengths is None or not names:
+            return model
+        rest = {name: strength for name, strength in self._strengths.items() if name not in names}
+        return replace(model, weights=summed_weights(self, _changes(model.concepts, rest)))
+
+
+def _changes(concepts: Sequence[Concept], strengths: Mapping[str, float]) -> list[tuple[Mapping[str, Change], float]]:
+    return [(one.deltas, strengths[one.info.name]) for one in concepts if strengths.get(one.info.name)]
