@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from diffusers import (
     AutoPipelineForImage2Image,
     DDIMScheduler,
+    DiffusionPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -217,3 +219,17 @@ def test_public_names_are_listed():
     """B41."""
     assert {"fuse", "tune", "load_unfused", "__version__"} <= set(dir(mixofshow))
     assert all(hasattr(mixofshow, name) for name in mixofshow.__all__)
+
+
+def test_as_a_community_pipeline(golden_concepts, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
+    root = Path(__file__).parents[2]
+    pipe = DiffusionPipeline.from_pretrained(
+        root / "tests" / "goldens" / "pipeline",
+        custom_pipeline=str(root / "examples" / "pipeline_mix_of_show.py"),
+        trust_remote_code=True,
+    )
+    pipe.load_concept(golden_concepts[0])
+    own = MixOfShowPipeline.of(ConceptModel(StableDiffusionPipeline.from_pipe(pipe)))
+    own.load_concept(golden_concepts[0])
+    assert torch.equal(pipe("a <dogx>", **LATENT)[0], own("a <dogx>", **LATENT)[0])

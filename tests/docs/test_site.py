@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import mixofshow
+
 ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
@@ -90,3 +92,9 @@ def is_rounded(cell: str, number: float) -> bool:
     """Is this what the number is, to so many digits?"""
     digits = len(cell.partition(".")[2])
     return abs(float(cell) - number) <= 0.5 * 10**-digits + 1e-9
+
+
+def test_the_page_of_the_python_interface_has_all_of_it():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert {name for name in mixofshow.__all__ if f"::: mixofshow.{name}\n" not in page} == {"MixOfShowError"}
+    assert "::: mixofshow.errors\n" in page
