@@ -25,9 +25,9 @@ from mixofshow.bases.emojiland.concepts import SCENES, class_word, write_concept
 from mixofshow.concepts.concept import Concept
 from mixofshow.concepts.model import ConceptModel, with_concept
 from mixofshow.evaluation.metrics import image_alignment, text_scores
-from mixofshow.evaluation.prompt_sets import prompts_by_category
 from mixofshow.evaluation.scorers import judge_scorer, references_of
 from mixofshow.evaluation.suite import read_suite
+from mixofshow.evaluation.suite_settings import usual_prompts
 from mixofshow.evaluation.tasks import draw
 from mixofshow.fusion.settings import PAPER, make_fusion_settings
 from mixofshow.sampling.settings import Composition
@@ -104,7 +104,7 @@ def _concept(name: str, folder: Path, tuning: str, pipeline: Any) -> Concept:
 def _scored(model: ConceptModel, concept: Concept, *, folder: Path, images: int) -> tuple[float, float]:
     """Image and text alignment of a model's pictures of one concept."""
     name, scorer = concept.info.name, judge_scorer()
-    by_category = prompts_by_category("emojiland", "scene" if name in SCENES else "subject")
+    by_category = usual_prompts("emojiland")["scene" if name in SCENES else "subject"]
     prompts = (*by_category["context"], *by_category["attribute"][:3])
     wanted = [Composition(prompt=prompt.format(concept.prompt), num=images, seed=100) for prompt in prompts]
     made = scorer.images([image for one in wanted for image in draw(model, one)])

@@ -10,8 +10,8 @@ from mixofshow import MixOfShowPipeline, fuse, load_base, load_concept
 from mixofshow.concepts.model import with_concept
 from mixofshow.demo import CONCEPTS, run_demo
 from mixofshow.evaluation.metrics import image_alignment
-from mixofshow.evaluation.prompt_sets import EMOJILAND
 from mixofshow.evaluation.scorers import judge_scorer, references_of
+from mixofshow.evaluation.suite_settings import usual_prompts
 from mixofshow.evaluation.tasks import draw
 from mixofshow.sampling.settings import Composition
 
@@ -47,7 +47,7 @@ def test_one_concept_alone_is_itself(done):
     references = look(references_of(done / "pictures" / CONCEPTS[0] / "reference"))
     wanted = [
         Composition(prompt=prompt.format(concept.prompt), seed=100, num=2)
-        for prompt in EMOJILAND["subject"]["context"][:4]
+        for prompt in usual_prompts("emojiland")["subject"]["context"][:4]
     ]
     own, alone = (
         image_alignment(look([image for one in wanted for image in draw(model, one)]), references)

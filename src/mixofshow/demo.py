@@ -21,11 +21,11 @@ from mixofshow.bases.loading import load_base
 from mixofshow.concepts.concept import load_concept
 from mixofshow.errors import BadInputError, shown
 from mixofshow.evaluation.metrics import image_alignment
-from mixofshow.evaluation.prompt_sets import prompts_by_category
-from mixofshow.evaluation.report import number, sample_sheet, write_page
-from mixofshow.evaluation.results import SuiteRun, alignment_table, measures, print_alignments, summary
+from mixofshow.evaluation.report import number, samples, write_page
+from mixofshow.evaluation.results import FOOTNOTE, SuiteRun, alignment_table, measures, print_alignments, summary
 from mixofshow.evaluation.scorers import judge_scorer
 from mixofshow.evaluation.suite import Suite, make_suite, perform
+from mixofshow.evaluation.suite_settings import usual_prompts
 from mixofshow.evaluation.tasks import draw
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.solving import share
@@ -86,8 +86,9 @@ def run_demo(out: Path, *, quick: bool = False) -> None:
         training=training,
         wide=wide,
         tables=[alignment_table(run.results, measure) for measure in measures(run.results)],
-        samples=sample_sheet(run, prompts=3),
+        **samples(run),
         worst=[(name, number(one.residual), number(share(one.average, one.unchanged))) for name, one in worst],
+        footnote=FOOTNOTE,
         facts=facts,
     )
     print_alignments(run.results)
@@ -119,7 +120,7 @@ def _shipped(name: str) -> Path:
 
 def _suite(files: Mapping[str, Path], deltas: Mapping[str, Path], *, quick: bool) -> Suite:
     """Each concept on some of the usual prompts, and all of them in one wide picture."""
-    prompts = prompts_by_category("emojiland", "subject")
+    prompts = usual_prompts("emojiland")["subject"]
     chosen = {
         "context": prompts["context"][: 2 if quick else None],
         "attribute": prompts["attribute"][: 0 if quick else 3],

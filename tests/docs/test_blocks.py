@@ -157,14 +157,14 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     Of Emojiland's concepts only those that the pages name are written; they are drawn on one prompt of each category.
     """
     few = {"steps": 2, "refine": 0}
-    make_drawing, prompts_of = asked.make_drawing, suite_settings.prompts_by_category
+    make_drawing, prompts_of = asked.make_drawing, suite_settings.Suite.prompts_of
     monkeypatch.setitem(BASE_PRESETS["emojiland"], "steps", 2)
     monkeypatch.setattr(asked, "make_drawing", lambda table: make_drawing({**table, "num_inference_steps": 2}))
     monkeypatch.setattr("mixofshow.bases.emojiland.concepts.ALL", ("reddog", "greenhouse", "foxy"))
     monkeypatch.setattr(
-        suite_settings,
-        "prompts_by_category",
-        lambda *which: {key: prompts[:1] for key, prompts in prompts_of(*which).items()},
+        suite_settings.Suite,
+        "prompts_of",
+        lambda suite, kind: {key: prompts[:1] for key, prompts in prompts_of(suite, kind).items()},
     )
 
     def quickly(concepts: Any, base: Any, settings: FusionSettings | None = None, **more: Any) -> Any:

@@ -11,8 +11,8 @@ from PIL import Image
 from mixofshow.errors import DatasetError, SettingsError
 from mixofshow.evaluation import metrics
 from mixofshow.evaluation.metrics import image_alignment
-from mixofshow.evaluation.report import _templates, enlarged
-from mixofshow.evaluation.requests import BaseSource, DrawnBy, Models, make_plan
+from mixofshow.evaluation.report import enlarged, templates
+from mixofshow.evaluation.requests import BaseSource, DrawnBy, make_plan
 from mixofshow.evaluation.scorers import references_of, scorer_for
 from mixofshow.evaluation.suite import make_suite, suite_of_files
 
@@ -93,7 +93,8 @@ def test_text_alignment_is_clipscore():
 def test_each_model_is_asked_for_its_own_name_of_the_concept():
     suite = make_suite({"concepts": ["reddog"], "methods": ["p-plus"], "prompts": {"subject": {"context": ["a {}"]}}})
     base, single, fused = (DrawnBy(BaseSource("emojiland"), name) for name in ("base", "single", "fused"))
-    plan = make_plan(suite, Models(base, {"p-plus": {"reddog": single}}, {}, {"p-plus": fused}), side=64)
+    models = {"single": {"p-plus": {"reddog": single}}, "words_only": {}, "fused": {"p-plus": fused}}
+    plan = make_plan(suite, base, **models, side=64)
     arms = {"base": plan.bounds, "single": plan.single["p-plus"], "fused": plan.fused["p-plus"]}
     asked = {name: arm["reddog"][0] for name, arm in arms.items()}
     assert {name: one.request.model.identity for name, one in asked.items()} == {name: name for name in asked}
@@ -106,7 +107,7 @@ def test_the_page_needs_no_other_file_and_runs_no_strangers_code():
     page = """{% extends "page.html.j2" %}{% from "page.html.j2" import table, figure %}{% block title %}{{ title }}
     {% endblock %}{% block body %}{{ figure(image|enlarged(2), caption) }}{{ table(["a"], [[text]]) }}{% endblock %}"""
     strange = {"title": "A <title>", "text": "<script>alert(1)</script>", "caption": '"><img src=x onerror=alert(1)>'}
-    text = _templates().from_string(page).render(image=Image.new("RGB", (4, 4), "red"), **strange)
+    text = templates().from_string(page).render(image=Image.new("RGB", (4, 4), "red"), **strange)
     assert "<script" not in text and "onerror=alert(1)>" not in text.replace("&gt;", "")
     assert set(re.findall(r'(?:src|href)="([a-z]+:)', text)) == {"data:"}
     assert enlarged(Image.new("RGB", (4, 4)), 2).startswith("data:image/png;base64,")

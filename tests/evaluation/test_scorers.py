@@ -22,7 +22,7 @@ from mixofshow.bases.emojiland import judge
 from mixofshow.bases.emojiland.sprites import sprite
 from mixofshow.bases.emojiland.world import compose
 from mixofshow.errors import BadInputError
-from mixofshow.evaluation.scorers import BATCH, clip_scorer, dino_scorer, imagenet_scorer
+from mixofshow.evaluation.scorers import BATCH, clip_scorer, dino_scorer, imagenet_scorer, judge_scorer
 
 SIDE = 64
 PICTURES = [
@@ -110,6 +110,12 @@ def test_a_network_of_photographs_tells_things_of_a_set_apart_that_it_has_never_
     torch.testing.assert_close(features.norm(dim=-1), torch.ones(9))
     cosines = (features @ features.T).unflatten(0, (3, 3)).unflatten(2, (3, 3)).mean((1, 3))
     assert (cosines.argmax(1) == torch.arange(3)).all()
+
+
+def test_a_judge_comes_without_a_librarys_words(capfd):
+    judge.load.cache_clear()
+    judge_scorer()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_judges_are_on_the_device_that_is_asked_for(clip_folder):

@@ -56,16 +56,13 @@ def _loaded(base: BaseSource) -> Any:
 
 @dataclass(frozen=True)
 class DrawnBy:
-    """What draws: the base, a single concept's file at some strength, or a delta file of the concepts in `files`.
-
-    `identity` is a hash of all that.
-    """
+    """What draws: the base, with a concept's file at some strength, or with a delta file. `identity` hashes all that."""
 
     base: BaseSource
     identity: str
-    files: tuple[Path, ...] = ()
-    delta: Path | None = None
+    concept: Path | None = None
     strength: float = 1.0
+    delta: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -79,10 +76,6 @@ class ImageRequest:
         """Where they are kept."""
         key = digest({"model": self.model.identity, "composition": self.composition.model_dump(mode="json")})
         return [folder / key[:2] / f"{key}-{number}.png" for number in range(self.composition.num)]
-
-    def is_drawn(self, folder: Path) -> bool:
-        """True when they are all there."""
-        return all(path.is_file() for path in self.paths(folder))
 
     def pictures(self, folder: Path) -> list[Image.Image]:
         """The pictures. Raises BadInputError for one that is damaged."""
@@ -146,33 +139,34 @@ class RequestPlan:
         return list(dict.fromkeys(chain(alone, wide, self.base_without, *self.fused_without.values())))
 
 
-@dataclass(frozen=True)
-class Models:
-    """What draws: the base, and by method each single concept, those at alpha 0, and the fused models."""
+def make_plan(
+    suite: Suite,
+    base: DrawnBy,
+    *,
+    single: Mapping[str, Mapping[str, DrawnBy]],
+    words_only: Mapping[str, Mapping[str, DrawnBy]],
+    fused: Mapping[str, DrawnBy],
+    side: int,
+) -> RequestPlan:
+    """The pictures of a suite, by what draws them: by method each single concept, those at alpha 0, the fused models.
 
-    base: DrawnBy
-    single: Mapping[str, Mapping[str, DrawnBy]]
-    words_only: Mapping[str, Mapping[str, DrawnBy]]
-    fused: Mapping[str, DrawnBy]
+    `side` is the base's own, in pixels.
+    """
 
-
-def make_plan(suite: Suite, models: Models, *, side: int) -> RequestPlan:
-    """The pictures of a suite; `side` is the base's own, in pixels."""
-
-    def arm(by_concept: Mapping[str, DrawnBy]) -> Arm:
-        return {one.name: tuple(_asked(suite, one, by_concept[one.name], one.noun)) for one in suite.concepts}
+    def arm(models: Mapping[str, DrawnBy]) -> Arm:
+        return {one.name: tuple(_asked(suite, one, models[one.name], one.noun)) for one in suite.concepts}
 
     def without(model: DrawnBy) -> tuple[ImageRequest, ...]:
         return tuple(_request(suite, model, prompt) for prompt in suite.without_concepts())
 
     return RequestPlan(
-        bounds={one.name: tuple(_asked(suite, one, models.base, one.class_word)) for one in suite.concepts},
-        single={key: arm(row) for key, row in models.single.items()},
-        words_only={key: arm(row) for key, row in models.words_only.items()},
-        fused={key: arm({one.name: model for one in suite.concepts}) for key, model in models.fused.items()},
-        together={key: tuple(_together(suite, model, side)) for key, model in models.fused.items()},
-        base_without=without(models.base),
-        fused_without={key: without(model) for key, model in models.fused.items()},
+        bounds={one.name: tuple(_asked(suite, one, base, one.class_word)) for one in suite.concepts},
+        single={key: arm(models) for key, models in single.items()},
+        words_only={key: arm(models) for key, models in words_only.items()},
+        fused={key: arm(dict.fromkeys((one.name for one in suite.concepts), model)) for key, model in fused.items()},
+        together={key: tuple(_together(suite, model, side)) for key, model in fused.items()},
+        base_without=without(base),
+        fused_without={key: without(model) for key, model in fused.items()},
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -21,19 +21,20 @@ from torch import Tensor
 from mixofshow.evaluation import metrics
 from mixofshow.evaluation.metrics import interval
 from mixofshow.evaluation.requests import Arm, ImageRequest, PromptRequest, RequestPlan, WideRequest
-from mixofshow.evaluation.scorers import ImageTower, Scorer
+from mixofshow.evaluation.scorers import ImageTower
 from mixofshow.evaluation.suite_settings import GROUPS, MEAN, ConceptEntry, Suite
 from mixofshow.outputs import write_text
-from mixofshow.terminal import print_table
+from mixofshow.terminal import print_table, say
 
 SCHEMA: Final = 1
 STATES: Final = ("single", "fused", "change")
 COLUMNS: Final = ("method", "measure", "over", "state", "value", "low", "high")
+MAIN: Final = "image_alignment"
 ALONE: Final = "interaction"
 """The category whose pictures show other things too; confusing those for the concept proves nothing."""
 NEAR: Final = 0.05
 """A single model must beat the base, asked for the class word, by so much image alignment to have learned something."""
-DRAWN_ALREADY: Final = "the base draws it already"
+FOOTNOTE: Final = "* the base draws it already: its single model is not .05 above the base asked for the class word"
 
 Values = Mapping[str, Tensor]
 """By concept, a number for every picture, (prompts, seeds)."""
@@ -60,6 +61,7 @@ class Judge:
     folder: Path
     references: Mapping[str, Tensor]
     training: Mapping[str, Tensor] = field(default_factory=dict)
+    texts: Callable[[Sequence[str]], Tensor] | None = None
     seen: dict[ImageRequest, Tensor] = field(default_factory=dict)
 
     def request(self, request: ImageRequest) -> Tensor:
@@ -84,36 +86,23 @@ class Judge:
             for name, row in arm.items()
         }
 
+    def text_alignment(self, arm: Arm) -> Values:
+        """CLIPScores with the prompts in which the concept is called by its class word."""
+        assert self.texts is not None  # noqa: S101
+        plain = {name: self.texts([asked.plain for asked in row])[:, None] for name, row in arm.items()}
+        return {name: metrics.text_scores(self.row(row), plain[name]) for name, row in arm.items()}
 
-@dataclass(frozen=True)
-class Judges:
-    """A CLIP, as scorer of texts and judge of pictures, and judges of pictures by the measure that they give."""
 
-    scorer: Scorer
-    clip: Judge
-    others: Mapping[str, Judge]
+Judges = Mapping[str, Judge]
+"""By the measure that they give. That of "image_alignment" gives all that only one gives, and alone looks at texts."""
 
-    def values(self, arm: Arm) -> dict[str, Values]:
-        """Every picture's numbers, by measure; for CLIPScore the concept is called by its class word."""
-        return {
-            "image_alignment": self.clip.alignment(arm),
-            "image_alignment_first": self.clip.alignment(arm, first=True),
-            "text_alignment": {
-                name: metrics.text_scores(
-                    self.clip.row(row), self.scorer.texts([asked.plain for asked in row])[:, None]
-                )
-                for name, row in arm.items()
-            },
-            **{measure: judge.alignment(arm) for measure, judge in self.others.items()},
-        }
 
-    def own(self) -> dict[str, dict[str, float]]:
-        """How near held-out pictures are to each other, by measure and concept."""
-        judges = {"image_alignment": self.clip, **self.others}
-        return {
-            measure: {name: metrics.self_alignment(features) for name, features in judge.references.items()}
-            for measure, judge in judges.items()
-        }
+def values_of(judges: Judges, arm: Arm) -> dict[str, Values]:
+    """Every picture's numbers, by measure."""
+    clip = judges[MAIN]
+    found = {MAIN: clip.alignment(arm), f"{MAIN}_first": clip.alignment(arm, first=True)}
+    found["text_alignment"] = clip.text_alignment(arm)
+    return found | {measure: judge.alignment(arm) for measure, judge in judges.items() if measure != MAIN}
 
 
 def slices(concepts: Sequence[ConceptEntry], arm: Arm) -> Slices:
@@ -180,7 +169,7 @@ def results_of(suite: Suite, plan: RequestPlan, judges: Judges) -> dict[str, Any
         "names": {one.name: one.kind for one in suite.concepts},
         "methods": {method.key: _method(plan, method.key, judges, over) for method in suite.methods},
         "region_accuracy": {
-            key: _region_accuracy(region_hits(row, judges.clip)) for key, row in plan.together.items() if row
+            key: _region_accuracy(region_hits(row, judges[MAIN])) for key, row in plan.together.items() if row
         },
         "bounds": _bounds(plan, judges, over),
         "suite": suite.model_dump(mode="json"),
@@ -189,12 +178,13 @@ def results_of(suite: Suite, plan: RequestPlan, judges: Judges) -> dict[str, Any
 
 
 def _method(plan: RequestPlan, key: str, judges: Judges, over: Slices) -> dict[str, Any]:
-    single, fused, judge = judges.values(plan.single[key]), judges.values(plan.fused[key]), judges.clip
+    judge, alone = judges[MAIN], _alone(over)
+    single, fused = (values_of(judges, arms[key]) for arms in (plan.single, plan.fused))
     found: dict[str, Any] = {measure: alignments(single[measure], fused[measure], over) for measure in single}
-    found["by_concept"] = {measure: alignments(single[measure], fused[measure], _alone(over)) for measure in single}
+    found["by_concept"] = {measure: alignments(single[measure], fused[measure], alone) for measure in single}
     if key in plan.words_only:
-        words = judges.values(plan.words_only[key])
-        found["words_only"] = {measure: _means(words[measure], {**over, **_alone(over)}) for measure in words}
+        words = values_of(judges, plan.words_only[key])
+        found["words_only"] = {measure: _means(words[measure], {**over, **alone}) for measure in words}
     arms = {"single": plan.single[key], "fused": plan.fused[key]}
     before, after = plan.base_without, plan.fused_without[key]
     return found | {
@@ -245,7 +235,11 @@ def _bounds(plan: RequestPlan, judges: Judges, over: Slices) -> dict[str, Any]:
 
     As near as held-out pictures are to each other: the most image alignment to expect.
     """
-    values, own, clip = judges.values(plan.bounds), judges.own(), judges.clip
+    values, clip = values_of(judges, plan.bounds), judges[MAIN]
+    own = {
+        measure: {name: metrics.self_alignment(features) for name, features in judge.references.items()}
+        for measure, judge in judges.items()
+    }
 
     def bounds(over: Slices) -> dict[str, Any]:
         found = {}
@@ -256,12 +250,12 @@ def _bounds(plan: RequestPlan, judges: Judges, over: Slices) -> dict[str, Any]:
                 found[measure][name]["upper"] = sum(own[measure][one] for one in chosen) / len(chosen)
         return found
 
-    held_out = {name: metrics.distance_to_nearest(clip.references[name], clip.training[name]) for name in clip.training}
+    held_out = (metrics.distance_to_nearest(clip.references[name], made) for name, made in clip.training.items())
     return {
         **bounds(over),
         "by_concept": bounds(_alone(over)),
         "diversity": _diversity(plan.bounds, clip),
-        "distance_to_training": _mean(held_out.values()),
+        "distance_to_training": _mean(held_out),
     }
 
 
@@ -285,24 +279,29 @@ def measures(results: Mapping[str, Any]) -> list[str]:
 
 
 def alignment_table(results: Mapping[str, Any], measure: str) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: each concept as the base draws its class word, and single → fused by method; below it the means."""
+    """Head and rows: each concept as the base draws its class word, and single → fused by method; below them the means.
+
+    A * is a concept that the base draws already.
+    """
     methods, bounds = results["methods"], results["bounds"]
     rows = []
     for name in (*results["names"], *(over for over in bounds[measure] if over in (MEAN, *GROUPS.values()))):
         alone = name in results["names"]
         bound = (bounds["by_concept"] if alone else bounds)[measure][name]
         entries = [(one["by_concept"] if alone else one)[measure][name] for one in methods.values()]
-        note = DRAWN_ALREADY if alone and name in results["drawn_by_the_base"].get(measure, ()) else ""
+        title = f"<{name}>{'*' * (name in results['drawn_by_the_base'].get(measure, ()))}" if alone else name
         arrows = [f"{entry['single']:.3f} → {entry['fused']:.3f}" for entry in entries]
-        rows.append([f"<{name}>" if alone else name, f"{next(iter(bound.values())):.3f}", *arrows, note])
-    return [measure.replace("_", " "), "base, class word", *methods, ""], rows
+        rows.append([title, f"{next(iter(bound.values())):.3f}", *arrows])
+    return [measure.replace("_", " "), "base, class word", *methods], rows
 
 
 def print_alignments(results: Mapping[str, Any]) -> None:
     """The tables of alignments by all judges, on the terminal."""
     for measure in measures(results):
-        if measure != "image_alignment_first":
+        if measure != f"{MAIN}_first":
             print_table(*alignment_table(results, measure))
+    if any(results["drawn_by_the_base"].values()):
+        say(FOOTNOTE)
 
 
 def summary(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mixofshow.bases.configs import check_config
-from mixofshow.bases.strangers import strangers_model
+from mixofshow.bases.strangers import quiet, strangers_model
 from mixofshow.errors import BadInputError, SettingsError, shown
 from mixofshow.reading import read_json
 from mixofshow.tuning.dataset import read_folder
@@ -42,6 +42,8 @@ def judge_scorer() -> Scorer:
     """Emojiland's own judge."""
     from mixofshow.bases.emojiland import judge
 
+    with quiet():
+        judge.load(judge.JUDGE_FOLDER)
     return Scorer(judge.image_features, judge.text_features)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import groupby
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,9 +26,9 @@ from mixofshow.concepts.delta import load_delta
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.errors import BadInputError, SettingsError, shown
 from mixofshow.evaluation.report import write_suite_report
-from mixofshow.evaluation.requests import BaseSource, DrawnBy, Models, RequestPlan, digest, make_plan
-from mixofshow.evaluation.results import Judge, Judges, SuiteRun, results_of, write_results
-from mixofshow.evaluation.scorers import dino_scorer, imagenet_scorer, references_of, scorer_for
+from mixofshow.evaluation.requests import BaseSource, DrawnBy, RequestPlan, digest, make_plan
+from mixofshow.evaluation.results import Judge, SuiteRun, results_of, write_results
+from mixofshow.evaluation.scorers import ImageTower, dino_scorer, imagenet_scorer, references_of, scorer_for
 from mixofshow.evaluation.study import INDEX, write_index
 from mixofshow.evaluation.suite_settings import (
     ConceptEntry,
@@ -46,7 +47,6 @@ from mixofshow.evaluation.tasks import (
     folder_digest,
     process_pool,
     read_cost,
-    work,
 )
 from mixofshow.outputs import check_outputs, refusals
 from mixofshow.progress import Progress, silent
@@ -95,7 +95,7 @@ def perform(
         run = _Run(suite, cache, base, each, bars)
         suite = run.suite
         scorer = scorer_for(suite.base, suite.clip, device=device)  # before anything that takes long
-        others = _other_judges(suite, device)
+        towers = {"image_alignment": scorer.images, **_other_towers(suite, device)}
         folders = {part: _folders(suite, cache, part) for part in ("reference", "train")}
         references, training = (
             {name: references_of(folder) for name, folder in folders[part].items()} for part in folders
@@ -104,12 +104,17 @@ def perform(
         plan = run.plan(files)
         run.draw(plan)
 
-    def judge(tower: Any) -> Judge:
-        known, learned = ({name: tower(images) for name, images in part.items()} for part in (references, training))
-        return Judge(tower, run.pictures, known, learned)
-
     with bars("measuring"):
-        judges = Judges(scorer, judge(scorer.images), {measure: judge(tower) for measure, tower in others.items()})
+        judges = {
+            measure: Judge(
+                tower,
+                run.pictures,
+                {name: tower(images) for name, images in references.items()},
+                {name: tower(images) for name, images in training.items()},
+                scorer.texts,
+            )
+            for measure, tower in towers.items()
+        }
         results = results_of(suite, plan, judges)
     results |= {"cost": run.costs(files), "machine": _machine(workers, device)}
     write_results(results, out)
@@ -119,10 +124,10 @@ def perform(
     return made
 
 
-def _other_judges(suite: Suite, device: str) -> dict[str, Any]:
-    judges = {"dino_alignment": dino_scorer(suite.dino, device=device)} if suite.dino else {}
+def _other_towers(suite: Suite, device: str) -> dict[str, ImageTower]:
+    towers = {"dino_alignment": dino_scorer(suite.dino, device=device)} if suite.dino else {}
     wanted = bool(find_spec("efficientnet_lite_pytorch")) if suite.imagenet is None else suite.imagenet
-    return judges | ({"imagenet_alignment": imagenet_scorer(device=device)} if wanted else {})
+    return towers | ({"imagenet_alignment": imagenet_scorer(device=device)} if wanted else {})
 
 
 def _check_outputs(suite: Suite, out: Path, cache: Path) -> None:
@@ -187,16 +192,18 @@ class _Run:
     def tuned(self, folders: Mapping[str, Path]) -> Files:
         """The concept files of every method, tuned where they are not there; `folders` have the training pictures."""
         tasks: dict[Path, TuneTask] = {}
-        files: dict[str, dict[str, Path]] = {}
-        for method in self.suite.methods:
-            files[method.key] = {}
-            for concept in self.suite.concepts:
-                path = concept.files.get(method.key) or concept.files.get(method.tuning)
-                if path is None:
-                    task = self._tuning(method, concept, folders)
-                    path, tasks[task.target] = task.target, task
-                files[method.key][concept.name] = path
-        self._do("tuning", [task for target, task in tasks.items() if not target.is_file()], len(tasks))
+
+        def file(method: MethodEntry, concept: ConceptEntry) -> Path:
+            if path := concept.files.get(method.key) or concept.files.get(method.tuning):
+                return path
+            task = self._tuning(method, concept, folders)
+            return tasks.setdefault(task.target, task).target
+
+        files = {
+            method.key: {concept.name: file(method, concept) for concept in self.suite.concepts}
+            for method in self.suite.methods
+        }
+        self._make("tuning", tasks)
         self._check(files)
         return files
 
@@ -236,27 +243,29 @@ class _Run:
     def plan(self, files: Files) -> RequestPlan:
         """All pictures, once the models that draw them are known; fuses what is not fused."""
         fusing = {one.key: self._fusing(one, files[one.key]) for one in self.suite.methods if not one.fused}
-        missing = {task.target: task for task in fusing.values() if not task.target.is_file()}
         self.fusions = {key: task.target for key, task in fusing.items()}
-        self._do("fusing", list(missing.values()), len(set(self.fusions.values())))
-        single = {key: {name: self._single(path) for name, path in row.items()} for key, row in files.items()}
-        words_only = {
-            key: {name: self._single(path, strength=0.0) for name, path in files[key].items()}
-            for key in self.suite.words_only
-        }
-        fused = {one.key: self._fused(one, tuple(files[one.key].values())) for one in self.suite.methods}
-        base = DrawnBy(self.base, digest({"base": self.fingerprint}))
-        return make_plan(self.suite, Models(base, single, words_only, fused), side=self.side)
+        self._make("fusing", {task.target: task for task in fusing.values()})
+        return make_plan(
+            self.suite,
+            DrawnBy(self.base, digest({"base": self.fingerprint})),
+            single={key: {name: self._single(path) for name, path in row.items()} for key, row in files.items()},
+            words_only={
+                key: {name: self._single(path, strength=0.0) for name, path in files[key].items()}
+                for key in self.suite.words_only
+            },
+            fused={one.key: self._fused(one) for one in self.suite.methods},
+            side=self.side,
+        )
 
     def _single(self, path: Path, strength: float = 1.0) -> DrawnBy:
         key = digest({"base": self.fingerprint, "concept": self.hashes[path], "strength": strength})
-        return DrawnBy(self.base, key, (path,), strength=strength)
+        return DrawnBy(self.base, key, path, strength)
 
-    def _fused(self, method: MethodEntry, files: tuple[Path, ...]) -> DrawnBy:
+    def _fused(self, method: MethodEntry) -> DrawnBy:
         if not method.fused:
-            return DrawnBy(self.base, self.fusions[method.key].stem, files, self.fusions[method.key])
+            return DrawnBy(self.base, self.fusions[method.key].stem, delta=self.fusions[method.key])
         content = hashlib.sha256(method.fused.read_bytes()).hexdigest()
-        return DrawnBy(self.base, digest({"base": self.fingerprint, "delta": content}), files, method.fused)
+        return DrawnBy(self.base, digest({"base": self.fingerprint, "delta": content}), delta=method.fused)
 
     def _fusing(self, method: MethodEntry, row: Mapping[str, Path]) -> FuseTask:
         settings, files = self.suite.fusion(method), tuple(row.values())
@@ -272,36 +281,36 @@ class _Run:
     def draw(self, plan: RequestPlan) -> None:
         """Draw what is not drawn yet."""
         requests = plan.requests()
-        missing = sorted(
-            (one for one in requests if not one.is_drawn(self.pictures)), key=lambda one: one.model.identity
-        )
+        missing = [one for one in requests if not all(path.is_file() for path in one.paths(self.pictures))]
         tasks: list[DrawTask] = []
-        for model, group in groupby(missing, key=lambda one: one.model):
+        for model, group in groupby(sorted(missing, key=lambda one: one.model.identity), key=lambda one: one.model):
             row = tuple(group)
-            tasks += [DrawTask(model, row[start : start + CHUNK], self.pictures) for start in range(0, len(row), CHUNK)]
-        self._do("drawing", tasks, len(requests))
+            tasks += [DrawTask(model, row[k : k + CHUNK], self.pictures) for k in range(0, len(row), CHUNK)]
+        self._do("drawing", tasks, len(requests), lambda task: len(task.requests))
 
-    def _do(self, label: str, tasks: Sequence[Task], total: int) -> None:
-        """Do the tasks; those of `total` that are done already count, and drawing counts requests."""
+    def _make(self, label: str, tasks: Mapping[Path, TuneTask] | Mapping[Path, FuseTask]) -> None:
+        """Make the files that are not there yet."""
+        missing = [task for target, task in tasks.items() if not target.is_file()]
+        self._do(label, missing, len(tasks), lambda task: 1)
 
-        def size(task: Task) -> int:
-            return len(task.requests) if isinstance(task, DrawTask) else 1
-
+    def _do(self, label: str, tasks: Sequence[Task], total: int, size: Callable[[Any], int]) -> None:
+        """Do the tasks; those of `total` that are done already count."""
         done = total - sum(map(size, tasks))
-        with self.bars(label) as progress:
+        with self.bars(label) if total else no_bars(label) as progress:
             progress(done, total, {})
-            for task in self.each(work, tasks):
+            for task in self.each(methodcaller("work"), tasks):
                 done += size(task)
                 progress(done, total, {})
 
     def costs(self, files: Files) -> dict[str, Any]:
         """By method: mean seconds and most memory of tuning a concept, and those of fusing; none if not done here."""
-        found: dict[str, Any] = {}
-        for key, row in files.items():
-            tuning = [cost for cost in map(read_cost, row.values()) if cost]
-            fusing = read_cost(self.fusions[key]) if key in self.fusions else None
-            found[key] = {"tune": _summed(tuning), "fuse": fusing}
-        return found
+        return {
+            key: {
+                "tune": _summed([cost for cost in map(read_cost, row.values()) if cost]),
+                "fuse": read_cost(self.fusions[key]) if key in self.fusions else None,
+            }
+            for key, row in files.items()
+        }
 
 
 def _summed(costs: Sequence[Mapping[str, float | None]]) -> dict[str, float | None] | None:

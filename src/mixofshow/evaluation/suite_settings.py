@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib.resources import files
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -14,10 +16,9 @@ from mixofshow.bases.emojiland import concepts as emojiland
 from mixofshow.bases.loading import EMBEDDED
 from mixofshow.concepts.concept import load_concept
 from mixofshow.errors import SettingsError, field_problem, nearest, shown
-from mixofshow.evaluation.prompt_sets import ByCategory, prompts_by_category, prompts_without_concepts
 from mixofshow.fusion.settings import FusionSettings, make_fusion_settings
 from mixofshow.fusion.solving import check_method
-from mixofshow.reading import named_in, read_table
+from mixofshow.reading import named_in, parse_table, read_table
 from mixofshow.sampling.settings import STEPS
 from mixofshow.tuning.methods import METHODS
 from mixofshow.tuning.settings import Group, TuningSettings, make_settings, merged, nested
@@ -31,6 +32,18 @@ OWN_FUSION: Final[Mapping[str, Mapping[str, Any]]] = {
     "custom-diffusion": {"method": "custom-diffusion"},
 }
 """How concepts of a tuning method are put together where nothing is said."""
+ByCategory = Mapping[str, Sequence[str]]
+"""Prompts; `{}` stands for the concept."""
+
+
+def usual_prompts(base: str) -> Mapping[str, Any]:
+    """Of prompts.yaml, what suits a base: for "subject" and "scene" by category, and those "without" a concept."""
+    return _usual_prompts()["emojiland" if base == "emojiland" else "general"]
+
+
+@cache
+def _usual_prompts() -> dict[str, Any]:
+    return parse_table(files(__package__).joinpath("prompts.yaml").read_text(encoding="utf-8"), "prompts.yaml")
 
 
 def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
@@ -163,12 +176,13 @@ class Suite(Group):
 
     def prompts_of(self, kind: str) -> ByCategory:
         """The prompts of a kind of concept, "subject" or "scene", by category."""
-        found: Mapping[str, tuple[str, ...]] = dict(self.prompts).get(kind) or prompts_by_category(self.base, kind)  # type: ignore[call-overload]
+        own: Mapping[str, ByCategory] = dict(self.prompts)  # type: ignore[arg-type]
+        found = own.get(kind) or usual_prompts(self.base)[kind]
         return {category: prompts[: self.prompts_per_category] for category, prompts in found.items()}
 
-    def without_concepts(self) -> tuple[str, ...]:
+    def without_concepts(self) -> Sequence[str]:
         """The prompts for prior drift."""
-        return prompts_without_concepts(self.base) if self.prior_prompts is None else self.prior_prompts
+        return usual_prompts(self.base)["without"] if self.prior_prompts is None else self.prior_prompts
 
     def tuning(self, method: MethodEntry, concept: ConceptEntry, data: Path) -> TuningSettings:
         """How a method tunes a concept on the pictures in `data`. Raises SettingsError."""

@@ -41,7 +41,7 @@ from mixofshow.tuning.settings import TuningSettings
 from mixofshow.tuning.trainer import tune
 
 Each = Callable[[Callable[[Any], None], Sequence[Any]], Iterator[Any]]
-"""Does every task and yields it when it is done, in any order."""
+"""Calls a function of every task, and yields the task when it is done, in any order."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,12 @@ class TuneTask:
     base: BaseSource
     settings: TuningSettings
     target: Path
+
+    def work(self) -> None:
+        """Tune; note what it cost."""
+        with _measured(self.target, self.base.device):
+            concept = tune(self.settings, self.base.load())
+        concept.save(self.target)
 
 
 @dataclass(frozen=True)
@@ -62,10 +68,14 @@ class FuseTask:
     settings: FusionSettings
     target: Path
 
-    @property
-    def recordings(self) -> Path:
-        """Where what is recorded stays until all is fused."""
-        return self.target.with_suffix("")
+    def work(self) -> None:
+        """Fuse; note what it cost. Recordings stay until then, so that a task that was broken off goes on."""
+        recordings = self.target.with_suffix("")
+        with _measured(self.target, self.base.device):
+            concepts = [load_concept(path, self.base.load()) for path in self.files]
+            fused = fuse(concepts, self.base.load(), self.settings, store=Store(recordings))
+        fused.model.save_delta(self.target)
+        shutil.rmtree(recordings, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -76,39 +86,20 @@ class DrawTask:
     requests: tuple[ImageRequest, ...]
     folder: Path
 
+    def work(self) -> None:
+        """Draw, and keep each request's pictures as they are done."""
+        # Wide pictures' regions are the suite's own: nobody could do anything about a notice of their size.
+        logging.getLogger(entry_region.__module__).setLevel(logging.ERROR)
+        model = _model(self.model)
+        pipeline = MixOfShowPipeline.of(model)
+        maker = maker_of(pipeline)
+        for request in self.requests:
+            images, paths = draw(model, request.composition), request.paths(self.folder)
+            for number, (image, path) in enumerate(zip(images, paths, strict=True)):
+                save_picture(image, path, resolved(request.composition, pipeline), maker, number)
+
 
 Task = TuneTask | FuseTask | DrawTask
-
-
-def work(task: Task) -> None:
-    """Do a task; its files appear whole or not at all."""
-    if isinstance(task, DrawTask):
-        _draw(task)
-        return
-    started, pipeline = time.monotonic(), task.base.load()
-    save: Callable[[Path], object]
-    if isinstance(task, TuneTask):
-        save = tune(task.settings, pipeline).save
-    else:
-        concepts = [load_concept(path, pipeline) for path in task.files]
-        save = fuse(concepts, pipeline, task.settings, store=Store(task.recordings)).model.save_delta
-    cost = {"seconds": round(time.monotonic() - started, 1), "peak_memory_mb": _peak_memory(task.base.device)}
-    write_text(_cost_file(task.target), json.dumps(cost) + "\n")
-    save(task.target)
-    if isinstance(task, FuseTask):
-        shutil.rmtree(task.recordings, ignore_errors=True)
-
-
-def _draw(task: DrawTask) -> None:
-    model = _model(task.model)
-    pipeline = MixOfShowPipeline.of(model)
-    maker = maker_of(pipeline)
-    # Wide pictures' regions are the suite's own: nobody could do anything about a notice of their size.
-    logging.getLogger(entry_region.__module__).setLevel(logging.ERROR)
-    for request in task.requests:
-        images, paths = draw(model, request.composition), request.paths(task.folder)
-        for number, (image, path) in enumerate(zip(images, paths, strict=True)):
-            save_picture(image, path, resolved(request.composition, pipeline), maker, number)
 
 
 def draw(model: ConceptModel, wanted: Composition) -> list[Image.Image]:
@@ -132,10 +123,19 @@ def _model(drawn_by: DrawnBy) -> ConceptModel:
         delta.check_fits(pipeline, str(drawn_by.delta))
         words = {word: delta.vectors[word].to(pipeline.device) for word in delta.info.words}
         return ConceptModel(pipeline, Vocabulary(words, delta.info.aliases), delta.weights(pipeline))
-    if not drawn_by.files:
+    if not drawn_by.concept:
         return ConceptModel(pipeline)
-    concept = load_concept(drawn_by.files[0], pipeline)
+    concept = load_concept(drawn_by.concept, pipeline)
     return with_concept(pipeline, concept, unet=drawn_by.strength, text_encoder=drawn_by.strength)
+
+
+@contextlib.contextmanager
+def _measured(target: Path, device: str) -> Iterator[None]:
+    """Inside, a file is made; what that cost is noted beside it."""
+    started = time.monotonic()
+    yield
+    cost = {"seconds": round(time.monotonic() - started, 1), "peak_memory_mb": _peak_memory(device)}
+    write_text(target.with_suffix(".cost.json"), json.dumps(cost) + "\n")
 
 
 def read_cost(target: Path) -> dict[str, float | None] | None:
@@ -143,12 +143,8 @@ def read_cost(target: Path) -> dict[str, float | None] | None:
 
     Memory is the most that the process (or the GPU) had held up to then.
     """
-    file = _cost_file(target)
+    file = target.with_suffix(".cost.json")
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-
-def _cost_file(target: Path) -> Path:
-    return target.with_suffix(".cost.json")
 
 
 def _peak_memory(device: str) -> float | None:

@@ -14,7 +14,7 @@ from mixofshow.bases.emojiland.concepts import SUBJECTS, concept_pictures
 from mixofshow.bases.emojiland.judge import image_features
 from mixofshow.bases.emojiland.world import SIZE, WIDE, compose, places
 from mixofshow.evaluation import charts
-from mixofshow.evaluation.charts import bar_chart, line_chart, matrix_chart
+from mixofshow.evaluation.charts import matrix_chart, value_chart
 from mixofshow.evaluation.metrics import interval
 from mixofshow.evaluation.requests import BaseSource, DrawnBy, ImageRequest, PromptRequest, WideRequest, columns
 from mixofshow.evaluation.results import Judge, alignments, confusions, per_seed, region_hits, slices
@@ -133,10 +133,11 @@ ODD = ["_a", "<b>", "$c", "字"]
 
 def test_charts_say_their_values_and_any_name_and_are_the_same_each_time():
     series = {"$single": [(0.8, 0.75, 0.85)] * 4, "_fused": [(0.6, 0.6, 0.6)] * 4}
-    chart = bar_chart(ODD, series, line=0.1)
-    assert chart == bar_chart(ODD, series, line=0.1)
+    chart = value_chart(ODD, series, line=0.1)
+    assert chart == value_chart(ODD, series, line=0.1)
     assert {*ODD, *series, "0.800", "0.600"} <= {*_texts(chart)}
-    lines = line_chart(["one", "two"], {name: [(0.0, -0.1, 0.1), (-0.1, -0.1, -0.1)] for name in ODD}, line=0.0)
+    several = {name: [(0.0, -0.1, 0.1), (-0.1, -0.1, -0.1)] for name in ODD}
+    lines = value_chart(["one", "two"], several, joined=True, line=0.0)
     assert {*ODD, "one", "two"} <= {*_texts(lines)}
 
 

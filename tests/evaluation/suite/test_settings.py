@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from mixofshow.errors import SettingsError
-from mixofshow.evaluation.prompt_sets import EMOJILAND, GENERAL
 from mixofshow.evaluation.suite import make_suite, read_suite
+from mixofshow.evaluation.suite_settings import usual_prompts
 from mixofshow.tuning.settings import with_presets
 
 SUITES = sorted((Path(__file__).parents[3] / "examples" / "suites").glob("*.yaml"))
@@ -105,10 +105,10 @@ def test_paths_are_relative_to_the_file_and_keys_may_be_overridden(tmp_path):
     assert suite.images_per_prompt == 9
 
 
-@pytest.mark.parametrize("table", [EMOJILAND, GENERAL])
+@pytest.mark.parametrize("base", ["emojiland", "any other"])
 @pytest.mark.parametrize("kind", ["subject", "scene"])
-def test_there_are_twenty_prompts_of_each_kind(table, kind):
-    prompts = [prompt for row in table[kind].values() for prompt in row]
+def test_there_are_twenty_prompts_of_each_kind(base, kind):
+    prompts = [prompt for row in usual_prompts(base)[kind].values() for prompt in row]
     assert len(prompts) == len(set(prompts)) == 20
     assert all(prompt.count("{}") == 1 for prompt in prompts)
 
@@ -117,7 +117,9 @@ def test_emojiland_is_asked_in_its_own_words():
     from mixofshow.bases.loading import load_base
 
     tokenizer = load_base("emojiland").tokenizer
-    words = {prompt.format("cat") for kind in EMOJILAND.values() for row in kind.values() for prompt in row}
+    known = usual_prompts("emojiland")
+    asked = {prompt for kind in ("subject", "scene") for row in known[kind].values() for prompt in row}
+    words = {prompt.format("cat") for prompt in (*asked, *known["without"])}
     assert not [prompt for prompt in words if tokenizer.unk_token_id in tokenizer(prompt).input_ids[1:-1]]
 
 
