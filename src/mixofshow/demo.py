@@ -85,7 +85,7 @@ def run_demo(out: Path, *, quick: bool = False) -> None:
         "demo.html.j2",
         training=training,
         wide=wide,
-        tables=[alignment_table(run.results, measure) for measure in measures(run.results)],
+        tables=[alignment_table(run.results, measure) for measure in measures(run.results) if "first" not in measure],
         **samples(run),
         worst=[(name, number(one.residual), number(share(one.average, one.unchanged))) for name, one in worst],
         footnote=FOOTNOTE,

@@ -230,7 +230,8 @@ def load_model(name: str | Path, *, base: str | Path | None = None, **options: A
     path = Path(name)
     restore(path)
     if (path.is_file() or path.suffix == SUFFIX) and not is_checkpoint(path):
-        return _on_base(load_delta(path), str(name), base, **options)
+        delta = load_delta(path)
+        return delta_model(delta, load_named_base(delta.info.base, base, str(name), **options), str(name))
     pipeline = load_base(name, **options)
     if str(name) in EMBEDDED or not (path / MANIFEST).is_file():
         return ConceptModel(pipeline)
@@ -240,11 +241,10 @@ def load_model(name: str | Path, *, base: str | Path | None = None, **options: A
     return ConceptModel(pipeline, known, concepts=StoredConcepts(path, manifest.hashes), stored=manifest, baked=True)
 
 
-def _on_base(delta: Delta, name: str, base: str | Path | None, **options: Any) -> ConceptModel:
-    """What the delta file `name` holds, on its base."""
+def delta_model(delta: Delta, pipeline: Any, name: str) -> ConceptModel:
+    """What the delta file `name` holds, on its base. Raises ConceptFileError, TokenError."""
     info = delta.info
     manifest = make_manifest({**info.manifest, "words": info.words, "aliases": info.aliases}, name)
-    pipeline = load_named_base(info.base, base, name, **options)
     delta.check_fits(pipeline, name)
     known = _checked_vocabulary(manifest, delta.vectors, pipeline, name)
     return ConceptModel(pipeline, known, delta.weights(pipeline), stored=manifest)

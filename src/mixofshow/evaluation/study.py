@@ -41,10 +41,10 @@ REFERENCES: Final = 4
 SIDE: Final = 512
 """Pictures are shown no larger, in pixels."""
 
-State = Literal["single", "fused"]
+PictureState = Literal["single", "fused"]
 Pair = tuple[str, str]
-Place = Callable[[Path], Path]
-"""Where a path of the index leads to."""
+Show = Callable[[Path], str]
+"""A picture by its path in the index, as a data URI."""
 Question = Literal["image", "text"]
 MethodName = Annotated[str, Field(min_length=1, max_length=64)]
 Of = TypeVar("Of", bound=BaseModel)
@@ -64,12 +64,12 @@ class PictureIndex(Group):
     """
 
     references: Mapping[str, Path]
-    methods: Mapping[str, Mapping[State, Mapping[str, tuple[PromptPictures, ...]]]]
+    methods: Mapping[str, Mapping[PictureState, Mapping[str, tuple[PromptPictures, ...]]]]
 
     @model_validator(mode="after")
     def _same_for_all(self) -> PictureIndex:
         asked: dict[str, list[tuple[str, int]]] = {}
-        for method, state in ((method, state) for method in self.methods for state in get_args(State)):
+        for method, state in ((method, state) for method in self.methods for state in get_args(PictureState)):
             rows = self.methods[method].get(state, {})
             if rows.keys() != self.references.keys():
                 raise ValueError(f"{shown(method)}: expected its {state} pictures of {shown(list(self.references))}")
@@ -139,7 +139,7 @@ def build_study(
     *,
     count: int = 40,
     seed: int = 0,
-    state: State = "fused",
+    state: PictureState = "fused",
     outside: bool = False,
 ) -> int:
     """Write the page and return how many pairs of pictures it asks about.
@@ -152,9 +152,12 @@ def build_study(
         raise SettingsError(f"count: expected at least 1, found {count}")
     index = read_index(folder)
     place = partial(_inside, folder, outside=outside)
-    asked = [_pair(text, index) for text in pairs]
-    random = Random(seed)
-    items = [item for pair in asked for item in _items(index, place, pair, state, count=count, random=random)]
+    asked, random = [_pair(text, index) for text in pairs], Random(seed)
+
+    def show(path: Path) -> str:
+        return _encoded(read_picture(place(path)).image)
+
+    items = [item for pair in asked for item in _items(index, show, pair, state, count=count, random=random)]
     random.shuffle(items)
     references = {
         name: [_encoded(image) for image in references_of(place(index.references[name]))[:REFERENCES]]
@@ -177,7 +180,7 @@ def _pair(text: str, index: PictureIndex) -> Pair:
 
 
 def _items(
-    index: PictureIndex, place: Place, pair: Pair, state: State, *, count: int, random: Random
+    index: PictureIndex, show: Show, pair: Pair, state: PictureState, *, count: int, random: Random
 ) -> Iterator[dict[str, Any]]:
     """What is asked about a pair of methods: pictures of one prompt and seed, side by side; concepts take turns."""
     rows = [_shuffled(_of_concept(index, pair, state, name), random) for name in index.references]
@@ -186,13 +189,11 @@ def _items(
         raise BadInputError(f"the suite has {len(found)} pictures of each method, {count} are asked for")
     lefts = _shuffled((number % 2 for number in range(count)), random)
     for (name, prompt, pictures), left in zip(found[:count], lefts, strict=False):
-        sides = [
-            {"method": pair[k], "picture": _encoded(read_picture(place(pictures[k])).image)} for k in (left, 1 - left)
-        ]
+        sides = [{"method": pair[k], "picture": show(pictures[k])} for k in (left, 1 - left)]
         yield {"concept": name, "prompt": prompt, "left": sides[0], "right": sides[1]}
 
 
-def _of_concept(index: PictureIndex, pair: Pair, state: State, name: str) -> Iterator[tuple[str, str, Any]]:
+def _of_concept(index: PictureIndex, pair: Pair, state: PictureState, name: str) -> Iterator[tuple[str, str, Any]]:
     """Concept, prompt, and both methods' pictures of each of its prompts and seeds."""
     one, other = (index.methods[method][state][name] for method in pair)
     for first, second in zip(one, other, strict=True):

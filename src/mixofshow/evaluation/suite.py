@@ -30,24 +30,8 @@ from mixofshow.evaluation.requests import BaseSource, DrawnBy, RequestPlan, dige
 from mixofshow.evaluation.results import Judge, SuiteRun, results_of, write_results
 from mixofshow.evaluation.scorers import ImageTower, dino_scorer, imagenet_scorer, references_of, scorer_for
 from mixofshow.evaluation.study import INDEX, write_index
-from mixofshow.evaluation.suite_settings import (
-    ConceptEntry,
-    MethodEntry,
-    Suite,
-    make_suite,
-    read_suite,
-    suite_of_files,
-)
-from mixofshow.evaluation.tasks import (
-    DrawTask,
-    Each,
-    FuseTask,
-    Task,
-    TuneTask,
-    folder_digest,
-    process_pool,
-    read_cost,
-)
+from mixofshow.evaluation.suite_settings import ConceptEntry, MethodEntry, Suite, make_suite, read_suite, suite_of_files
+from mixofshow.evaluation.tasks import DrawTask, Each, FuseTask, Task, TuneTask, folder_digest, process_pool, read_cost
 from mixofshow.outputs import check_outputs, refusals
 from mixofshow.progress import Progress, silent
 from mixofshow.tuning.settings import with_presets

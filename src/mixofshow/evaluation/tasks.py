@@ -24,8 +24,7 @@ from PIL import Image
 
 from mixofshow.concepts.concept import load_concept
 from mixofshow.concepts.delta import load_delta
-from mixofshow.concepts.model import ConceptModel, with_concept
-from mixofshow.concepts.words import Vocabulary
+from mixofshow.concepts.model import ConceptModel, delta_model, with_concept
 from mixofshow.errors import ResourceError, SettingsError
 from mixofshow.evaluation.requests import BaseSource, DrawnBy, ImageRequest
 from mixofshow.fusion.settings import FusionSettings
@@ -119,10 +118,7 @@ def draw(model: ConceptModel, wanted: Composition) -> list[Image.Image]:
 def _model(drawn_by: DrawnBy) -> ConceptModel:
     pipeline = drawn_by.base.load()
     if drawn_by.delta:
-        delta = load_delta(drawn_by.delta)
-        delta.check_fits(pipeline, str(drawn_by.delta))
-        words = {word: delta.vectors[word].to(pipeline.device) for word in delta.info.words}
-        return ConceptModel(pipeline, Vocabulary(words, delta.info.aliases), delta.weights(pipeline))
+        return delta_model(load_delta(drawn_by.delta), pipeline, str(drawn_by.delta))
     if not drawn_by.concept:
         return ConceptModel(pipeline)
     concept = load_concept(drawn_by.concept, pipeline)
