@@ -58,10 +58,10 @@ class Judge:
     """Looks at every request's pictures once; knows held-out and training pictures by concept. All as (pictures, dim)."""
 
     tower: ImageTower
+    texts: Callable[[Sequence[str]], Tensor]
     folder: Path
     references: Mapping[str, Tensor]
     training: Mapping[str, Tensor] = field(default_factory=dict)
-    texts: Callable[[Sequence[str]], Tensor] | None = None
     seen: dict[ImageRequest, Tensor] = field(default_factory=dict)
 
     def request(self, request: ImageRequest) -> Tensor:
@@ -88,13 +88,12 @@ class Judge:
 
     def text_alignment(self, arm: Arm) -> Values:
         """CLIPScores with the prompts in which the concept is called by its class word."""
-        assert self.texts is not None  # noqa: S101
         plain = {name: self.texts([asked.plain for asked in row])[:, None] for name, row in arm.items()}
         return {name: metrics.text_scores(self.row(row), plain[name]) for name, row in arm.items()}
 
 
 Judges = Mapping[str, Judge]
-"""By the measure that they give. That of "image_alignment" gives all that only one gives, and alone looks at texts."""
+"""By the measure that they give. That of "image_alignment" also gives all that only one gives, text alignment too."""
 
 
 def values_of(judges: Judges, arm: Arm) -> dict[str, Values]:

@@ -92,10 +92,10 @@ def perform(
         judges = {
             measure: Judge(
                 tower,
+                scorer.texts,
                 run.pictures,
                 {name: tower(images) for name, images in references.items()},
                 {name: tower(images) for name, images in training.items()},
-                scorer.texts,
             )
             for measure, tower in towers.items()
         }

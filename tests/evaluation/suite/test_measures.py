@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mixofshow.bases.emojiland.concepts import SUBJECTS, concept_pictures
-from mixofshow.bases.emojiland.judge import image_features
+from mixofshow.bases.emojiland.judge import image_features, text_features
 from mixofshow.bases.emojiland.world import SIZE, WIDE, compose, places
 from mixofshow.evaluation import charts
 from mixofshow.evaluation.charts import matrix_chart, value_chart
@@ -93,7 +93,7 @@ def test_regions_of_true_wide_pictures_are_recognized_and_those_in_other_places_
     scenes = ["in the forest", "on the beach", "in the city", "in the snow"] * 2
     images = [compose(sprites, scene, random, width=WIDE, laid=places(random, 3, width=WIDE)).image for scene in scenes]
     one = WideRequest(order, columns(3, WIDE, SIZE), (_kept(tmp_path, "wide", images),))
-    hits = region_hits([one], Judge(image_features, tmp_path, references))
+    hits = region_hits([one], Judge(image_features, text_features, tmp_path, references))
     right = [float(hits[name].mean()) for name in THREE]
     assert hits["reddog"].shape == (1, len(images))
     assert right[1] >= 0.8  # the middle one stands where it should in either order
@@ -103,7 +103,7 @@ def test_regions_of_true_wide_pictures_are_recognized_and_those_in_other_places_
 def test_true_pictures_are_not_confused_and_swapped_ones_are(tmp_path, references):
     made = {name: _kept(tmp_path, name, [one.image for one in concept_pictures(name, 8, seed=7)]) for name in THREE}
     arm = {name: (PromptRequest("context", "", made[name]),) for name in THREE}
-    judge = Judge(image_features, tmp_path, references)
+    judge = Judge(image_features, text_features, tmp_path, references)
     assert float(confusions(arm, judge).diagonal().min()) >= 0.8
     swapped = {**arm, "reddog": arm["robot"], "robot": arm["reddog"]}
     found = confusions(swapped, judge)
@@ -114,7 +114,7 @@ def test_pictures_with_other_things_in_them_do_not_count_as_confused(tmp_path, r
     dogs = _kept(tmp_path, "dogs", [one.image for one in concept_pictures("reddog", 4, seed=7)])
     houses = _kept(tmp_path, "houses", [one.image for one in concept_pictures("greenhouse", 4, seed=7)])
     arm = {"reddog": (PromptRequest("context", "", dogs), PromptRequest("interaction", "", houses))}
-    assert confusions(arm, Judge(image_features, tmp_path, references))[0].tolist() == [1, 0, 0]
+    assert confusions(arm, Judge(image_features, text_features, tmp_path, references))[0].tolist() == [1, 0, 0]
 
 
 def test_boxes_stand_side_by_side_and_are_the_demos():

@@ -124,7 +124,10 @@ def _check_results(results, out):
         and row["method"] == "ed-lora+average"
     ]
     assert float(row["value"]) == method["text_alignment"]["style"]["fused"]
-    assert summary(results)["image_alignment"]["single"] == method["image_alignment"]["mean"]["single"]
+    short = summary(results)
+    assert short["image_alignment"]["single"] == method["image_alignment"]["mean"]["single"]
+    assert short["concepts"].keys() == {"lower_bound", "single", "ed-lora+average"} == short["text_alignment"].keys()
+    assert short["concepts"]["single"]["reddog"]["image_alignment"] == by_concept["reddog"]["single"]
     page = (out / "report.html").read_text()
     assert set(re.findall(r'(?:src|href)="([a-z]+:)', page)) == {"data:"}
     assert "<script" not in page and page.count("data:image/svg+xml;base64,") >= 5
