@@ -22,6 +22,7 @@ from mixofshow.errors import BadInputError, BaseModelError
 from mixofshow.fusion.guard import LOUD, Voice, heard, turned, voices
 from mixofshow.fusion.methods import METHODS
 from mixofshow.fusion.problem import LayerProblem
+from mixofshow.fusion.recording import STAGES, stage_of
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.solving import problem_of, share, solve, solver_for
 from mixofshow.fusion.stages import fuse
@@ -190,6 +191,19 @@ def test_a_negated_copy_is_left_out(way, size):
     assert same(found, without)
     assert told["dog"].left_out
     assert "undoes <cat>" in told["dog"].why
+
+
+@pytest.mark.parametrize("words", [300, 3], ids=["same words", "other words"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_copy_that_is_negated_in_one_stage_is_left_out(stage, words):
+    """Over all layers its cosine with the honest one is positive, in the text encoder alone nearly 1."""
+    negated = {layer: -1.0 if stage_of(layer) == stage else 1.0 for layer in LAYERS}
+    dog = other_words(dataclasses.replace(turned(CAT, negated), info=scaled(CAT, 1, "dog").info), words)
+    for concepts in ([ANT, BEE, CAT, dog], [dog, CAT, BEE, ANT]):
+        told = voices(BASES, concepts, guard=True)
+        assert [concepts[k] for k in told] == [dog]
+        assert told[concepts.index(dog)].left_out
+        assert "undoes <cat>" in told[concepts.index(dog)].why
 
 
 def noisy(one: Concept, share: float) -> Concept:

@@ -10,6 +10,7 @@ What no guard sees is a concept that is bad and no louder than the others, nor t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,9 +36,10 @@ USUAL: Final[Mapping[Stage, float]] = {"text": 0.03, "keys-and-values": 0.1, "pi
 SILENT: Final = 0.002
 """A concept that changes no layer by more of its norm is as good as one of words alone: it has no say in the layers."""
 ALIKE: Final = 0.99
-"""Two concepts whose changes (and words' vectors) have at least this cosine, and sizes within a tenth, are one."""
+"""Two concepts whose changes in every stage (and words' vectors) have at least this cosine, and sizes within a tenth,
+are one."""
 OPPOSED: Final = -0.5
-"""At most this cosine have a concept's changes and a negated copy's; honest ones have some -0.1 to 0.5."""
+"""At most this cosine have a concept's changes and a negated copy's in some stage; honest ones have some -0.1 to 0.5."""
 TELLING: Final = 0.01
 """By so much the cosines with all others must differ to tell which of two that undo each other is the copy."""
 
@@ -82,11 +84,10 @@ def voices(bases: Mapping[str, Tensor], concepts: Sequence[Concept], *, guard: b
     products = grams(bases, [concept.deltas for concept in concepts])
     names = [concept.info.name for concept in concepts]
     words = [concept.embeddings.double().flatten() for concept in concepts]
-    alike = _cosines(products, len(concepts))
     found = silent(products, len(concepts))
-    found |= doubles(products, alike, names, words, gone=found)
+    found |= doubles(products, names, words, gone=found)
     if guard:
-        found |= opposed(products, alike, names, gone=found)
+        found |= opposed(products, names, gone=found)
         found |= loud(products, len(concepts), gone=found)
     return found
 
@@ -114,10 +115,12 @@ def silent(products: Grams, count: int) -> dict[int, Voice]:
 
 
 def doubles(
-    products: Grams, alike: Tensor, names: Sequence[str], words: Sequence[Tensor], gone: Mapping[int, Voice]
+    products: Grams, names: Sequence[str], words: Sequence[Tensor], gone: Mapping[int, Voice]
 ) -> dict[int, Voice]:
-    """Those that are one with an earlier concept, which counts for both; `alike` are the cosines, (concepts, concepts)."""
+    """Those that are one with an earlier concept, which counts for both."""
     found: dict[int, Voice] = {}
+    ones = torch.ones(len(names), len(names), dtype=torch.float64)
+    alike = functools.reduce(torch.minimum, _cosines_by_stage(products).values(), ones)
     sizes = _squares(products, len(names)).sqrt()
     for late in range(len(names)):
         for early in range(late):
@@ -132,18 +135,21 @@ def doubles(
     return found
 
 
-def opposed(products: Grams, alike: Tensor, names: Sequence[str], gone: Mapping[int, Voice]) -> dict[int, Voice]:
-    """Of two that undo each other, the one that agrees less with all others; both if these do not tell.
+def opposed(products: Grams, names: Sequence[str], gone: Mapping[int, Voice]) -> dict[int, Voice]:
+    """Of two that undo each other in some stage, the one that agrees less with all others there; both if these do not tell.
 
     Whoever is tuned on pictures changes a model in part as all others do (cosines of some 0.05, in the text encoder of
     0.3), which a negated copy does not. Copies of either are no witnesses: a negation given twice agrees with itself.
     """
     found: dict[int, Voice] = {}
     counted = [k for k in range(len(names)) if k not in gone]
+    by_stage = _cosines_by_stage(products)
     for number, one in enumerate(counted):
         for other in counted[:number]:
-            if alike[one, other] > OPPOSED:
+            undone = {stage for stage, cosines in by_stage.items() if cosines[one, other] <= OPPOSED}
+            if not undone:
                 continue
+            alike = _cosines([product for name, product in products.items() if stage_of(name) in undone])
             rest = [k for k in counted if alike[[one, other], k].abs().max() < -OPPOSED]
             lead = float((alike[one, rest] - alike[other, rest]).sum())
             unclear = abs(lead) < TELLING
@@ -191,8 +197,17 @@ def _squares(products: Grams, count: int) -> Tensor:
     return sum((one.diagonal() for one in products.values()), torch.zeros(count, dtype=torch.float64))
 
 
-def _cosines(products: Grams, count: int) -> Tensor:
-    """Of the concepts' changes over all layers, (concepts, concepts); 0 where there are none."""
-    total = sum(products.values(), torch.zeros(count, count, dtype=torch.float64))
-    sizes = total.diagonal().clamp(min=1e-300).sqrt()
-    return total / sizes[:, None] / sizes
+def _cosines_by_stage(products: Grams) -> dict[Stage, Tensor]:
+    """Of the concepts' changes in each stage, (concepts, concepts)."""
+    layers: dict[Stage, list[Tensor]] = {}
+    for name, product in products.items():
+        layers.setdefault(stage_of(name), []).append(product)
+    return {stage: _cosines(inside) for stage, inside in layers.items()}
+
+
+def _cosines(products: Sequence[Tensor]) -> Tensor:
+    """Of the concepts' changes over some layers, (concepts, concepts); 0 where one has none, and 1 where neither has."""
+    total = torch.stack(list(products)).sum(0)
+    sizes = total.diagonal().sqrt()
+    none = sizes == 0
+    return torch.where(none[:, None] & none, 1.0, total / (sizes[:, None] * sizes + none[:, None] + none))
