@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoHaConfig, LoraConfig
 from torch import nn
 
 from mixofshow import MixOfShowPipeline, Region
@@ -18,7 +18,7 @@ from mixofshow.bases.loading import fingerprint
 from mixofshow.concepts.changes import Full, LowRank
 from mixofshow.concepts.concept import vocabulary
 from mixofshow.concepts.model import ConceptModel, with_concept
-from mixofshow.errors import BadInputError, SettingsError
+from mixofshow.errors import BadInputError, BaseModelError, SettingsError
 from mixofshow.fusion.settings import make_fusion_settings
 from mixofshow.fusion.stages import fuse
 from mixofshow.sampling.composition import region_entry
@@ -314,3 +314,52 @@ def test_a_loaded_concept_that_a_region_draws_leaves_the_rest_of_the_picture(gol
 def test_a_fused_model_takes_no_concept(golden_fused, concepts):
     with pytest.raises(BadInputError, match="this model is fused"):
         MixOfShowPipeline.of(golden_fused).load_concept(concepts[0])
+
+
+def test_a_picture_whose_coarsest_maps_are_one_cell_each(golden_pipeline, concepts):
+    """32 pixels are maps of 4, 2, 1 and 1 cells: two of one size."""
+    asked = {**ASKED, "width": 32, "height": 32, "num_inference_steps": 1, "regions": [Region("a <dogx>", WHOLE)]}
+    (found,) = MixOfShowPipeline.of(unfused(golden_pipeline, concepts))(**asked, regional_lora=True)
+    assert torch.isfinite(found).all()
+
+
+def test_convolutions_pad_as_the_bases_own(golden_pipeline, concepts, relative_error):
+    """Around the edge, for pictures that are to be tiled."""
+    base = copy.deepcopy(golden_pipeline)
+    for module in base.unet.modules():
+        if isinstance(module, nn.Conv2d):
+            module.padding_mode = "circular"
+    asked = {**ASKED, "num_inference_steps": 1, "regions": [Region("a <dogx>", WHOLE)]}
+    (expected,) = MixOfShowPipeline.of(with_concept(base, concepts[0]))(**asked)
+    (found,) = MixOfShowPipeline.of(unfused(base, concepts))(**asked, regional_lora=True)
+    assert relative_error(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (LoHaConfig(r=2, init_weights=False, target_modules=["to_q"]), "a LOHA, .*convert"),
+        (LoraConfig(r=2, use_dora=True, target_modules=["to_q"]), "a DoRA, .*convert"),
+        (
+            LoraConfig(r=2, lora_bias=True, init_lora_weights=False, target_modules=["to_out.0"]),
+            "biases.*whole picture",
+        ),
+    ],
+)
+def test_an_adapter_that_is_more_than_two_factors_is_refused(golden_pipeline, config, said):
+    """Before, LoHa stayed on everywhere, and biases were lost."""
+    base = copy.deepcopy(golden_pipeline)
+    base.unet.add_adapter(config, "alice")
+    with pytest.raises(BaseModelError, match=said):
+        MixOfShowPipeline.of(ConceptModel(base))(**ASKED, regions=[Region("a man", LEFT, adapters={"alice": 1})])
+
+
+def test_concepts_that_were_loaded_stay_loaded_in_another_pipeline(golden_pipeline, concepts):
+    first = MixOfShowPipeline.of(ConceptModel(golden_pipeline))
+    first.load_concept(concepts[0])
+    other = MixOfShowPipeline.from_pipe(first)
+    other.load_concept(concepts[1])
+    assert [one.info.name for one in other.model.concepts] == ["dogx", "manx"]
+    other.unload_concepts()
+    assert not other.model.concepts and not other.model.weights
+    assert [one.info.name for one in first.model.concepts] == ["dogx"]

@@ -78,25 +78,43 @@ def summed_weights(
 def attached_changes(pipeline: Any, adapter: str) -> dict[str, Change]:
     """What an adapter of peft's (a LoRA that diffusers loaded) changes of the base, by our layer names, as it is scaled.
 
-    Raises BaseModelError for a kind that is more than two factors.
+    Raises BaseModelError for a kind that is more than two factors, or others.
     """
+    _require_two_factors(pipeline, adapter)
     changes: dict[str, Change] = {}
     for name in tunable_layers(pipeline):
         module: Any = layer(pipeline, name)
         if adapter not in getattr(module, "lora_A", ()):
             continue
-        if adapter in getattr(module, "lora_magnitude_vector", ()):
-            raise BaseModelError(f"adapter '{shown(adapter)}': a DoRA; convert its file to a concept, which is exact")
         down, up = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
         changes[name] = LowRank.of(down, module.scaling[adapter] * up)
     return changes
+
+
+def _require_two_factors(pipeline: Any, adapter: str) -> None:
+    for part in _modules(pipeline):
+        config = (getattr(part, "peft_config", None) or {}).get(adapter)
+        if config is None:
+            continue
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if kind != "LORA" or config.use_dora:
+            kind = "DoRA" if kind == "LORA" else kind
+            raise BaseModelError(
+                f"adapter '{shown(adapter)}': a {shown(kind)}, which no region can have to itself; convert its file to a "
+                "concept, which is exact"
+            )
+        if config.lora_bias:
+            raise BaseModelError(
+                f"adapter '{shown(adapter)}': a LoRA with biases, which no region can have to itself; leave it active for "
+                "the whole picture, or tune it with lora_bias=False"
+            )
 
 
 @contextlib.contextmanager
 def silenced(pipeline: Any, names: Iterable[str]) -> Iterator[None]:
     """Inside, the named adapters of peft's add nothing, whichever are active."""
     asked = set(names) & set(adapters(pipeline))
-    parts = [plain(part) for part in pipeline.components.values() if isinstance(part, nn.Module)] if asked else []
+    parts = _modules(pipeline) if asked else []
     scaled = [(module.scaling, name) for part in parts for module in part.modules() for name in asked & _scaled(module)]
     before = [scaling[name] for scaling, name in scaled]
     try:
@@ -106,6 +124,10 @@ def silenced(pipeline: Any, names: Iterable[str]) -> Iterator[None]:
     finally:
         for (scaling, name), own in zip(scaled, before, strict=True):
             scaling[name] = own
+
+
+def _modules(pipeline: Any) -> list[Any]:
+    return [plain(part) for part in pipeline.components.values() if isinstance(part, nn.Module)]
 
 
 def _scaled(module: Any) -> set[str]:

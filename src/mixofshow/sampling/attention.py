@@ -111,8 +111,7 @@ class RegionalAttention:
         """
         key = (self._there, cells)
         if key not in self._shares:
-            (grid,) = (one for one in self.grids if one[0] * one[1] == cells)
-            columns, rows = grid
+            columns, rows = next(one for one in self.grids if one[0] * one[1] == cells)  # of 1 × 1 there may be two
             there = [self.regions[number] for number in self._there]
             covers = [area_coverage(one.shape, columns=columns, rows=rows) for one in there]
             weights = torch.tensor([1.0, *(one.weight for one in there)])

@@ -102,7 +102,7 @@ class _Drawing(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
         made = super().from_pipe(pipeline, **options)
         known = getattr(pipeline, "model", None)
         if isinstance(known, ConceptModel):
-            made.model = replace(known, pipeline=made)
+            made.model, made._strengths = replace(known, pipeline=made), getattr(pipeline, "_strengths", None)
         return made
 
     @classmethod

@@ -146,9 +146,8 @@ class _LayerChange:
     def _product(self, states: Tensor, weight: Tensor) -> Tensor:
         if not isinstance(self.module, nn.Conv2d):
             return F.linear(states, weight)
-        one = self.module
-        kernel = weight.unflatten(1, (-1, *one.kernel_size))
-        return F.conv2d(states, kernel, None, one.stride, one.padding, one.dilation)
+        kernel = weight.unflatten(1, (-1, *self.module.kernel_size))
+        return self.module._conv_forward(states, kernel, None)  # pads as the layer does, around the edge too
 
     def _point(self, states: Tensor, up: Tensor) -> Tensor:
         return F.conv2d(states, up[..., None, None]) if states.ndim == 4 else F.linear(states, up)

@@ -45,8 +45,6 @@ logger = logging.getLogger(__name__)
 
 AS_USUAL: Final = ImportSettings()
 LONGEST_NOTE: Final = 200
-WITHOUT_SCALE: Final = frozenset({"alpha", "diff"})
-"""A layer with one of these leaves nothing to be assumed of its scale."""
 NOTES: Final = ("string_to_token/", "string_to_token.")
 """What a textual inversion says beside its vectors: ids of tokens."""
 DIFFUSERS_WEIGHTS: Final = "pytorch_lora_weights"
@@ -207,12 +205,6 @@ def _changes(tensors: Mapping[str, Tensor], texts: Mapping[str, str], file: str,
             problems.append(f"layer '{shown(name)}' is not in this base")
     problems += layer_problems(changes, pipeline)
     _report(problems, passed, file, texts=texts, layers=layers, pipeline=pipeline)
-    if changes and not scales.configs and not any(parts.keys() & WITHOUT_SCALE for parts in layers.values()):
-        logger.warning(
-            "%s: nothing says alpha, so that it counts as the rank (scale 1); --unet-alpha, "
-            "--text-encoder-alpha multiply the changes",
-            file,
-        )
     return changes
 
 
