@@ -356,7 +356,7 @@ def test_commands_take_a_variant_of_the_base(half, arguments, capsys, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evaluate", "{0}/dogx.safetensors={0}/no-pictures", "--base", "{0}/half"], "no-pictures: no such folder"),
+        (["evaluate", "{0}/dogx.safetensors={0}/no-pictures", "--base", "{0}/half"], "has no judge of its own"),
         (["sample", "--model", "{0}/half", "--prompt", "a <man>"], "unknown concept '<man>'"),
         (["replay", "{0}/pictures/good.png", "--model", "{0}/half"], "good.png"),
         (["evaluate", "{0}/suite.yaml"], "suite.yaml: cannot be read"),

@@ -119,7 +119,7 @@ def test_the_concept_is_followed_unless_told_otherwise(anime, own, tmp_path, cap
     anime.save(tmp_path / "anime.concept.safetensors")
     own.save_pretrained(tmp_path / "base")
     caplog.clear()
-    drawn = open_pipeline(str(tmp_path / "base"), concept=tmp_path / "anime.concept.safetensors", **given)
+    drawn = open_pipeline(str(tmp_path / "base"), concepts=[tmp_path / "anime.concept.safetensors"], **given)
     assert text_encoders(drawn)[0].skipped == (0 if given else 1)
     assert ("made with clip skip" in caplog.text) == bool(given)
     job = make_job([tmp_path / "anime.concept.safetensors"], {}, base=str(tmp_path / "base"), **given)

@@ -87,18 +87,29 @@ class DrawTask:
 
     def work(self) -> None:
         """Draw, and keep each request's pictures as they are done."""
-        # Wide pictures' regions are the suite's own: nobody could do anything about a notice of their size.
-        logging.getLogger(entry_region.__module__).setLevel(logging.ERROR)
         model = _model(self.model)
         pipeline = MixOfShowPipeline.of(model)
         maker = maker_of(pipeline)
-        for request in self.requests:
-            images, paths = draw(model, request.composition), request.paths(self.folder)
-            for number, (image, path) in enumerate(zip(images, paths, strict=True)):
-                save_picture(image, path, resolved(request.composition, pipeline), maker, number)
+        with _without_notices(entry_region.__module__):
+            for request in self.requests:
+                images, paths = draw(model, request.composition), request.paths(self.folder)
+                for number, (image, path) in enumerate(zip(images, paths, strict=True)):
+                    save_picture(image, path, resolved(request.composition, pipeline), maker, number)
 
 
 Task = TuneTask | FuseTask | DrawTask
+
+
+@contextlib.contextmanager
+def _without_notices(module: str) -> Iterator[None]:
+    """Wide pictures' regions are the suite's own: nobody could do anything about a notice of their size."""
+    logger = logging.getLogger(module)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def draw(model: ConceptModel, wanted: Composition) -> list[Image.Image]:

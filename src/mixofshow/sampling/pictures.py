@@ -29,7 +29,7 @@ def read_picture(source: Source, mode: str) -> Image.Image:
         return decode_picture(source, "the picture", mode)
     if isinstance(source, str) and is_embedded(source):
         return decode_picture(_from_text(source), "the embedded picture", mode)
-    return decode_picture(picture_bytes(Path(source)), str(source), mode)
+    return decode_picture(picture_bytes(Path(source)), Path(source), mode)
 
 
 def is_embedded(text: str) -> bool:
@@ -62,7 +62,7 @@ def picture_bytes(path: Path) -> bytes:
         raise BadInputError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from error
 
 
-def decode_picture(data: bytes | Image.Image, name: str, mode: str) -> Image.Image:
+def decode_picture(data: bytes | Image.Image, name: str | Path, mode: str) -> Image.Image:
     """What `read_picture` makes of a file's bytes; `name` is for messages."""
     if mode == "L":
         return read_grey(data, shown(name), formats=FORMATS)

@@ -105,7 +105,7 @@ def open_controls(composition: Composition, pipeline: Any, size: tuple[int, int]
     for entry in composition.controls:
         _network_hash(entry)
         network = load_control(entry.network, unet=pipeline.unet)
-        picture = decode_picture(_picture(entry)[0], entry.picture, "RGB")
+        picture = decode_picture(_picture(entry)[0], Path(entry.picture), "RGB")
         extent = {"strength": entry.strength, "start": entry.start, "end": entry.end}
         strengths = _strengths(entry, composition, pipeline.vae_scale_factor, size)
         made.append(make_control(network, picture, **extent, strength_map=strengths))
