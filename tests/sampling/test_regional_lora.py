@@ -18,9 +18,10 @@ from mixofshow.bases.loading import fingerprint
 from mixofshow.concepts.changes import Full, LowRank
 from mixofshow.concepts.concept import vocabulary
 from mixofshow.concepts.model import ConceptModel, with_concept
-from mixofshow.errors import BadInputError, BaseModelError, SettingsError
+from mixofshow.errors import BadInputError, BaseModelError, MixOfShowError, SettingsError
 from mixofshow.fusion.settings import make_fusion_settings
 from mixofshow.fusion.stages import fuse
+from mixofshow.sampling.attention import RegionalAttention, RegionText
 from mixofshow.sampling.composition import region_entry
 from mixofshow.sampling.regions import Shape, area_coverage, coverage
 
@@ -363,3 +364,30 @@ def test_concepts_that_were_loaded_stay_loaded_in_another_pipeline(golden_pipeli
     other.unload_concepts()
     assert not other.model.concepts and not other.model.weights
     assert [one.info.name for one in first.model.concepts] == ["dogx"]
+
+
+def test_regions_that_meet_inside_a_cell_cover_it_together():
+    """Half of the single cell each; the whole picture's prompt has none of it."""
+    like = torch.zeros(0)
+    halves = [RegionText(Shape(box=box), torch.zeros(1, 1, 1, 1)) for box in (LEFT, RIGHT)]
+    handle = RegionalAttention(halves, [(1, 1)], like=like, isolate=0, tiny="nearest")
+    assert handle.share(1).flatten().tolist() == [0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda pipe, one: pipe.load_concept(one, "0.5"), "load_concept: expected finite numbers"),
+        (lambda pipe, one: pipe.set_concepts(["dogx"], [float("nan")]), "set_concepts: expected finite numbers"),
+        (lambda pipe, one: pipe.set_concepts(["dogx"], None), "set_concepts: expected finite numbers"),
+        (lambda pipe, one: pipe.set_concepts(["dogx", "dogx"]), "each name once"),
+        (lambda pipe, one: pipe(**ASKED, regional_lora=one), "regional_lora: expected True, False, or a list"),
+        (lambda pipe, one: Region("a", LEFT, adapters={"a": "1"}), "adapters: a: expected a finite number"),
+        (lambda pipe, one: Region("a", LEFT, adapters=["a"]), "adapters: expected a table"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_one_line(call, message, golden_pipeline, concepts):
+    pipe = MixOfShowPipeline.of(ConceptModel(golden_pipeline))
+    pipe.load_concept(concepts[0])
+    with pytest.raises(MixOfShowError, match=message):
+        call(pipe, concepts[1])

@@ -90,7 +90,9 @@ class Asked:
 def checked(pipeline: Any, given: dict[str, Any]) -> Asked:
     """A call's arguments, by name, as they are meant. Raises SettingsError, RegionError."""
     settings = given.pop("settings")
-    given["regional_lora"] = settings.pop("own_weights", given["regional_lora"])  # its name before
+    own = given["regional_lora"] = settings.pop("own_weights", given["regional_lora"])  # its name before
+    holds = isinstance(own, bool) or (isinstance(own, list | tuple) and all(isinstance(one, Concept) for one in own))
+    require(holds, "regional_lora", shown(own), "True, False, or a list of concepts (load_concept reads them)")
     for name, way_out in REFUSED.items():
         value = settings.pop(name, None) if name in settings else given.pop(name, None)
         empty = value is None or (isinstance(value, tuple | list | dict) and not any(value))

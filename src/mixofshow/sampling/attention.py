@@ -113,12 +113,14 @@ class RegionalAttention:
         if key not in self._shares:
             columns, rows = next(one for one in self.grids if one[0] * one[1] == cells)  # of 1 × 1 there may be two
             there = [self.regions[number] for number in self._there]
-            covers = [area_coverage(one.shape, columns=columns, rows=rows) for one in there]
-            weights = torch.tensor([1.0, *(one.weight for one in there)])
-            found = torch.zeros(1 + len(self.regions), rows, columns)
-            found[[0, *(number + 1 for number in self._there)]] = shares(
-                torch.stack([torch.zeros(rows, columns), *covers]), weights
-            )
+            covers = torch.zeros(1 + len(self.regions), rows, columns)
+            for number, one in zip(self._there, there, strict=True):
+                covers[number + 1] = area_coverage(one.shape, columns=columns, rows=rows)
+            weighted = torch.tensor([1.0, *(one.weight for one in self.regions)])[:, None, None] * covers
+            # Regions that meet inside a cell cover it together.
+            taken, total = covers.sum(0).clamp(max=1), weighted.sum(0)
+            found = torch.where(total > 0, taken * weighted / torch.where(total > 0, total, 1), 0)
+            found[0] = 1 - taken
             self._shares[key] = found.to(self.like)
         return self._shares[key]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mixofshow.concepts.adapters import summed_weights
 from mixofshow.concepts.changes import Change
@@ -28,6 +30,7 @@ class ConceptLoaderMixin:
         How much of each the whole picture has is `set_concepts`'; in regions, with `regional_lora`, each draws as it was
         tuned. Raises ConceptFileError, TokenError, and BadInputError for a fused model, to which `fuse` adds.
         """
+        strength = _number("load_concept", strength)
         if self.model.baked or (self.model.weights and self._strengths is None):
             raise BadInputError("load_concept: this model is fused; add the concept by fuse, or load it on the base")
         found = concept if isinstance(concept, Concept) else open_concept(concept, self)
@@ -36,10 +39,12 @@ class ConceptLoaderMixin:
     def set_concepts(self, names: str | Sequence[str], weights: float | Sequence[float] = 1.0) -> None:
         """Which loaded concepts change the whole picture, and how much, as `set_adapters`; the others' words stay known."""
         names = [names] if isinstance(names, str) else list(names)
-        strengths = [float(weights)] * len(names) if isinstance(weights, int | float) else list(weights)
+        given = list(weights) if isinstance(weights, list | tuple) else [weights] * len(names)
+        strengths = [_number("set_concepts", one) for one in given]
         known = [one.info.name for one in self.model.concepts]
         require(self._strengths is not None or not names, "set_concepts", "none", "concepts from load_concept")
         require(set(names) <= set(known), "set_concepts", shown(", ".join(names)), f"some of {', '.join(known)}")
+        require(len(set(names)) == len(names), "set_concepts", shown(", ".join(names)), "each name once")
         require(len(strengths) == len(names), "set_concepts", len(strengths), f"{len(names)} weights, one for each")
         self._know(self.model.concepts, dict(zip(names, strengths, strict=True)))
 
@@ -59,6 +64,12 @@ class ConceptLoaderMixin:
             return model
         rest = {name: strength for name, strength in self._strengths.items() if name not in names}
         return replace(model, weights=summed_weights(self, _changes(model.concepts, rest)))
+
+
+def _number(name: str, strength: Any) -> float:
+    holds = isinstance(strength, int | float) and math.isfinite(strength)
+    require(holds, name, shown(strength), "finite numbers as strengths")
+    return float(strength)
 
 
 def _changes(concepts: Sequence[Concept], strengths: Mapping[str, float]) -> list[tuple[Mapping[str, Change], float]]:

@@ -74,9 +74,12 @@ class Region:
         for name in ("first_step", "last_step", "concept_from"):
             step = getattr(self, name)
             self._require(step is None or step >= 1, name, "a step, counted from 1")
+        named = self.adapters is None or isinstance(self.adapters, Mapping)
+        self._require(named, "adapters", "a table of names and strengths")
         for name, strength in (self.adapters or {}).items():
-            if not math.isfinite(strength):
-                raise RegionError(f"{self.title}: adapters: {shown(name)}: expected a finite number, found {strength}")
+            if not isinstance(strength, int | float) or not math.isfinite(strength):
+                found = shown(strength)
+                raise RegionError(f"{self.title}: adapters: {shown(name)}: expected a finite number, found {found}")
         ends = self.last_step is None or (self.first_step or 1) <= self.last_step
         self._require(ends, "last_step", f"at least first_step, {self.first_step}")
 
