@@ -129,7 +129,8 @@ def clip_skip_of(model: Any) -> int | None:
     found: int | None = getattr(model.config, "clip_skip", None)
     if found is not None and (not isinstance(found, int) or not 0 <= found < model.config.num_hidden_layers):
         raise BaseModelError(
-            f"clip_skip: expected 0 to {model.config.num_hidden_layers - 1}, as many layers as can be skipped, found {found!r:.40}"
+            f"clip_skip: expected 0 to {model.config.num_hidden_layers - 1}, as many layers as can be skipped, found "
+            f"{found!r:.40}; what A1111 calls clip skip 2 is 1 here"
         )
     return found
 
