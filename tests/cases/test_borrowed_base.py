@@ -66,6 +66,9 @@ def test_a_regional_lora_of_a_reloaded_model_is_refused(fused, golden_concepts, 
 def test_adapters_do_not_count_in_the_fingerprint(with_lora, golden_pipeline, golden_concepts):
     """B14, and the same where layers are parametrized while a concept is tuned."""
     assert fingerprint(with_lora) == fingerprint(golden_pipeline)
+    joined = copy.deepcopy(golden_pipeline)
+    joined.unet.fuse_qkv_projections()
+    assert fingerprint(joined) == fingerprint(golden_pipeline)
     with_concept(with_lora, golden_concepts[0])
     path = next(path for path in cross_attentions(with_lora.unet) if path.startswith("mid"))
     other = copy.deepcopy(golden_pipeline)

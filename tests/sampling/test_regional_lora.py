@@ -391,3 +391,16 @@ def test_what_cannot_be_meant_is_refused_in_one_line(call, message, golden_pipel
     pipe.load_concept(concepts[0])
     with pytest.raises(MixOfShowError, match=message):
         call(pipe, concepts[1])
+
+
+def test_no_other_picture_is_drawn_amid_one(golden_pipeline, concepts):
+    pipe = MixOfShowPipeline.of(unfused(golden_pipeline, concepts))
+
+    def another(*_):
+        pipe(**ASKED)
+        return {}
+
+    asked = {**ASKED, "regions": [Region("a <dogx>", LEFT)], "regional_lora": True}
+    with pytest.raises(SettingsError, match="draw others after it"):
+        pipe(**asked, callback_on_step_end=another)
+    assert torch.isfinite(pipe(**asked)[0]).all()

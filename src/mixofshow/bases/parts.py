@@ -16,7 +16,8 @@ from mixofshow.errors import BaseModelError, shown
 _LOCKS: Final[WeakKeyDictionary[nn.Module, threading.RLock]] = WeakKeyDictionary()
 _NEW_LOCK: Final = threading.Lock()
 _WRAPPED: Final = re.compile(r"\.(base_layer|parametrizations)(?=\.)|(?<=\.weight)\.original$")
-_ATTACHED: Final = re.compile(r"\.lora_|\.parametrizations\.\w+\.\d")
+_ATTACHED: Final = re.compile(r"\.lora_|\.parametrizations\.\w+\.\d|\.to_(added_)?q?kv\.")
+"""What adapters, parametrizations and fused projections put beside a layer's own weights."""
 
 
 def plain(module: Any) -> Any:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ from mixofshow.sampling.regions import Region
 
 _TEXT_SIDE = (".attn2.to_k", ".attn2.to_v")
 _OF_TIME = ("time_embedding", "add_embedding")
+_DRAWING: Final[WeakSet[nn.Module]] = WeakSet()
+"""The UNets that draw a picture with LoRAs of its regions."""
 
 
 def own_texts(model: ConceptModel, concepts: Sequence[Concept], regions: Sequence[Region]) -> dict[Adapters, OwnText]:
@@ -93,7 +96,12 @@ def _own_text(
 
 @contextlib.contextmanager
 def regional_lora(pipeline: Any, attention: RegionalAttention) -> Iterator[None]:
-    """Inside, every layer adds what the concepts of the regions change of it, where and when these are there."""
+    """Inside, every layer adds what the concepts of the regions change of it, where and when these are there.
+
+    Raises SettingsError inside of another such picture, as from a callback: it would be drawn with that one's LoRAs too.
+    """
+    if plain(pipeline.unet) in _DRAWING:
+        raise SettingsError("regional_lora: a picture is being drawn by it with these modules; draw others after it")
     changes: dict[str, list[tuple[int, Change]]] = {}
     for text, region in enumerate(attention.regions, 1):
         for name, of_region in region.changes.items():
@@ -111,6 +119,9 @@ def regional_lora(pipeline: Any, attention: RegionalAttention) -> Iterator[None]
                 stack.callback(module.register_forward_hook(_LayerChange(module, of_layer, attention)).remove)
         for handle in times.attached(pipeline):
             stack.callback(handle.remove)
+        if changes:
+            _DRAWING.add(plain(pipeline.unet))
+            stack.callback(_DRAWING.discard, plain(pipeline.unet))
         yield
 
 
