@@ -58,7 +58,7 @@ def relative_error() -> Callable[[Tensor, Tensor], float]:
 
     def error(found: Tensor, expected: Tensor) -> float:
         assert found.shape == expected.shape
-        return float((found - expected).double().norm() / expected.double().norm())
+        return float((found - expected).detach().double().norm() / expected.detach().double().norm())
 
     return error
 

@@ -37,6 +37,8 @@ ASIDE: Final = "aside"
 """In such a folder: what was about to be replaced, where names cannot be exchanged at once."""
 STALE_SECONDS: Final = 86_400
 """What is older belongs to nobody, where there are no locks to tell."""
+PICTURES: Final = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+"""How the files of pictures begin."""
 RESERVED: Final = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*[<>:\"|?*].*|.*[. ]", re.IGNORECASE)
 """Names that Windows has for devices, or refuses."""
 _CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
@@ -45,18 +47,23 @@ _CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
 def check_outputs(
     *,
     files: Iterable[Path | None] = (),
+    pictures: Iterable[Path | None] = (),
     folders: Iterable[Path | None] = (),
     shared: Iterable[Path | None] = (),
     inputs: Iterable[Path | None] = (),
 ) -> None:
     """Raise unless all of this can be written where it is asked for, and none of it meets what is read.
 
-    `files` and `folders` are replaced as a whole, `shared` folders are added to. `inputs` are what is read; what is
-    not there is passed over. What killed processes left in these places is swept.
+    `files`, `pictures` and `folders` are replaced as a whole, but no picture by a file that is none; `shared` folders are
+    added to. `inputs` are what is read; what is not there is passed over. What killed processes left in these places is
+    swept.
 
     Raises BadInputError for a name or place, ResourceError for a disk or its permissions.
     """
-    one_by_one, whole, added = ([one for one in group if one is not None] for group in (files, folders, shared))
+    others, drawn, whole, added = (
+        [one for one in group if one is not None] for group in (files, pictures, folders, shared)
+    )
+    one_by_one = [*others, *drawn]
     for path in one_by_one:
         check_file(path)
     for path in whole:
@@ -69,11 +76,26 @@ def check_outputs(
     for number, path in enumerate(outputs):
         _refuse_over_inputs(path, inputs=[one for one in inputs if one and _exists(one)], whole=path in whole)
         _refuse_over_outputs(path, outputs[:number] + outputs[number + 1 :], whole=path in whole)
+    for path in others:
+        if _is_picture(path):
+            raise BadInputError(
+                f"{shown(path, 100)}: is a picture, and not replaced by what is none; choose another name"
+            )
 
 
 def check_file(path: Path) -> None:
     """Raise unless a file could be written there: BadInputError, ResourceError."""
     _check(path, "regular file")
+
+
+def _is_picture(path: Path) -> bool:
+    """Whether a file that is there begins as pictures do."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(12)
+    except OSError:
+        return False
+    return start.startswith(PICTURES) or (start[:4] == b"RIFF" and start[8:] == b"WEBP")
 
 
 def check_folder(path: Path) -> None:

@@ -233,3 +233,29 @@ def test_as_a_community_pipeline(golden_concepts, monkeypatch, tmp_path):
     own = MixOfShowPipeline.of(ConceptModel(StableDiffusionPipeline.from_pipe(pipe)))
     own.load_concept(golden_concepts[0])
     assert torch.equal(pipe("a <dogx>", **LATENT)[0], own("a <dogx>", **LATENT)[0])
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"regions": REGIONS[0]}, "regions: expected a list of regions, found Region"),
+        ({"generator": torch.Generator()}, "seed: expected None with a generator"),
+    ],
+)
+def test_what_newcomers_write_is_refused_in_one_line(asked, message, draw):
+    with pytest.raises(MixOfShowError, match=message):
+        draw("a castle", **ASKED | asked)
+
+
+@pytest.mark.parametrize("mask", [np.ones((8, 8)), torch.ones(8, 8)])
+def test_a_mask_that_is_no_picture_is_refused(mask):
+    with pytest.raises(RegionError, match="mask: expected a picture"):
+        Region("a cat", mask=mask)
+
+
+def test_there_is_no_safety_checker_to_be_rid_of():
+    root = Path(__file__).parents[1] / "goldens" / "pipeline"
+    pipe = MixOfShowPipeline.from_pretrained(root, safety_checker=None, requires_safety_checker=False)
+    assert isinstance(pipe, StableDiffusionPipeline)
+    with pytest.raises(SettingsError, match="unknown option 'safety_checker'"):
+        MixOfShowPipeline.from_pretrained(root, safety_checker=object())

@@ -96,6 +96,10 @@ SAMPLE = f"sample --model {GOLDEN_BASE} --size 64x64"
         (f"evaluate {A}=train --json {A}", "is read"),
         (f"evaluate {A}=train --json train/findings.json", "which is read"),
         ("check train --json train/00.png", "which is read"),
+        (f"convert {A} start.png --base {GOLDEN_BASE}", "start.png: is a picture, and not replaced by what is none"),
+        (f"{TUNE} --out mask.png", "mask.png: is a picture"),
+        (f"fuse {A} --as-delta start.png --base {GOLDEN_BASE}", "start.png: is a picture"),
+        (f"evaluate {A}=train --json start.png", "start.png: is a picture"),
         ("study score list.yaml --json kept/../list.yaml", "is read"),
     ],
 )
@@ -104,6 +108,13 @@ def test_what_a_user_has_is_never_written_over(line, message, place, run):
     code, error = run(line)
     assert code == 2 and message in error and len(error.strip().splitlines()) == 1, error
     assert everything(place) == before
+
+
+@pytest.mark.parametrize("option", ["--out ~/x.safetensors", "--out=~/x.safetensors"])
+def test_the_home_folder_is_meant_also_where_the_shell_left_it(option, place, run, monkeypatch):
+    monkeypatch.setenv("HOME", str(place / "train"))
+    code, error = run(f"{TUNE} {option}")
+    assert code == 2 and "x.safetensors: lies in train, which is read" in error
 
 
 def test_a_link_to_what_is_read_is_what_is_read(place, run):

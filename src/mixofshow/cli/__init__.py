@@ -86,7 +86,7 @@ def _run() -> Any:
     handler.setFormatter(_OneLine())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     debug = DEBUG in sys.argv[1:]
-    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != DEBUG]
+    sys.argv[1:] = [_at_home(argument) for argument in sys.argv[1:] if argument != DEBUG]
     few = _Few()
     if not debug:
         handler.addFilter(few)
@@ -105,6 +105,12 @@ def _run() -> Any:
         sys.stderr.write(f"error: {str(known) if debug else shortened(str(known))}\n")
         return known.exit_code
     return 0
+
+
+def _at_home(argument: str) -> str:
+    """A path in the user's home folder as shells have it, who do so only where it stands alone and without quotes."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return option + equals + os.path.expanduser(value) if value.startswith(f"~{os.sep}") else argument
 
 
 @contextlib.contextmanager

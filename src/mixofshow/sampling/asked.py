@@ -146,6 +146,8 @@ def _texts(prompt: Any, negative: Any) -> tuple[list[str], list[str]]:
 
 
 def _regions(given: Any) -> Sequence[Region]:
+    if not isinstance(given, list | tuple):
+        raise RegionError(f"regions: expected a list of regions, found {type(given).__name__}")
     for number, one in enumerate(given):
         if not isinstance(one, Region):
             found = type(one).__name__
@@ -163,6 +165,7 @@ def _pictures(given: Any, count: int) -> list[Image.Image]:
 
 def _generators(seed: Any, given: Any, count: int) -> list[torch.Generator]:
     """One for each picture; without a seed, a random one, as torch's own randomness has it."""
+    require(seed is None or given is None, "seed", shown(seed), "None with a generator, which has its own")
     if isinstance(given, torch.Generator):
         return [given] * count
     if given is not None:

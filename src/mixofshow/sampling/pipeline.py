@@ -118,6 +118,9 @@ class _Drawing(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
         if "local_files_only" in options:
             options["download"] = not options.pop("local_files_only")
         options.pop("use_safetensors", None)  # nothing else is read
+        for unused in ("safety_checker", "requires_safety_checker", "feature_extractor"):
+            if not options.get(unused, True):  # as people write to be rid of it: there is none
+                del options[unused]
         for option in options:
             if option not in LOADING:
                 raise SettingsError(f"from_pretrained: unknown option '{shown(option)}'{nearest(option, LOADING)}")

@@ -65,8 +65,11 @@ class Region:
     adapters: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        if [self.box, self.polygon, self.mask].count(None) != 2:
+        if sum(one is not None for one in (self.box, self.polygon, self.mask)) != 1:
             raise RegionError(f"{self.title}: expected a box, a polygon or a mask, and only one of them")
+        if self.mask is not None and not isinstance(self.mask, get_args(Source)):
+            found = type(self.mask).__name__
+            raise RegionError(f"{self.title}: mask: expected a picture (PIL.Image.Image) or a file, found {found}")
         self._require(0 < self.weight <= MAX_WEIGHT, "weight", f"above 0 and at most {MAX_WEIGHT:g}")
         self._require(0 <= self.strength <= 1, "strength", "0 to 1")
         self._require(0 <= self.feather < math.inf, "feather", "a finite number, at least 0")
