@@ -39,14 +39,14 @@ def pretrain(
     autoencoder_steps: Annotated[int | None, typer.Option(help="Train the autoencoder for so many steps.")] = None,
     generator_steps: Annotated[int | None, typer.Option(help="The same for the generator.")] = None,
     judge_steps: Annotated[int | None, typer.Option(help="The same for the judge.")] = None,
-    start: Annotated[str | None, typer.Option(help="Base whose weights the generator begins from.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base whose weights the generator begins from.")] = None,
 ) -> None:
     """Train the three networks; the same command resumes."""
     from emojiland.pretrain import STAGES, Recipe
     from emojiland.pretrain import pretrain as run_recipe
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    recipe = Recipe(start=start)
+    recipe = Recipe(base=base)
     given = {"autoencoder": autoencoder_steps, "generator": generator_steps, "judge": judge_steps}
     for name, steps in given.items():
         if steps is not None:

@@ -3,7 +3,7 @@
     python -m emojiland pretrain --out FOLDER            one process
     torchrun --nproc-per-node 2 -m emojiland pretrain …  two (on CPU, with OMP_NUM_THREADS=1)
 
-Interrupt it whenever you like; the same command goes on from the newest checkpoint in FOLDER. With `--start emojiland`
+Interrupt it whenever you like; the same command goes on from the newest checkpoint in FOLDER. With `--base emojiland`
 and no checkpoint there, the generator goes on from the shipped weights; give it more steps with `--generator-steps`.
 """
 
@@ -44,7 +44,7 @@ class Recipe:
     judge_steps: int = 8000
     judge_batch: int = 64
     judge_rate: float = 1e-3
-    start: str | None = None
+    base: str | None = None
     """Base model whose autoencoder, text encoder and UNet the generator begins from; None: from the run's autoencoder."""
 
 
@@ -73,7 +73,7 @@ def _autoencoder(recipe: Recipe, run: Path, accelerator: Accelerator, minutes: f
 
 def _generator(recipe: Recipe, run: Path, accelerator: Accelerator, minutes: float) -> None:
     library = Library.load(run / "icons")
-    pipeline = (load_base(recipe.start) if recipe.start else _fresh_generator(run, library)).to(accelerator.device)
+    pipeline = (load_base(recipe.base) if recipe.base else _fresh_generator(run, library)).to(accelerator.device)
     for part in (pipeline.unet, pipeline.text_encoder):
         part.requires_grad_(True)
     square, wide = (
