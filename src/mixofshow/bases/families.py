@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mixofshow.bases.parts import plain
-from mixofshow.errors import BaseModelError
+from mixofshow.errors import BaseModelError, shown
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ FAMILIES: Final = (
 
 def family_of(pipeline: Any) -> Family:
     """The pipeline's family; BaseModelError names the ones that are known. `base_class` speaks for pipelines of ours."""
+    if not hasattr(pipeline, "unet"):
+        raise BaseModelError(f"expected a base model, as load_base gives it, found {shown(pipeline)}")
     name = getattr(pipeline, "base_class", type(pipeline).__name__)
     for family in FAMILIES:
         if family.pipeline_class == name:

@@ -238,6 +238,7 @@ def fitted(concept: Concept, pipeline: Any, name: str, *, base: str | None = Non
     Raises ConceptFileError as `check_fits`; warns, unless `quiet`, when its text was read before another layer of the
     text encoder.
     """
+    family_of(pipeline)  # so that what is no base model is told as that
     info, found = concept.info, base or fingerprint(pipeline)
     if info.base_fingerprint != found and getattr(plain(pipeline.unet), "takes_sisters", False):
         made_for = f"{info.base} ({info.base_fingerprint})"

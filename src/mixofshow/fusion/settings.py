@@ -7,6 +7,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
+from mixofshow.errors import SettingsError, shown
 from mixofshow.tables import Settings
 
 USUAL: Final = "gradient"
@@ -131,6 +132,19 @@ class FusionSettings(RecordingSettings):
 def make_fusion_settings(table: Mapping[str, Any], source: str = "settings") -> FusionSettings:
     """Settings from a table. Raises SettingsError that names the field."""
     return FusionSettings.of(table, source)
+
+
+def asked(settings: FusionSettings | None, keys: Mapping[str, Any]) -> FusionSettings:
+    """The settings of a call: made before, or its keys. Raises SettingsError for both at once."""
+    if settings is None:
+        return make_fusion_settings(keys, "fuse")
+    if not isinstance(settings, FusionSettings):
+        raise SettingsError(
+            f"fuse: expected FusionSettings, found {shown(settings)}; keys may stand in the call itself"
+        )
+    if keys:
+        raise SettingsError(f"fuse: {', '.join(keys)} beside settings that are made; say it in one of both")
+    return settings
 
 
 def make_recording_settings(table: Mapping[str, Any], source: str = "settings") -> RecordingSettings:

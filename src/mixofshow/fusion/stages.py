@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from mixofshow.bases.families import text_encoders
+from mixofshow.bases.families import family_of, text_encoders
 from mixofshow.bases.layers import layer, lora_layers, matrix, tunable_layers
 from mixofshow.bases.loading import fingerprint, scheduler_settings
 from mixofshow.bases.parts import exclusive, refuse_adapters
 from mixofshow.concepts.adapters import replaced
 from mixofshow.concepts.concept import Concept, fitted, vocabulary
+from mixofshow.concepts.interchange.importing import as_concept
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.errors import BadInputError, SettingsError, listed
 from mixofshow.fusion.guard import Voice, heard, voices
@@ -28,7 +30,7 @@ from mixofshow.fusion.methods import KEEPS_INPUTS
 from mixofshow.fusion.problem import LayerProblem
 from mixofshow.fusion.recording import STAGES, Source, Stage, record, stage_of
 from mixofshow.fusion.refitting import refit
-from mixofshow.fusion.settings import FusionSettings, RecordingSettings
+from mixofshow.fusion.settings import FusionSettings, RecordingSettings, asked
 from mixofshow.fusion.solving import (
     LayerReport,
     beside,
@@ -69,25 +71,30 @@ class Fused:
 
 @torch.no_grad()
 def fuse(
-    concepts: Sequence[Concept],
+    concepts: Concept | str | Path | Iterable[Concept | str | Path],
     pipeline: Any,
     settings: FusionSettings | None = None,
     *,
     store: Store | None = None,
     progress: Progress = silent,
+    **keys: Any,
 ) -> Fused:
-    """Fuse concepts into one model; the pipeline is left as it was.
+    """Fuse concepts, or their files, into one model: `fuse([…], pipeline, method="average")`.
 
-    Raises TokenError when two claim one word, ConceptFileError for one of another base, BaseModelError for a base with
-    adapters (LoRAs) attached, SettingsError for refitting in fp16.
+    Settings are keys of the call, or were made before. The pipeline is left as it was. Raises TokenError when two claim
+    one word, ConceptFileError for one of another base, BaseModelError for a base with adapters (LoRAs) attached,
+    SettingsError for refitting in fp16.
 
     Recordings go to and are taken from the `store`; without one they are forgotten afterwards. A fusion that was
     broken off goes on from those that are there. Progress is counted in recordings, then anew in steps of refitting.
     """
-    if not concepts:
+    settings = asked(settings, keys)
+    family_of(pipeline)  # so that what is no base model is told as that
+    several = isinstance(concepts, Iterable) and not isinstance(concepts, str)
+    given = [as_concept(one, pipeline) for one in (concepts if several else [concepts])]
+    if not given:
         raise BadInputError("nothing to fuse: no concept was given")
-    settings = settings or FusionSettings()
-    ordered = sorted(concepts, key=lambda concept: concept.hash)
+    ordered = sorted(given, key=lambda concept: concept.hash)
     vocabulary(ordered)  # so that two that claim one word are named before anything is recorded
     check_method(settings)
     _check_names(ordered, settings)

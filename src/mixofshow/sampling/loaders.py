@@ -11,7 +11,7 @@ from typing import Any
 from mixofshow.concepts.adapters import summed_weights
 from mixofshow.concepts.changes import Change
 from mixofshow.concepts.concept import Concept
-from mixofshow.concepts.interchange.importing import open_concept
+from mixofshow.concepts.interchange.importing import as_concept
 from mixofshow.concepts.model import ConceptModel, with_words
 from mixofshow.errors import BadInputError, shown
 from mixofshow.sampling.asked import require
@@ -33,7 +33,7 @@ class ConceptLoaderMixin:
         strength = _number("load_concept", strength)
         if self.model.baked or (self.model.weights and self._strengths is None):
             raise BadInputError("load_concept: this model is fused; add the concept by fuse, or load it on the base")
-        found = concept if isinstance(concept, Concept) else open_concept(concept, self)
+        found = as_concept(concept, self)
         self._know([*self.model.concepts, found], {**(self._strengths or {}), found.info.name: strength})
 
     def set_concepts(self, names: str | Sequence[str], weights: float | Sequence[float] = 1.0) -> None:

@@ -29,8 +29,9 @@ from mixofshow.bases.families import clip_skipped, family_of
 from mixofshow.bases.parts import exclusive
 from mixofshow.concepts.adapters import silenced
 from mixofshow.concepts.concept import Concept
+from mixofshow.concepts.interchange.importing import as_concept
 from mixofshow.concepts.model import ConceptModel, load_model, with_concept
-from mixofshow.errors import SettingsError, nearest, shown
+from mixofshow.errors import BadInputError, SettingsError, nearest, shown
 from mixofshow.progress import Progress, silent
 from mixofshow.sampling.asked import Asked, Callback, checked
 from mixofshow.sampling.attend import attend_and_excite
@@ -85,7 +86,9 @@ class _Drawing(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
     @classmethod
     def of(cls, model: ConceptModel | HasModel) -> Self:
         """From a model that is loaded already, or from what `fuse` gave."""
-        model = model if isinstance(model, ConceptModel) else model.model
+        model = getattr(model, "model", model)
+        if not isinstance(model, ConceptModel):
+            raise BadInputError(f"of: expected what fuse or load_model gives, found {shown(type(model).__name__)}")
         base = model.pipeline
         kind: Any = KINDS[family_of(base).pipeline_class]
         parts, settings = kind._get_signature_keys(kind)
@@ -134,9 +137,9 @@ class _Drawing(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
         return cls.from_pretrained(name, **options)
 
     @classmethod
-    def single(cls, pipeline: Any, concept: Concept, *, strength: float = 1.0) -> Self:
-        """From a base model and one concept; strength 0 keeps only its words, 1 is as tuned."""
-        return cls.of(with_concept(pipeline, concept, unet=strength, text_encoder=strength))
+    def single(cls, pipeline: Any, concept: Concept | str | Path, *, strength: float = 1.0) -> Self:
+        """From a base model and one concept, or its file; strength 0 keeps only its words, 1 is as tuned."""
+        return cls.of(with_concept(pipeline, as_concept(concept, pipeline), unet=strength, text_encoder=strength))
 
     def save_pretrained(
         self,

@@ -60,6 +60,7 @@ def tune(
     TokenError, SettingsError, BaseModelError, ResourceError.
     """
     settings, pipeline = _asked(settings, pipeline, keys)
+    family_of(pipeline)  # so that what is no base model is told as that
     place = None if folder is None else Path(folder)
     refuse_impossible(with_presets(settings, base_name(pipeline)), pipeline.device.type)
     check_outputs(shared=[place], inputs=inputs_of(settings))

@@ -37,7 +37,7 @@ from mixofshow.concepts.interchange.kinds import change_of
 from mixofshow.concepts.interchange.pickles import read_pickle
 from mixofshow.concepts.interchange.scales import WEIGHTS, scales_of
 from mixofshow.concepts.interchange.settings import ImportSettings
-from mixofshow.errors import ConceptFileError, shown
+from mixofshow.errors import BadInputError, ConceptFileError, shown
 from mixofshow.files import MAX_BYTES, is_pickle, parse_tensors
 from mixofshow.reading import read_bytes
 
@@ -67,6 +67,15 @@ def open_concept(
     concept = scaled(concept, unet=settings.unet_alpha, text_encoder=settings.text_encoder_alpha)
     raise_if(value_problems({name: tensor.float() for name, tensor in concept.tensors().items()}), file)
     return concept
+
+
+def as_concept(concept: Concept | str | Path, pipeline: Any) -> Concept:
+    """A concept as it is, or the one in a file of any tool. Raises BadInputError for what is neither."""
+    if isinstance(concept, Concept):
+        return concept
+    if not isinstance(concept, str | Path):
+        raise BadInputError(f"expected a concept or its file, found {shown(type(concept).__name__)}")
+    return open_concept(concept, pipeline)
 
 
 def scaled(concept: Concept, *, unet: float = 1.0, text_encoder: float = 1.0) -> Concept:

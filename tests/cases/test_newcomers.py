@@ -1,0 +1,58 @@
+"""What newcomers wrote, and got a traceback, a misleading line or no word for."""
+
+from __future__ import annotations
+
+import pytest
+
+from mixofshow import FusionSettings, MixOfShowPipeline, fuse, load_concept, tune
+from mixofshow.concepts.model import with_concept
+from mixofshow.errors import MixOfShowError
+
+AVERAGE = FusionSettings(method="average")
+
+
+@pytest.fixture
+def files(golden_concepts, tmp_path):
+    """The concepts' files."""
+    paths = [tmp_path / f"{one.info.name}.safetensors" for one in golden_concepts]
+    for concept, path in zip(golden_concepts, paths, strict=True):
+        concept.save(path)
+    return paths
+
+
+def test_fusing_as_it_is_written_without_reading_the_manual(golden_pipeline, golden_concepts, files):
+    """Keys in the call, files, texts, one alone: all the same as settings and concepts in a list."""
+
+    def weights(*given, **keys):
+        return {name: one.sum().item() for name, one in fuse(*given, **keys).model.weights.items()}
+
+    both = weights([load_concept(one) for one in files], golden_pipeline, AVERAGE)
+    assert weights(files, golden_pipeline, method="average") == both
+    assert weights((str(one) for one in files), golden_pipeline, AVERAGE) == both
+    alone = weights([load_concept(files[0])], golden_pipeline, AVERAGE)
+    assert weights(load_concept(files[0]), golden_pipeline, AVERAGE) == alone
+    assert weights(str(files[0]), golden_pipeline, method="average") == alone
+    assert MixOfShowPipeline.single(golden_pipeline, files[0]).model.concepts[0].hash == golden_concepts[0].hash
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda base, one: fuse([one], base, AVERAGE, steps=3), "fuse: steps beside settings that are made"),
+        (lambda base, one: fuse([one], base, {"steps": 3}), "fuse: expected FusionSettings, found"),
+        (lambda base, one: fuse([one], base, refien=3), "fuse: unknown key 'refien'; did you mean 'refine'"),
+        (lambda base, one: fuse([1], base), "expected a concept or its file, found int"),
+        (lambda base, one: fuse([], base), "nothing to fuse"),
+        (lambda base, one: fuse("none.safetensors", base), "none.safetensors: cannot be read"),
+        (lambda base, one: fuse(base, [one]), "expected a base model"),
+        (lambda base, one: fuse([one], "emojiland"), "expected a base model, .* found emojiland"),
+        (lambda base, one: tune("emojiland", "pictures", name="a", class_word="a"), "expected a base model"),
+        (lambda base, one: with_concept("emojiland", one), "expected a base model"),
+        (lambda base, one: MixOfShowPipeline.single(base, 3), "expected a concept or its file, found int"),
+        (lambda base, one: MixOfShowPipeline.of(base), "of: expected what fuse or load_model gives"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line(call, message, golden_pipeline, golden_concepts):
+    with pytest.raises(MixOfShowError, match=message) as error:
+        call(golden_pipeline, golden_concepts[0])
+    assert len(str(error.value)) <= 300
