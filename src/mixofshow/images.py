@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ SMALL: Final = 32
 ORIENTATION: Final = 0x0112
 PROFILE_MODES: Final = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 """Colour spaces of ICC profiles, and the modes of pictures that they can describe."""
+WITH_ALPHA: Final = ("LA", "PA", "RGBA")
+STRAIGHT: Final = {"La": "LA", "RGBa": "RGBA"}
+"""Modes whose colours are multiplied by their transparency, and those in which they are not."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def opened(
     source: Path | bytes, name: str, *, formats: Sequence[str] = FORMATS, error: Error = BadInputError
 ) -> Iterator[Any]:
     """A picture's file, of which only the head is read, and is known to be none too large. Raises an `error`."""
-    if isinstance(source, Path) and not source.is_file():
+    if isinstance(source, Path) and not os.path.isfile(source):  # of any name; `Path.is_file` raises for long ones
         raise error(f"{name}: not a file")  # opening a pipe would wait for ever
     try:
         with warnings.catch_warnings():
@@ -146,12 +150,17 @@ def _decoded(
         _refuse_huge(source, name, error)
         if source.mode == "F":
             raise error(f"{name}: fractions (mode F), expected whole numbers of 8 or 16 bits")
-        return finish(ImageOps.exif_transpose(source), notes)
+        return finish(_straight(ImageOps.exif_transpose(source)), notes)
     with opened(source, name, formats=formats, error=error) as image:
         _refuse_animations(image, name, notes, error)
         _load(image, notes)
         ImageOps.exif_transpose(image, in_place=True)
-        return finish(image, notes)
+        return finish(_straight(image), notes)
+
+
+def _straight(picture: Image.Image) -> Image.Image:
+    """The picture with colours that are not multiplied by its transparency."""
+    return picture.convert(STRAIGHT[picture.mode]) if picture.mode in STRAIGHT else picture
 
 
 def _reason(source: Path | bytes, error: Exception, formats: Sequence[str]) -> str:
@@ -189,7 +198,7 @@ def _load(image: Any, notes: list[str]) -> None:
 
 def _opacity(picture: Image.Image) -> Image.Image | None:
     """How opaque each pixel is (L), or None where all are wholly so."""
-    if "A" in picture.getbands():
+    if picture.mode in WITH_ALPHA:
         opacity = picture.getchannel("A")
     elif "transparency" not in picture.info:
         return None

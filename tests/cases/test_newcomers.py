@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from mixofshow import FusionSettings, MixOfShowPipeline, fuse, load_concept, tune
+import numpy as np
+import pytest
+from PIL import Image
+
+from mixofshow import FusionSettings, MixOfShowPipeline, fuse, load_concept, load_model, load_unfused, tune
 from mixofshow.concepts.model import with_concept
 from mixofshow.errors import MixOfShowError
+from mixofshow.images import read_grey, read_image
 
 AVERAGE = FusionSettings(method="average")
 
@@ -56,3 +61,36 @@ def test_what_cannot_be_meant_is_one_line(call, message, golden_pipeline, golden
     with pytest.raises(MixOfShowError, match=message) as error:
         call(golden_pipeline, golden_concepts[0])
     assert len(str(error.value)) <= 300
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda base: read_image(Path(LONG), "a picture"),
+        lambda base: load_model(LONG),
+        lambda base: load_model(f"{LONG}.safetensors"),
+        lambda base: load_unfused(LONG),
+        lambda base: fuse(LONG, base),
+        lambda base: tune(base, LONG, name="a", class_word="a"),
+    ],
+)
+def test_a_name_that_no_file_can_have_is_no_file(call, golden_pipeline):
+    with pytest.raises(MixOfShowError):
+        call(golden_pipeline)
+
+
+@pytest.mark.parametrize("mode", ["La", "RGBa"])
+def test_colours_that_are_multiplied_by_their_transparency(mode):
+    """La was an error, and RGBa counted as wholly opaque."""
+    straight = Image.new(mode.upper(), (40, 40), 200)
+    straight.putalpha(128)
+    for read in (lambda one: read_image(one, "it").image, lambda one: read_grey(one, "it")):
+        found, expected = (np.asarray(read(one), int) for one in (straight.convert(mode), straight))
+        assert np.abs(found - expected).max() <= 1
+
+
+def test_the_a_of_lab_is_no_transparency():
+    assert read_image(Image.new("LAB", (40, 40), (200, 128, 128)), "it").notes == ()

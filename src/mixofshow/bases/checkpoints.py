@@ -7,6 +7,7 @@ weights alone: configurations and tokenizer come from the package, or from a dif
 from __future__ import annotations
 
 import inspect
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,7 +30,7 @@ _PARTS: Final = {"unet", "vae", *(part for family in FAMILIES for part, _ in fam
 def is_checkpoint(path: Path) -> bool:
     """Whether this is a whole base model in one file, as far as its header tells."""
     try:
-        return path.suffix == SUFFIX and path.is_file() and ORIGINAL in TensorFile(path)
+        return path.suffix == SUFFIX and os.path.isfile(path) and ORIGINAL in TensorFile(path)
     except ConceptFileError:
         return False
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -158,7 +159,7 @@ def load_concept(path: str | Path, pipeline: Any = None) -> Concept:
 def is_concept(path: str | Path) -> bool:
     """Whether a file says that it is a concept, and not another tool's. Raises as `read_tensors` does."""
     path = Path(path)
-    return path.is_file() and path.suffix == ".safetensors" and METADATA_KEY in read_tensors(path)[1]
+    return os.path.isfile(path) and path.suffix == ".safetensors" and METADATA_KEY in read_tensors(path)[1]
 
 
 def read_concept(tensors: dict[str, Tensor], metadata: Mapping[str, str], name: str, pipeline: Any = None) -> Concept:

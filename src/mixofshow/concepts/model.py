@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -229,11 +230,11 @@ def load_model(name: str | Path, *, base: str | Path | None = None, **options: A
     """
     path = Path(name)
     restore(path)
-    if (path.is_file() or path.suffix == SUFFIX) and not is_checkpoint(path):
+    if (os.path.isfile(path) or path.suffix == SUFFIX) and not is_checkpoint(path):
         delta = load_delta(path)
         return delta_model(delta, load_named_base(delta.info.base, base, str(name), **options), str(name))
     pipeline = load_base(name, **options)
-    if str(name) in EMBEDDED or not (path / MANIFEST).is_file():
+    if str(name) in EMBEDDED or not os.path.isfile(path / MANIFEST):
         return ConceptModel(pipeline)
     manifest = read_manifest(path)
     vectors, _ = parse_tensors(read_bytes(path / VECTORS), str(path / VECTORS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def open_pipeline(
     fused folder comes with its concepts and base. `loading` are options of `load_base`. Raises as `load_model` and
     `open_concept` do.
     """
-    load = load_unfused if regional_lora and not concepts and Path(model).is_dir() else load_model
+    load = load_unfused if regional_lora and not concepts and os.path.isdir(model) else load_model
     known = load(model, base=base, **loading)
     if concepts:
         follow_clip_skip(known.pipeline, [load_concept(one) for one in concepts if is_concept(one)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ def look_into(folder: Path, masks: Path | None = None, *, with_masks: bool = Tru
 
 def picture_paths(folder: Path) -> list[Path]:
     """The pictures of a folder in natural order, 2 before 10, without masks. Raises DatasetError if there are none."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DatasetError(f"{folder}: no such folder of pictures")
     if not (paths := [path for path in _files(folder, SUFFIXES) if not _unlabelled(path)]):
         inside = next((f"; there are some in {label(one)}" for one in _with_pictures(folder)), "")

@@ -15,7 +15,7 @@ from mixofshow.tuning.pictures import label, read_mask
 def mask_folder(folder: Path, given: Path | None) -> Path | None:
     """The folder of masks: as given, else `masks` beside the pictures, or None without one. Raises DatasetError."""
     if given is not None:
-        if not given.is_dir():
+        if not os.path.isdir(given):
             raise DatasetError(f"{given}: no such folder of masks")
         return given
     beside = Path(os.path.abspath(folder)).parent / "masks"  # abspath: "." and "a/.." have no parent of their own

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -92,7 +93,7 @@ def scaled(concept: Concept, *, unet: float = 1.0, text_encoder: float = 1.0) ->
 def _in_folder(path: Path) -> Path:
     """Of a folder that peft or diffusers wrote the file of weights in it; else the path itself."""
     weights = (path / f"{name}.safetensors" for name in (WEIGHTS, DIFFUSERS_WEIGHTS))
-    return next((one for one in weights if one.is_file()), path) if path.is_dir() else path
+    return next((one for one in weights if one.is_file()), path) if os.path.isdir(path) else path
 
 
 def _read(file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
