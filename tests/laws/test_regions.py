@@ -8,7 +8,7 @@ from torch.nn.functional import conv2d
 
 from mixofshow.bases.layers import cross_attentions
 from mixofshow.errors import RegionError
-from mixofshow.sampling.attention import RegionText, regional
+from mixofshow.sampling.attention import RegionText, regional, shares
 from mixofshow.sampling.encoding import encode
 from mixofshow.sampling.regions import Region, Shape, as_shares, cells, levels
 
@@ -63,6 +63,30 @@ def test_two_equal_regions_are_one(predict):
 def test_the_order_of_regions_does_not_matter(predict, relative_error):
     regions = [region_text(box, text(seed)) for seed, box in enumerate((LEFT, MIDDLE, LOW), start=1)]
     assert relative_error(predict(*regions[::-1]), predict(*regions)) < 1e-5
+
+
+THIRD, REST = (0.0, 0.0, 1 / 3, 1.0), (1 / 3, 0.0, 1.0, 1.0)
+"""They meet between two cells of every feature map."""
+
+
+@pytest.mark.parametrize("isolate", [0, 1])
+def test_a_region_in_front_has_the_cells_that_it_shares_with_one_behind(predict, isolate):
+    front, behind = region_text(THIRD, text(1), front=1), region_text(EVERYWHERE, text(2))
+    cut = predict(region_text(THIRD, text(1)), region_text(REST, text(2)), isolate=isolate)
+    torch.testing.assert_close(predict(front, behind, isolate=isolate), cut)
+    torch.testing.assert_close(predict(behind, front, isolate=isolate), cut)
+    farther = region_text(THIRD, text(1), front=-1)
+    assert torch.equal(predict(farther, behind), predict(behind))  # what is wholly hidden is not there
+
+
+def test_a_soft_edge_in_front_lets_through_as_much_as_it_leaves():
+    soft, half = torch.tensor([[1.0, 0.75, 0.25, 0.0]]), torch.tensor([[0.5, 0.5, 0.5, 0.5]])
+    texts = [region_text(EVERYWHERE, text(1), front=3, weight=9), region_text(EVERYWHERE, text(2), front=2)]
+    for together in (False, True):
+        found = shares(torch.stack([torch.zeros(1, 4), soft, half]), texts, together=together)
+        torch.testing.assert_close(found[1], soft)
+        torch.testing.assert_close(found[2], (1 - soft) * half)
+        torch.testing.assert_close(found.sum(0), torch.ones(1, 4))
 
 
 @pytest.mark.parametrize("box", [LEFT, MIDDLE, LOW])

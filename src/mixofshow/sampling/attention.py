@@ -4,8 +4,9 @@ For cells covered by regions i to the shares c_i, with weights w_i,
 
     h = (1 − a) · Attention(Q, K, V) + a · Σ w_i c_i Attention(Q_i, K_i, V_i) / Σ w_i c_i,    a = max c_i
 
-with the global prompt's K and V first, and Q_i the queries of region i's cells only. All shares of a cell sum to 1 and
-the output projection is affine, so it is called once, on h. Keys and values of all texts are computed once per picture.
+with the global prompt's K and V first, and Q_i the queries of region i's cells only. Of regions in different depths
+those in front take their part of a cell first, and c_i is of what they leave. All shares of a cell sum to 1 and the
+output projection is affine, so it is called once, on h. Keys and values of all texts are computed once per picture.
 """
 
 from __future__ import annotations
@@ -24,7 +25,17 @@ from mixofshow.bases.layers import cross_attentions, text_groups
 from mixofshow.bases.parts import plain
 from mixofshow.concepts.changes import Change
 from mixofshow.errors import BaseModelError
-from mixofshow.sampling.regions import Cells, Grid, Shape, area_coverage, bounding_cells, coverages, levels
+from mixofshow.sampling.regions import (
+    Cells,
+    Grid,
+    Shape,
+    area_coverage,
+    bounding_cells,
+    coverages,
+    depths,
+    levels,
+    visible,
+)
 
 _WITHOUT: Final = (
     *("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross"),
@@ -40,13 +51,15 @@ INSIDE: Final = 0.5
 class RegionText:
     """A region's place and its text, (sides, layers, tokens, dim): with guidance, the negative one comes first.
 
-    It counts by its weight, from `first_step` to `last_step` (from 1, both included). `words` are the places of its
-    concepts' words among its tokens, `concepts` their names, and `changes` what these change of the UNet's layers there.
+    It counts by its weight, from `first_step` to `last_step` (from 1, both included), in front of those whose `front` is
+    smaller. `words` are the places of its concepts' words among its tokens, `concepts` their names, and `changes` what
+    these change of the UNet's layers there.
     """
 
     shape: Shape
     text: Tensor
     weight: float = 1.0
+    front: int = 0
     first_step: int = 1
     last_step: int | None = None
     words: tuple[int, ...] = ()
@@ -112,23 +125,17 @@ class RegionalAttention:
         key = (self._there, cells)
         if key not in self._shares:
             columns, rows = next(one for one in self.grids if one[0] * one[1] == cells)  # of 1 × 1 there may be two
-            there = [self.regions[number] for number in self._there]
             covers = torch.zeros(1 + len(self.regions), rows, columns)
-            for number, one in zip(self._there, there, strict=True):
-                covers[number + 1] = area_coverage(one.shape, columns=columns, rows=rows)
-            weighted = torch.tensor([1.0, *(one.weight for one in self.regions)])[:, None, None] * covers
-            # Regions that meet inside a cell cover it together.
-            taken, total = covers.sum(0).clamp(max=1), weighted.sum(0)
-            found = torch.where(total > 0, taken * weighted / torch.where(total > 0, total, 1), 0)
-            found[0] = 1 - taken
-            self._shares[key] = found.to(self.like)
+            for number in self._there:
+                covers[number + 1] = area_coverage(self.regions[number].shape, columns=columns, rows=rows)
+            self._shares[key] = shares(covers, self.regions, together=True).to(self.like)
         return self._shares[key]
 
     def _planned(self, there: Sequence[int], grid: Grid) -> tuple[Grid, list[Piece]]:
-        weights = torch.tensor([1.0, *(self.regions[number].weight for number in there)])
         texts = (0, *(number + 1 for number in there))
+        found = shares(self._stacked(there, grid), [self.regions[number] for number in there])
         pieces = []
-        for text, share in zip(texts, shares(self._stacked(there, grid), weights), strict=True):
+        for text, share in zip(texts, found, strict=True):
             left, top, right, bottom = area = bounding_cells(share)
             if share.any():
                 pieces.append(Piece(text, area, share[top:bottom, left:right, None].to(self.like)))
@@ -138,18 +145,29 @@ class RegionalAttention:
         """For each feature map: may a cell (first) read another (second)? Not when it lies in other regions only."""
         found = {}
         for columns, rows in self.grids:
-            inside = (self._stacked(there, (columns, rows)).flatten(1) >= INSIDE).float()
+            fronts = [self.regions[number].front for number in there]
+            inside = (visible(self._stacked(there, (columns, rows))[1:], fronts).flatten(1) >= INSIDE).float()
             alone = inside.sum(0) == 0
             found[columns * rows] = ((inside.T @ inside > 0) | alone | alone[:, None]).to(self.like.device)
         return found
 
 
-def shares(covers: Tensor, weights: Tensor) -> Tensor:
-    """Each text's share in each cell, from (texts, rows, columns) and (texts,); the first gets what the others leave."""
-    weighted = weights[:, None, None] * covers
-    total, taken = weighted.sum(0), covers.amax(0)
-    found = torch.where(total > 0, taken * weighted / torch.where(total > 0, total, 1), 0)
-    found[0] = 1 - taken
+def shares(covers: Tensor, regions: Sequence[RegionText], *, together: bool = False) -> Tensor:
+    """Each text's share in each cell, (texts, rows, columns), from coverages; the first gets what the regions leave.
+
+    Regions of one depth take as much of a cell as the largest of them covers, or `together` their sum, since those that
+    meet inside a cell cover it together.
+    """
+    found, left = torch.zeros_like(covers), torch.ones_like(covers[0])
+    for here in depths([one.front for one in regions]):
+        weighted = torch.stack([regions[number].weight * covers[number + 1] for number in here])
+        covered = torch.stack([covers[number + 1] for number in here])
+        total, taken = weighted.sum(0), covered.sum(0).clamp(max=1) if together else covered.amax(0)
+        found[[number + 1 for number in here]] = torch.where(
+            total > 0, left * taken * weighted / torch.where(total > 0, total, 1), 0
+        )
+        left = left * (1 - taken)
+    found[0] = left
     return found
 
 

@@ -97,7 +97,7 @@ def encode(
             with replaced(model.pipeline, tuned.weights):
                 text = sides([one.prompt] * len(without), without, tuned.vocabulary).hidden
             when = (one.first_step, one.last_step)
-            texts.append(RegionText(shape, text, one.weight, *when, words, concepts, tuned.changes))
+            texts.append(RegionText(shape, text, one.weight, region.front, *when, words, concepts, tuned.changes))
     whole = sides(prompts, negatives * (len(prompts) // len(negatives)))
     return EncodedPrompt(whole.hidden, tuple(texts), guided, whole.pooled)
 

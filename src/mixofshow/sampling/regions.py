@@ -42,11 +42,12 @@ class Region:
     `units` says what the box, polygon and feather are in: "px", or "share" of the picture (a feather: of its shorter
     side). None is pixels, unless no number of the box or polygon is over 1, and for a feather, unless it is at most 1. A
     mask is stretched over the whole picture; grey is partly inside. `negative_prompt` None means the one of the whole
-    picture. Where regions overlap, each counts by its `weight`. `first_step` and `last_step` count from 1 and are
-    included; None is the first or last there is. `strength` 0 to 1 is how much of the prompt's concepts is there (0: only
-    their class words), and before `concept_from`, a step, none of it is. `feather` is the width over which the region
-    fades in, half of it on either side of its edge. `adapters` are the LoRAs by which it is drawn, concepts by name or
-    those that were loaded as adapters, and how much of each; None: with `regional_lora`, the concepts in its prompt.
+    picture. Where regions overlap, the one with the largest `front` hides the others; of those in one depth each counts by
+    its `weight`. `first_step` and `last_step` count from 1 and are included; None is the first or last there is.
+    `strength` 0 to 1 is how much of the prompt's concepts is there (0: only their class words), and before
+    `concept_from`, a step, none of it is. `feather` is the width over which the region fades in, half of it on either
+    side of its edge. `adapters` are the LoRAs by which it is drawn, concepts by name or those that were loaded as
+    adapters, and how much of each; None: with `regional_lora`, the concepts in its prompt.
     """
 
     prompt: str
@@ -56,6 +57,7 @@ class Region:
     polygon: Points | None = None
     mask: Source | None = None
     weight: float = 1.0
+    front: int = 0
     first_step: int | None = None
     last_step: int | None = None
     strength: float = 1.0
@@ -71,6 +73,7 @@ class Region:
             found = type(self.mask).__name__
             raise RegionError(f"{self.title}: mask: expected a picture (PIL.Image.Image) or a file, found {found}")
         self._require(0 < self.weight <= MAX_WEIGHT, "weight", f"above 0 and at most {MAX_WEIGHT:g}")
+        self._require(isinstance(self.front, int), "front", "a whole number, larger in front")
         self._require(0 <= self.strength <= 1, "strength", "0 to 1")
         self._require(0 <= self.feather < math.inf, "feather", "a finite number, at least 0")
         self._require(self.units in (None, *get_args(Units)), "units", " or ".join(get_args(Units)))
@@ -244,6 +247,23 @@ def _inside(start: float, end: float, count: int) -> Tensor:
     """How much of each of `count` equal parts of 0 to 1 lies between start and end: (count,)."""
     edges = _edges(count)
     return (edges[1:].clamp(max=end) - edges[:-1].clamp(min=start)).clamp(min=0) * count
+
+
+def visible(covers: Tensor, fronts: Sequence[int]) -> Tensor:
+    """What those in front leave of coverages, (regions, rows, columns) to the same."""
+    found, left = covers.clone(), torch.ones_like(covers[0])
+    for here in depths(fronts):
+        found[here] *= left
+        left = left * (1 - covers[here].amax(0))
+    return found
+
+
+def depths(fronts: Sequence[int]) -> list[list[int]]:
+    """The numbers of what lies in each depth, those in front first."""
+    found: dict[int, list[int]] = {}
+    for number, front in enumerate(fronts):
+        found.setdefault(front, []).append(number)
+    return [found[front] for front in sorted(found, reverse=True)]
 
 
 def coverages(shape: Shape, grids: Sequence[Grid], *, tiny: str = "nearest") -> list[Tensor]:

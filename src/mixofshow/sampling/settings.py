@@ -97,6 +97,7 @@ class RegionEntry(BaseModel):
     mask: str | None = None
     negative_prompt: str | None = None
     weight: float = 1.0
+    front: int = 0
     first_step: int | None = None
     last_step: int | None = None
     strength: float = 1.0

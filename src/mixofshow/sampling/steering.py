@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mixofshow.errors import SettingsError, shown
@@ -24,7 +25,7 @@ from mixofshow.sampling.controls import (
     network_hash,
 )
 from mixofshow.sampling.pictures import decode_picture, embedded, is_embedded, picture_bytes, read_picture
-from mixofshow.sampling.regions import coverage, entry_region, shape_of
+from mixofshow.sampling.regions import coverage, entry_region, shape_of, visible
 from mixofshow.sampling.settings import Composition, ControlEntry
 
 
@@ -121,4 +122,5 @@ def _strengths(
     width, height = size
     shapes = [shape_of(entry_region(region), width=width, height=height) for region in composition.regions]
     covers = [coverage(shape, columns=width // factor, rows=height // factor) for shape in shapes]
-    return map_of_regions(list(zip(covers, entry.regions, strict=True)), outside=entry.outside)
+    seen = visible(torch.stack(covers), [region.front for region in composition.regions])
+    return map_of_regions(list(zip(seen, entry.regions, strict=True)), outside=entry.outside)
