@@ -8,7 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
 from PIL import Image
 
 from mixofshow import MixOfShowPipeline, Region
@@ -112,6 +112,62 @@ def test_from_a_picture_as_diffusers_does_it(scheduler, strength, draw, golden_p
     draw.scheduler = theirs.scheduler
     found = draw(**ASKED, **asked, image=[picture(0), picture(1)], seed=7, num_images_per_prompt=2)
     assert relative_error(torch.stack(list(found)), expected) < 1e-5
+
+
+def left_half(grey: int = 255) -> Image.Image:
+    """A mask, white on the left half of a picture, `grey` there on request."""
+    mask = Image.new("L", (SIZE["width"], SIZE["height"]))
+    mask.paste(grey, (0, 0, SIZE["width"] // 2, SIZE["height"]))
+    return mask
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"])
+@pytest.mark.parametrize("strength", [0.4, 0.8])
+def test_a_part_is_drawn_anew_as_diffusers_does_it(scheduler, strength, draw, golden_pipeline, relative_error):
+    parts = golden_pipeline.components
+    parts["scheduler"] = getattr(diffusers, scheduler).from_config(golden_pipeline.scheduler.config)
+    theirs = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    asked = {"strength": strength, "num_inference_steps": 5, "output_type": "latent", **SIZE}
+    begun = picture(0).resize(left_half().size)
+    asked |= {"image": begun, "mask_image": left_half()}
+    expected = theirs(**ASKED | asked, generator=generators(7)).images
+    draw.scheduler = theirs.scheduler
+    found = draw(**ASKED | asked, seed=7)
+    assert relative_error(torch.stack(list(found)), expected) < 1e-5
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_what_a_mask_leaves_black_stays_bit_for_bit(output_type, draw):
+    begun, half = picture(0).resize(left_half().size), SIZE["width"] // 2
+    asked = {**ASKED, **SIZE, "num_inference_steps": 3, "seed": 1, "image": begun, "output_type": output_type}
+    made = draw(**asked, mask_image=left_half()).images[0]
+    pixels = np.array(made) if output_type == "pil" else np.round(255 * np.array(made)).astype(np.uint8)
+    pixels = pixels.transpose(1, 2, 0) if output_type == "pt" else pixels
+    assert np.array_equal(pixels[:, half:], np.array(begun)[:, half:])
+    assert not np.array_equal(pixels[:, :half], np.array(begun)[:, :half])
+    whole = draw(**asked | {"output_type": "pil"}, mask_image=Image.new("L", begun.size, "white"))[0]
+    assert whole.tobytes() == draw(**asked | {"output_type": "pil"})[0].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        (
+            {"mask_image": left_half()},
+            "mask_image: expected an image beside it, of which black is kept, found no image",
+        ),
+        (
+            {"mask_image": left_half(0), "image": picture(0)},
+            "mask_image: expected white where the picture is drawn anew",
+        ),
+        ({"mask_image": "mask.png", "image": picture(0)}, "mask_image: expected a picture"),
+        ({"mask_image": left_half(), "image": picture(0), "upscale": 2}, "upscale: expected 1 with a mask"),
+    ],
+)
+def test_masks_that_mean_nothing_are_refused(asked, reason, draw):
+    with pytest.raises(SettingsError, match=reason):
+        draw(**ASKED | asked)
 
 
 def test_the_second_pass_starts_from_the_first(draw, relative_error):

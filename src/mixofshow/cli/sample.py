@@ -36,7 +36,7 @@ Strength = Annotated[float, typer.Option(help="Of the concepts: 0 their words on
 
 
 @app.command()
-@with_settings(Composition, leave_out=["regions", "controls", "width", "height", "image", "clip_skip"])
+@with_settings(Composition, leave_out=["regions", "controls", "width", "height", "image", "mask", "clip_skip"])
 @with_loading
 def sample(
     *,
@@ -54,6 +54,9 @@ def sample(
     ] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
     image: Annotated[Path | None, typer.Option(help="Picture or rough layout to start from.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="With --image: draw anew where it is white, keep what is black.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="PNG to write; several are numbered.")] = Path("sample.png"),
     show_layout: Annotated[Path | None, typer.Option(help="PNG to write: the first picture under its regions.")] = None,
     grid: Annotated[
@@ -69,7 +72,7 @@ def sample(
     from mixofshow.sampling.composition import from_options, inputs_of, picture_paths
     from mixofshow.sampling.drawing import draw_grid, draw_pictures, open_pipeline
 
-    typed = {"regions": region, "controls": control, "size": size, "image": image}
+    typed = {"regions": region, "controls": control, "size": size, "image": image, "mask": mask}
     options = given | {key: value for key, value in typed.items() if value}
     wanted = from_options(composition, options)
     concepts, wanted = _together(concept, wanted)

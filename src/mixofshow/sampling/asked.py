@@ -51,7 +51,7 @@ Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Asked:
-    """A call, checked. `images` are those to start from, `latents` the noise, where they are given."""
+    """A call, checked. `images` are those to start from, `mask` what of them is drawn anew, `latents` the noise, where given."""
 
     prompts: Sequence[str]
     negatives: Sequence[str]
@@ -60,6 +60,7 @@ class Asked:
     guidance_scale: float
     generators: Sequence[torch.Generator]
     images: Sequence[Image.Image]
+    mask: Image.Image | None
     size: tuple[int, int]
     eta: float
     latents: Tensor | None
@@ -110,6 +111,8 @@ def checked(pipeline: Any, given: dict[str, Any]) -> Asked:
     count = each * len(prompts)
     images = _pictures(given["image"], count)
     width, height = drawing.size(pipeline, images[0] if images else None)
+    mask = _mask(given["mask_image"], images, (width, height))
+    require(mask is None or drawing.upscale == 1, "upscale", drawing.upscale, "1 with a mask")
     require(not images or given["latents"] is None, "latents", "latents and an image", "one of the two")
     asked = Asked(
         prompts=prompts,
@@ -119,6 +122,7 @@ def checked(pipeline: Any, given: dict[str, Any]) -> Asked:
         guidance_scale=pipeline.model.usual_guidance if drawing.guidance_scale is None else drawing.guidance_scale,
         generators=_generators(given["seed"], given["generator"], count),
         images=images,
+        mask=mask,
         size=(width, height),
         eta=_eta(given["eta"], pipeline.scheduler),
         latents=_latents(given["latents"], pipeline, count, width, height),
@@ -161,6 +165,17 @@ def _pictures(given: Any, count: int) -> list[Image.Image]:
     for one in images:
         require(isinstance(one, Image.Image), "image", type(one).__name__, "pictures (PIL.Image.Image)")
     return images
+
+
+def _mask(given: Any, images: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image | None:
+    """The mask, grey (L), at the picture's size."""
+    if given is None:
+        return None
+    require(isinstance(given, Image.Image), "mask_image", type(given).__name__, "a picture (PIL.Image.Image)")
+    require(bool(images), "mask_image", "no image", "an image beside it, of which black is kept")
+    grey: Image.Image = given.convert("L").resize(size, Image.Resampling.BOX)
+    require(grey.getbbox() is not None, "mask_image", "black everywhere", "white where the picture is drawn anew")
+    return grey
 
 
 def _generators(seed: Any, given: Any, count: int) -> list[torch.Generator]:

@@ -48,7 +48,8 @@ def _with_pictures(composition: Composition, source: str, folder: Path | None) -
         return embedded(read_picture(named_in(folder, name), mode))
 
     regions = tuple(entry.model_copy(update={"mask": read(entry.mask, "L")}) for entry in composition.regions)
-    return composition.model_copy(update={"regions": regions, "image": read(composition.image, "RGB")})
+    pictures = {"image": read(composition.image, "RGB"), "mask": read(composition.mask, "L")}
+    return composition.model_copy(update={"regions": regions, **pictures})
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -88,8 +89,8 @@ def control_entry(text: str) -> dict[str, Any]:
 def from_options(path: Path | None, options: Mapping[str, Any]) -> Composition:
     """A composition from a YAML file (or none) and options as typed, which come first.
 
-    `size` is "WIDTHxHEIGHT", `regions` and `controls` are texts, `image` is a file from here. Raises SettingsError,
-    RegionError.
+    `size` is "WIDTHxHEIGHT", `regions` and `controls` are texts, `image` and `mask` are files from here. Raises
+    SettingsError, RegionError.
     """
     return make_composition(_table(path, options), str(path or "options"), path.parent if path else Path())
 
@@ -112,8 +113,9 @@ def _table(path: Path | None, options: Mapping[str, Any]) -> dict[str, Any]:
         table["regions"] = [region_entry(text) for text in options["regions"]]
     if "controls" in options:
         table["controls"] = [control_entry(text) for text in options["controls"]]
-    if "image" in options:
-        table["image"] = str(Path(options["image"]).absolute())
+    for key in ("image", "mask"):
+        if key in options:
+            table[key] = str(Path(options[key]).absolute())
     return table
 
 
@@ -134,6 +136,7 @@ def compose(pipeline: MixOfShowPipeline, composition: Composition, *, progress: 
             regions=[entry_region(entry) for entry in composition.regions],
             negative_prompt=composition.negative_prompt,
             image=start,
+            mask_image=read_picture(composition.mask, "L") if composition.mask else None,
             seed=composition.seed + number,
             regional_lora=composition.regional_lora,
             controls=controls,

@@ -95,6 +95,7 @@ def denoise(
     eta: float = 0.0,
     start: Tensor | None = None,
     strength: float = 1.0,
+    mask: Tensor | None = None,
     generators: Sequence[torch.Generator] = (),
     controls: Sequence[Control] = (),
     isolate: int = 0,
@@ -107,7 +108,8 @@ def denoise(
     """Noise to clean latents with the pipeline's own scheduler and classifier-free guidance.
 
     With clean latents to `start` from, only the last steps are done, a share `strength` of all; these are counted on,
-    so that a region's steps mean the same. Some schedulers draw noise in every step (DDIM as much as `eta` says):
+    so that a region's steps mean the same. Where the `mask`, (rows, columns) of 0 to 1, is 0, it comes back to `start`
+    after every step, as in diffusers' inpainting. Some schedulers draw noise in every step (DDIM as much as `eta` says):
     picture k's from generator k. `isolate` and `tiny` are `regional`'s. Raises MixOfShowError for what is not finite.
     """
     scheduler, timesteps, latents = _begin(pipeline, noise, num_inference_steps, start, strength)
@@ -127,9 +129,13 @@ def denoise(
             batch = batched(latents, timestep)
             seen = (batch, timestep, encoded.text, step, num_inference_steps)
             steering = added([one.residuals(*seen, told=predict.told) for one in controls])
-            noise = predict(batch, timestep, step, steering)
-            noise = guided(noise, guidance_scale, guidance_rescale) if encoded.guided else noise
-            latents = scheduler.step(noise, timestep, latents, **how, return_dict=False)[0]
+            prediction = predict(batch, timestep, step, steering)
+            prediction = guided(prediction, guidance_scale, guidance_rescale) if encoded.guided else prediction
+            latents = scheduler.step(prediction, timestep, latents, **how, return_dict=False)[0]
+            if mask is not None and start is not None:
+                later = timesteps[done + 1 : done + 2]
+                kept = scheduler.add_noise(start, noise, later.expand(len(start))) if len(later) else start
+                latents = torch.lerp(kept, latents, mask)
             latents = step_end(done, timestep, latents) if step_end else latents
             require_finite(latents, f"step {step} of {num_inference_steps}")
             progress(done + 1, len(timesteps), {})

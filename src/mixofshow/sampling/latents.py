@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from mixofshow.bases.families import autoencoder
 from mixofshow.errors import MixOfShowError
@@ -50,6 +52,12 @@ def picture_latents(
         ]
     latents = (torch.cat(drawn) * vae.config.scaling_factor).to(pipeline.unet.dtype)
     return require_finite(latents, "the latents of the picture to start from")
+
+
+def cells_of(mask: Image.Image, like: Tensor) -> Tensor:
+    """How much of each cell of latents, (…, rows, columns), a mask (L) covers, 0 to 1: (rows, columns)."""
+    pixels = torch.from_numpy(np.array(mask)).to(like) / 255
+    return F.interpolate(pixels[None, None], size=like.shape[-2:], mode="area")[0, 0]
 
 
 def decode(pipeline: Any, latents: Tensor, output_type: str = "pil") -> Any:

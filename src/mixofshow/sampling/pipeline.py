@@ -37,7 +37,7 @@ from mixofshow.sampling.asked import Asked, Callback, checked
 from mixofshow.sampling.attend import attend_and_excite
 from mixofshow.sampling.denoising import Control, denoise
 from mixofshow.sampling.encoding import Adapters, EncodedPrompt, OwnText, adapters_of, encode
-from mixofshow.sampling.latents import decode, initial_latents, picture_latents
+from mixofshow.sampling.latents import cells_of, decode, initial_latents, picture_latents
 from mixofshow.sampling.loaders import ConceptLoaderMixin
 from mixofshow.sampling.regional_lora import own_texts
 from mixofshow.sampling.regions import Region
@@ -194,6 +194,7 @@ class _Drawing(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
         *,
         regions: Sequence[Region] = (),
         image: Image.Image | Sequence[Image.Image] | None = None,
+        mask_image: Image.Image | None = None,
         strength: float = 0.8,
         seed: int | None = None,
         regional_lora: bool | Sequence[Concept] = False,
@@ -204,7 +205,8 @@ class _Drawing(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
         """Pictures of each prompt in turn, RGB; see `Asked` and docs/sampling.md. What diffusers has too is as there.
 
         But `guidance_scale` None is what suits the base. With `regions` prompts hold in places. With a `seed`, picture k
-        is the one that `seed + k` gives alone (up to rounding). From an `image`, drawing goes as far as `strength` says.
+        is the one that `seed + k` gives alone (up to rounding). From an `image`, drawing goes as far as `strength` says,
+        and with a `mask_image` only where that is white; what is black there stays bit for bit.
         `settings` are those of Drawing. Raises RegionError, TokenError, SettingsError, BadInputError.
         """
         given = {name: value for name, value in locals().items() if name not in ("self", "return_dict")}
@@ -222,10 +224,24 @@ class _Drawing(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
             stack.enter_context(silenced(self, [name for one in own for name, _ in one]))
             stack.enter_context(model.active())
             run = partial(self._denoise, self._encode(model, asked, own), asked)
-            latents = self._passes(run, asked)
-            pictures = latents if asked.output_type == "latent" else decode(self, latents, asked.output_type)
+            pictures = self._decoded(self._passes(run, asked), asked)
         self.maybe_free_model_hooks()
         return Pictures(pictures)
+
+    def _decoded(self, latents: Tensor, asked: Asked) -> Any:
+        """Pictures as they are asked for; with a mask, those that they began from where it is black."""
+        if asked.output_type == "latent":
+            return latents
+        if not asked.mask:
+            return decode(self, latents, asked.output_type)
+        begun = [one.convert("RGB").resize(asked.size, Image.Resampling.LANCZOS) for one in asked.images]
+        begun = begun * len(latents) if len(begun) == 1 else begun
+        made = decode(self, latents)
+        pictures = [Image.composite(new, old, asked.mask) for new, old in zip(made, begun, strict=True)]
+        if asked.output_type == "pil":
+            return pictures
+        values = self.image_processor.pil_to_numpy(pictures)
+        return values if asked.output_type == "np" else self.image_processor.numpy_to_pt(values)
 
     def _model_for(self, asked: Asked) -> ConceptModel:
         """The model that draws the whole picture: loaded concepts that regions draw by themselves are not in it."""
@@ -249,7 +265,8 @@ class _Drawing(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
         """The picture, and if asked for, the same enlarged and drawn over."""
         (width, height), drawing = asked.size, asked.drawing
         start = self._latents_of(asked.images, asked, (width, height)) if asked.images else None
-        latents = run((width, height), noise=asked.latents, start=start, strength=drawing.image_strength)
+        first: dict[str, Any] = {"noise": asked.latents, "strength": drawing.image_strength, "mask": asked.mask}
+        latents = run((width, height), start=start, **first)
         if drawing.upscale > 1 and not self._interrupt:
             larger = drawing.enlarged(self, width, height)
             start = self._latents_of(decode(self, latents), asked, larger)
@@ -268,6 +285,7 @@ class _Drawing(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
         noise: Tensor | None,
         start: Tensor | None,
         strength: float,
+        mask: Image.Image | None = None,
     ) -> Tensor:
         drawing = asked.drawing
         if noise is None:
@@ -289,6 +307,7 @@ class _Drawing(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
                 eta=asked.eta,
                 start=start,
                 strength=strength,
+                mask=None if mask is None else cells_of(mask, noise),
                 generators=asked.generators,
                 controls=asked.controls,
                 isolate=drawing.isolated_steps,

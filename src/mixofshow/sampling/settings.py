@@ -141,6 +141,7 @@ class Composition(Drawing):
     regions: tuple[RegionEntry, ...] = ()
     controls: tuple[ControlEntry, ...] = ()
     image: str | None = None
+    mask: str | None = None
     seed: int = Field(0, description="Of the first picture.")
     num: int = Field(1, ge=1, le=10_000, description="How many pictures; picture k has seed + k.")
     regional_lora: bool = Field(
