@@ -75,6 +75,7 @@ PICKLES: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "sparse": (lambda trace: torch_file({"a": torch.zeros(2, 2).to_sparse()}), "tensor 'a' is none that"),
     "tables without end": (lambda trace: torch_file(circular()), "nested too deep"),
     "tables too deep": (lambda trace: torch_file(nested(9)), "nested too deep"),
+    "no tensors": (lambda trace: torch_file({"epoch": 3}), "not read: a pickle that holds no table of tensors"),
     "numbers alone": (lambda trace: torch_file(torch.zeros(3)), "of width 32, found \\(1, 3\\)"),
     "bytes": (lambda trace: b"\x80\x02" + np.random.default_rng(0).bytes(100), "damaged, too large, or holds more"),
 }

@@ -120,6 +120,8 @@ def _sorted_leaves(table: Any, size: int) -> tuple[dict[str, Tensor], dict[str, 
             if leaf.layout != torch.strided or leaf.device.type != "cpu" or size < 0:
                 raise ValueError(f"tensor '{path}' is none that a file of this size can hold")
             tensors[f"{len(tensors):0{NUMBERING}}{path}"] = leaf.detach().clone(memory_format=torch.contiguous_format)
+    if not tensors:
+        raise ValueError("a pickle that holds no table of tensors")
     if len(tensors) > MAX_TENSORS:
         raise ValueError(f"{len(tensors)} tensors, at most {MAX_TENSORS} are read")
     return tensors, texts
