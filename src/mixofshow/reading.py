@@ -203,9 +203,8 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_text(self, node: Any) -> str:
-        """A text that can be written again; a path of one's own home, as shells read it."""
+        """A text that can be written again."""
         text = str(self.construct_scalar(node))
-        text = os.path.expanduser(text) if text.startswith("~/") else text
         if not text.isascii() and re.search("[\ud800-\udfff]", text):
             _refuse(node, f"'{shown(text, 40)}' holds half a character")
         return text

@@ -22,9 +22,12 @@ from mixofshow.concepts.model import ConceptModel
 from mixofshow.demo import run_demo
 from mixofshow.errors import BadInputError, ResourceError
 from mixofshow.evaluation.suite import Suite, run_suite
+from mixofshow.fusion.jobs import inputs_of
 from mixofshow.fusion.stages import Fused
 from mixofshow.outputs import holding
 from mixofshow.reading import parse_table
+from mixofshow.sampling.composition import make_composition
+from mixofshow.sampling.pictures import is_embedded
 from mixofshow.terminal import forgiving_output
 from mixofshow.tuning.run import interrupts_noted
 from mixofshow.tuning.settings import make_settings
@@ -246,15 +249,39 @@ def test_the_demo_keeps_off_folders_that_are_not_its_own(tmp_path):
 
 
 def test_a_suite_writes_over_no_report_that_is_not_a_suites(tmp_path):
-    (tmp_path / "report.html").write_text("mine")
+    (tmp_path / "report.html").write_text("<!doctype html> mine")
     suite = Suite(concepts=("reddog",), methods=("ed-lora+average",))
     with pytest.raises(BadInputError, match="report.html: is there and of no suite"):
         run_suite(suite, tmp_path)
     assert [one.name for one in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_the_home_folder_in_yaml_is_ones_own(monkeypatch):
+def test_the_home_folder_in_yaml_is_ones_own(monkeypatch, tmp_path):
+    """In what is a path, and in no text that begins so."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
+    tuned = make_settings(
+        parse_table("name: dog\nclass_word: dog\ndata: ~/dogs\nprior: {data: ~/more, prompt: ~/dog}", "it")
+    )
+    assert (tuned.data, tuned.prior.data, tuned.prior.prompt) == (tmp_path / "dogs", tmp_path / "more", "~/dog")
+    drawn = make_composition(parse_table("prompt: ~/ a cat\nimage: ~/a.png", "it"), folder=Path())
+    assert drawn.prompt == "~/ a cat" and is_embedded(drawn.image)
+    (tmp_path / "fuse.yaml").write_text("concepts: [~/a.safetensors]\nbase: ~/b\nprior_prompts: [~/c]")
+    assert [tmp_path / name for name in ("fuse.yaml", "a.safetensors", "b")] == inputs_of([tmp_path / "fuse.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (["sample", "--out", "~/a.png"], ["sample", "--out", "/home/me/a.png"]),
+        (["sample", "~/a.yaml", "--out=~/a.png"], ["sample", "/home/me/a.yaml", "--out=/home/me/a.png"]),
+        (["sample", "--prompt", "~/ a cat", "--negative-prompt=~/ a"],) * 2,
+    ],
+)
+def test_the_home_folder_on_the_command_line_is_ones_own(typed, meant, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    table = parse_table("data: ~/dogs\nnothing: ~\nprompt: a ~/dog\nconcepts: ['~/a.safetensors']", "it")
-    assert table["data"] == "/home/me/dogs" and table["concepts"] == ["/home/me/a.safetensors"]
-    assert table["nothing"] is None and table["prompt"] == "a ~/dog"
+    monkeypatch.setattr("sys.argv", ["mixofshow", *typed])
+    monkeypatch.setattr(cli, "app", lambda: None, raising=False)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert sys.argv[1:] == meant

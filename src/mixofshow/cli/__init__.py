@@ -6,6 +6,7 @@ This module imports next to nothing, so that Ctrl-C is heard while the rest is i
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -86,7 +87,8 @@ def _run() -> Any:
     handler.setFormatter(_OneLine())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     debug = DEBUG in sys.argv[1:]
-    sys.argv[1:] = [_at_home(argument) for argument in sys.argv[1:] if argument != DEBUG]
+    arguments = [argument for argument in sys.argv if argument != DEBUG]
+    sys.argv[1:] = [_at_home(argument, before) for before, argument in itertools.pairwise(arguments)]
     few = _Few()
     if not debug:
         handler.addFilter(few)
@@ -107,10 +109,14 @@ def _run() -> Any:
     return 0
 
 
-def _at_home(argument: str) -> str:
-    """A path in the user's home folder as shells have it, who do so only where it stands alone and without quotes."""
+def _at_home(argument: str, before: str) -> str:
+    """A path in the user's home folder as shells have it, who do so only where it stands alone and without quotes.
+
+    A prompt, which may stand in quotes after the option `before` it, is no path.
+    """
     option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-    return option + equals + os.path.expanduser(value) if value.startswith(f"~{os.sep}") else argument
+    is_path = value.startswith(f"~{os.sep}") and "prompt" not in (option or before)
+    return option + equals + os.path.expanduser(value) if is_path else argument
 
 
 @contextlib.contextmanager

@@ -47,8 +47,9 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")]
 def bases(*names: str | None) -> list[Path]:
     """Those of the names of base models, or of models, that may be files or folders here."""
     from mixofshow.bases.loading import EMBEDDED
+    from mixofshow.reading import named_in
 
-    return [Path(name) for name in names if name and name not in EMBEDDED]
+    return [named_in(Path(), name) for name in names if name and name not in EMBEDDED]
 
 
 def assignments(pairs: list[str] | None) -> dict[str, Any]:
