@@ -2,7 +2,7 @@
 
 A file or folder is made in a hidden folder beside its place, under a lock that ends with the process, and takes the
 name at the end. What killed processes left there is swept by the next that writes into the same place. What has the
-name already is replaced only if it is a file, or a folder that holds nothing but what we wrote.
+name already is replaced only if it is a file of the same kind, or a folder that holds nothing but what we wrote.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from mixofshow.errors import NO_ROOM, REFUSED, BadInputError, MixOfShowError, ResourceError, shown
-from mixofshow.replaceable import list_files, strangers
+from mixofshow.replaceable import is_another_kind, kind_of, list_files, strangers
 
 fcntl: Any
 try:
@@ -37,8 +37,6 @@ ASIDE: Final = "aside"
 """In such a folder: what was about to be replaced, where names cannot be exchanged at once."""
 STALE_SECONDS: Final = 86_400
 """What is older belongs to nobody, where there are no locks to tell."""
-PICTURES: Final = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")
-"""How the files of pictures begin."""
 RESERVED: Final = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*[<>:\"|?*].*|.*[. ]", re.IGNORECASE)
 """Names that Windows has for devices, or refuses."""
 _CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
@@ -46,24 +44,22 @@ _CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
 
 def check_outputs(
     *,
-    files: Iterable[Path | None] = (),
-    pictures: Iterable[Path | None] = (),
+    files: Mapping[str, Iterable[Path | None]] | None = None,
     folders: Iterable[Path | None] = (),
     shared: Iterable[Path | None] = (),
     inputs: Iterable[Path | None] = (),
 ) -> None:
     """Raise unless all of this can be written where it is asked for, and none of it meets what is read.
 
-    `files`, `pictures` and `folders` are replaced as a whole, but no picture by a file that is none; `shared` folders are
+    `files`, by their kinds, and `folders` are replaced as a whole, no file by one of another kind; `shared` folders are
     added to. `inputs` are what is read; what is not there is passed over. What killed processes left in these places is
     swept.
 
     Raises BadInputError for a name or place, ResourceError for a disk or its permissions.
     """
-    others, drawn, whole, added = (
-        [one for one in group if one is not None] for group in (files, pictures, folders, shared)
-    )
-    one_by_one = [*others, *drawn]
+    kinds = {path: kind for kind, group in (files or {}).items() for path in group if path is not None}
+    one_by_one = [path for group in (files or {}).values() for path in group if path is not None]
+    whole, added = ([one for one in group if one is not None] for group in (folders, shared))
     for path in one_by_one:
         check_file(path)
     for path in whole:
@@ -76,26 +72,13 @@ def check_outputs(
     for number, path in enumerate(outputs):
         _refuse_over_inputs(path, inputs=[one for one in inputs if one and _exists(one)], whole=path in whole)
         _refuse_over_outputs(path, outputs[:number] + outputs[number + 1 :], whole=path in whole)
-    for path in others:
-        if _is_picture(path):
-            raise BadInputError(
-                f"{shown(path, 100)}: is a picture, and not replaced by what is none; choose another name"
-            )
+    for path, kind in kinds.items():
+        _refuse_over_another_kind(path, kind)
 
 
 def check_file(path: Path) -> None:
     """Raise unless a file could be written there: BadInputError, ResourceError."""
     _check(path, "regular file")
-
-
-def _is_picture(path: Path) -> bool:
-    """Whether a file that is there begins as pictures do."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(12)
-    except OSError:
-        return False
-    return start.startswith(PICTURES) or (start[:4] == b"RIFF" and start[8:] == b"WEBP")
 
 
 def check_folder(path: Path) -> None:
@@ -131,6 +114,14 @@ def _refuse_over_outputs(path: Path, others: Iterable[Path], *, whole: bool) -> 
             raise BadInputError(
                 f"{shown(path, 100)}: is replaced as a whole, with {shown(one, 100)} in it; choose another place"
             )
+
+
+def _refuse_over_another_kind(path: Path, kind: str | None) -> None:
+    if is_another_kind(path, kind):
+        raise BadInputError(
+            f"{shown(path, 100)}: there is a file of another kind than {kind or 'this'}, which would be lost; choose another "
+            "name, or remove it"
+        )
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -196,13 +187,14 @@ def _refuse_strangers(folder: Path) -> None:
 def writing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path for a file; on success it is flushed to disk and takes the name, else it vanishes.
 
-    Raises BadInputError when `path` is something other than a file, ResourceError when the disk refuses.
+    Raises BadInputError when `path` is something other than a file of the same kind, ResourceError when the disk refuses.
     """
     path = Path(path)
     check_file(path)
     with refusals(path), _staging(path.parent) as staging:
         temporary = staging / path.name
         yield temporary
+        _refuse_over_another_kind(path, kind_of(temporary))
         _flush(temporary)
         temporary.replace(path)
         _flush_folder(path.parent)

@@ -1,4 +1,4 @@
-"""Which folders may be replaced: those that hold nothing but what we wrote."""
+"""What may be replaced: files of the kind that takes their place, and folders that hold nothing but what we wrote."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+KINDS: Final = {
+    "safetensors": rb".{3}\0{5}\{",  # a header of at most 8 MB
+    "PNG": rb"\x89PNG",
+    "HTML": rb"(?i)\s*<!doctype html",
+    "JSON": rb"\s*(\{\s*[\"}]|\[\s*[{\]])",
+    "CSV": rb"\w+(,\w+)+\r?\n",
+}
+"""Kinds of files that we write, and how those of each begin."""
+LONGEST_START: Final = 200
 LISTING: Final = ".mixofshow-files.json"
 """In a folder that we wrote: its files with their sizes in bytes."""
 DROPPINGS: Final = {LISTING, ".DS_Store", "Thumbs.db", "desktop.ini"}
@@ -20,6 +29,17 @@ MODEL_FILE: Final = re.compile(
     r"special_tokens_map)\.json|merges\.txt|(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?)"
 )
 """What versions without listings wrote into a fused folder, beside its concepts."""
+
+
+def kind_of(path: Path) -> str | None:
+    """Which of KINDS a file is by its beginning, whatever its name says; None: none of them."""
+    start = _start(path, LONGEST_START)
+    return next((kind for kind, pattern in KINDS.items() if re.match(pattern, start, re.DOTALL)), None)
+
+
+def is_another_kind(path: Path, kind: str | None) -> bool:
+    """Whether a file is there, with something in it, that is of another kind."""
+    return bool(_start(path, 1)) and kind_of(path) != kind
 
 
 def list_files(folder: Path) -> None:
@@ -47,10 +67,10 @@ def _sizes(folder: Path) -> Iterator[tuple[str, int]]:
 
 
 def _written_before_listings(folder: Path, name: str) -> bool:
-    if concepts := _start(folder / "concepts.json", 10**7):
+    if concepts := _text(folder / "concepts.json", 10**7):
         return bool(MODEL_FILE.fullmatch(name)) or name in {f"concepts/{one}.safetensors" for one in _names(concepts)}
     exported = [one.name.removesuffix("-words.safetensors") for one in folder.glob("*-words.safetensors")]
-    if len(exported) != 1 or "mix-of-show" not in _start(folder / "README.md"):
+    if len(exported) != 1 or "mix-of-show" not in _text(folder / "README.md"):
         return False
     lora = {"pytorch_lora_weights.safetensors", f"{exported[0]}.safetensors"}
     return name in {"README.md", f"{exported[0]}-words.safetensors", *lora}
@@ -63,9 +83,13 @@ def _names(manifest: str) -> list[str]:
         return []
 
 
-def _start(path: Path, size: int = 10_000) -> str:
+def _text(path: Path, size: int = 10_000) -> str:
+    return _start(path, size).decode(errors="replace")
+
+
+def _start(path: Path, size: int) -> bytes:
     try:
         with path.open("rb") as file:
-            return file.read(size).decode(errors="replace")
+            return file.read(size)
     except OSError:
-        return ""
+        return b""

@@ -60,15 +60,14 @@ def there(tmp_path, monkeypatch):
 def test_what_cannot_be_written_is_refused_at_once(there, name, kind, message):
     before = sorted(there.rglob("*"))
     with pytest.raises(BadInputError) as raised:
-        check_outputs(**{kind: [Path(name)]})
+        check_outputs(**{kind: {"PNG": [Path(name)]} if kind == "files" else [Path(name)]})
     assert message in str(raised.value) and len(str(raised.value)) < 300
     assert sorted(there.rglob("*")) == before
 
 
 def test_looking_leaves_nothing_behind(there):
-    check_outputs(
-        files=[there / "new" / "deep" / "a.png"], folders=[there / "new" / "f"], shared=[Path("linked"), Path()]
-    )
+    files = {"PNG": [there / "new" / "deep" / "a.png"]}
+    check_outputs(files=files, folders=[there / "new" / "f"], shared=[Path("linked"), Path()])
     assert not (there / "new").exists()
 
 
@@ -79,7 +78,7 @@ def test_permissions_and_full_disks_are_the_machines_fault(there, monkeypatch, c
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     with pytest.raises(ResourceError, match=f"a.png: cannot be written \\({os.strerror(code)}\\)") as raised:
-        check_outputs(files=[there / "a.png"])
+        check_outputs(files={"PNG": [there / "a.png"]})
     assert raised.value.exit_code == 3
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -19,8 +20,8 @@ from mixofshow.concepts.interchange.exporting import export_concept
 from mixofshow.concepts.model import ConceptModel, load_model, with_concept
 from mixofshow.errors import BadInputError, ResourceError
 from mixofshow.files import write_tensors
-from mixofshow.outputs import writing, writing_folder
-from mixofshow.replaceable import LISTING
+from mixofshow.outputs import check_outputs, writing, writing_folder
+from mixofshow.replaceable import KINDS, LISTING
 from mixofshow.tuning.checkpoints import run_folder
 
 GOLDEN_BASE = str(Path(__file__).parents[1] / "goldens" / "pipeline")
@@ -96,10 +97,10 @@ SAMPLE = f"sample --model {GOLDEN_BASE} --size 64x64"
         (f"evaluate {A}=train --json {A}", "is read"),
         (f"evaluate {A}=train --json train/findings.json", "which is read"),
         ("check train --json train/00.png", "which is read"),
-        (f"convert {A} start.png --base {GOLDEN_BASE}", "start.png: is a picture, and not replaced by what is none"),
-        (f"{TUNE} --out mask.png", "mask.png: is a picture"),
-        (f"fuse {A} --as-delta start.png --base {GOLDEN_BASE}", "start.png: is a picture"),
-        (f"evaluate {A}=train --json start.png", "start.png: is a picture"),
+        (f"convert {A} start.png --base {GOLDEN_BASE}", "start.png: there is a file of another kind than safetensors"),
+        (f"{TUNE} --out mask.png", "mask.png: there is a file of another kind"),
+        (f"fuse {A} --as-delta start.png --base {GOLDEN_BASE}", "start.png: there is a file of another kind"),
+        (f"evaluate {A}=train --json start.png", "start.png: there is a file of another kind"),
         ("study score list.yaml --json kept/../list.yaml", "is read"),
     ],
 )
@@ -108,6 +109,52 @@ def test_what_a_user_has_is_never_written_over(line, message, place, run):
     code, error = run(line)
     assert code == 2 and message in error and len(error.strip().splitlines()) == 1, error
     assert everything(place) == before
+
+
+OTHER_KINDS = {
+    "heic": b"\0\0\0\x1cftypheic",
+    "avif": b"\0\0\0\x1cftypavif",
+    "jpg": b"\xff\xd8\xff\xe0",
+    "pdf": b"%PDF-1.7",
+    "txt": b"the beach",
+    "yaml": b"prompt: a cat",
+    "toml": b"[tool]",
+    "rtf": b"{\\rtf1",
+    "zip": b"PK\x03\x04",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_file_is_replaced_by_one_of_another_kind(kind, tmp_path):
+    """By what a file is, whatever it is called; what is empty, or of the same kind, may be written anew."""
+    ours = {
+        "safetensors": safetensors.torch.save({"a": torch.zeros(1)}),
+        "PNG": b"\x89PNG\r\n\x1a\n",
+        "HTML": b"<!DOCTYPE html>",
+        "JSON": b'{\n "a": 1}',
+        "CSV": b"method,measure\n",
+    }
+    path = tmp_path / "it"
+    for other in [*OTHER_KINDS.values(), *(start for name, start in ours.items() if name != kind)]:
+        path.write_bytes(other)
+        with pytest.raises(
+            BadInputError, match=f"it: there is a file of another kind than {kind}, .*choose another name"
+        ):
+            check_outputs(files={kind: [path]})
+        with pytest.raises(BadInputError, match="another kind"), writing(path) as temporary:
+            temporary.write_bytes(ours[kind])
+        assert path.read_bytes() == other
+    for good in (b"", ours[kind]):
+        path.write_bytes(good)
+        check_outputs(files={kind: [path]})
+        with writing(path) as temporary:
+            temporary.write_bytes(ours[kind])
+
+
+def test_a_concept_is_saved_over_no_picture_in_python_too(golden_concepts, place):
+    with pytest.raises(BadInputError, match="start.png: there is a file of another kind"):
+        golden_concepts[0].save(place / "start.png")
+    assert (place / "start.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("option", ["--out ~/x.safetensors", "--out=~/x.safetensors"])

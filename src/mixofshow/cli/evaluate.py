@@ -57,7 +57,7 @@ def evaluate(
 
     settings = {"base": base, "clip": clip, "images_per_prompt": images}
     suite, usual = _suite(what, settings, {"--method": method, "--kind": kind, "--json": json_file})
-    check_outputs(files=[json_file], inputs=suite.inputs)
+    check_outputs(files={"JSON": [json_file]}, inputs=suite.inputs)
     with contextlib.ExitStack() as stack:
         target = out or usual or stack.enter_context(scratch())
         results = run_suite(suite, target, workers=workers, device=device, loading=loading, bars=terminal_bar)
@@ -112,7 +112,7 @@ def build(
     from mixofshow.evaluation.study import build_study
     from mixofshow.outputs import check_outputs
 
-    check_outputs(files=[out], inputs=[folder / "pictures.json", folder / "cache"])
+    check_outputs(files={"HTML": [out]}, inputs=[folder / "pictures.json", folder / "cache"])
 
     asked = build_study(folder, pairs, out, count=count, seed=seed, state=state, outside=outside)
     say(f"{out}: {asked} pairs of pictures")
@@ -127,7 +127,7 @@ def score(
     from mixofshow.evaluation.study import score_study
     from mixofshow.outputs import check_outputs, write_text
 
-    check_outputs(files=[json_file], inputs=answers)
+    check_outputs(files={"JSON": [json_file]}, inputs=answers)
     found = score_study(answers)
     print_table(("preferred", "to", "question", "share", "95 %", "answers", "kappa"), map(_row, found))
     if json_file:

@@ -108,7 +108,8 @@ def fuse(
     if not (out or as_delta):
         raise SettingsError("nowhere to write to: give --out FOLDER, --as-delta FILE, or both")
     read = [*inputs_of(files or [], model=model, out=out), *(add or []), *bases(base)]
-    check_outputs(files=[as_delta, report], folders=[out], shared=[statistics], inputs=read)
+    outputs = {"safetensors": [as_delta], "HTML": [report]}
+    check_outputs(files=outputs, folders=[out], shared=[statistics], inputs=read)
     store = open_store(statistics, storage) if statistics else None
     given |= {"options": assignments(setting)}
     how: dict[str, Any] = {"device": device, **loading}

@@ -79,7 +79,7 @@ def sample(
     model, base = _named(model, base)
     targets = picture_paths(out, wanted.num) if grid is None else [grid]
     read = [*inputs_of(composition, options), *bases(model, base), *concepts]
-    check_outputs(pictures=[*targets, show_layout], inputs=read)
+    check_outputs(files={"PNG": [*targets, show_layout]}, inputs=read)
     how: dict[str, Any] = {"regional_lora": wanted.regional_lora, "device": device, **loading}
     pipeline = open_pipeline(model, base=base, concepts=concepts, strength=strength, **how)
     with terminal_bar("sampling") as progress:
@@ -111,7 +111,7 @@ def replay(
 
     out = out or picture.with_stem(f"{picture.stem}-replay")
     model, base = _named(model, base)
-    check_outputs(pictures=[out], inputs=[picture, *bases(model, base), *(concept or [])])
+    check_outputs(files={"PNG": [out]}, inputs=[picture, *bases(model, base), *(concept or [])])
     how: dict[str, Any] = {"regional_lora": composition_of(picture).regional_lora, "device": device, **loading}
     pipeline = open_pipeline(model, base=base, concepts=concept or [], strength=strength, **how)
     with terminal_bar("replaying") as progress:

@@ -57,7 +57,7 @@ def tune(
     targets = [(out / name if out and "concepts" in table else out) or Path(name) for name in names]
     read = [file, *(path for settings in several for path in (*inputs_of(settings), *bases(settings.base)))]
     folders = [run_folder(target, read) for target in targets]
-    check_outputs(files=targets, shared=folders, inputs=read)
+    check_outputs(files={"safetensors": targets}, shared=folders, inputs=read)
     place = _place(several, device)
     for settings, target, folder in zip(several, targets, folders, strict=True):
         _tune_one(settings, target, folder, loading, resume=resume, place=place)
@@ -125,5 +125,5 @@ def check(
     naming = None
     if name is not None and class_word is not None:
         naming = naming_of(f"<{name}>", [f"<{name}{number}>" for number in (1, 2)], class_word, synonyms)
-    check_outputs(files=[json_file], inputs=[folder, masks or folder.parent / "masks"])
+    check_outputs(files={"JSON": [json_file]}, inputs=[folder, masks or folder.parent / "masks"])
     report(check_folder(folder, masks=masks, naming=naming), json_file)

@@ -115,9 +115,10 @@ def _other_towers(suite: Suite, device: str) -> dict[str, ImageTower]:
 
 
 def _check_outputs(suite: Suite, out: Path, cache: Path) -> None:
-    files = [out / name for name in ("results.json", "results.csv", "report.html", INDEX)]
+    names = {"JSON": ("results.json", INDEX), "CSV": ("results.csv",), "HTML": ("report.html",)}
+    files = {kind: [out / name for name in some] for kind, some in names.items()}
     check_outputs(files=files, shared=[cache], inputs=suite.inputs)
-    if there := [] if cache.is_dir() else [path for path in files if path.exists()]:
+    if there := [] if cache.is_dir() else [path for some in files.values() for path in some if path.exists()]:
         raise BadInputError(
             f"{shown(there[0], 100)}: is there and of no suite, for there is no cache; choose another --out"
         )
