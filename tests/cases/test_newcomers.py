@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from safetensors.torch import save_file
 
-from mixofshow import FusionSettings, MixOfShowPipeline, fuse, load_concept, load_model, load_unfused, tune
-from mixofshow.concepts.model import with_concept
-from mixofshow.errors import MixOfShowError
+from mixofshow import FusionSettings, MixOfShowPipeline, Region, fuse, load_concept, load_model, load_unfused, tune
+from mixofshow.concepts.model import ConceptModel, with_concept
+from mixofshow.errors import MixOfShowError, SettingsError
 from mixofshow.images import read_grey, read_image
 
+GOLDEN_BASE = Path(__file__).parents[1] / "goldens" / "pipeline"
 AVERAGE = FusionSettings(method="average")
 
 
@@ -94,3 +99,50 @@ def test_colours_that_are_multiplied_by_their_transparency(mode):
 
 def test_the_a_of_lab_is_no_transparency():
     assert read_image(Image.new("LAB", (40, 40), (200, 128, 128)), "it").notes == ()
+
+
+@pytest.fixture
+def draw(golden_pipeline):
+    return MixOfShowPipeline.of(ConceptModel(golden_pipeline))
+
+
+QUICK = {"width": 64, "height": 48, "num_inference_steps": 1, "output_type": "latent"}
+
+
+def test_numbers_of_numpy_are_numbers(draw, golden_concepts):
+    numpys = {"seed": np.int64(3), "num_images_per_prompt": np.int64(1), "eta": np.float32(0)}
+    assert torch.equal(draw("a castle", **QUICK, **numpys)[0], draw("a castle", **QUICK, seed=3)[0])
+    draw.load_concept(golden_concepts[0], np.float32(0.5))
+
+
+def test_regional_lora_without_concepts_says_so(draw, caplog):
+    with caplog.at_level(logging.WARNING):
+        draw("a castle", regional_lora=True, regions=[Region("a cat", (0, 0, 64, 48))], **QUICK)
+    assert "regional_lora changes nothing without concepts" in caplog.text
+
+
+def test_schedulers_of_other_models_are_refused(draw):
+    draw.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(SettingsError, match="scheduler: expected one for .* found FlowMatchEulerDiscreteScheduler"):
+        draw("a castle", **QUICK)
+
+
+def test_textual_inversions_are_concepts(draw, tmp_path):
+    with pytest.raises(SettingsError, match="load_textual_inversion: load_concept"):
+        draw.load_textual_inversion("it.safetensors")
+    save_file({"<mine>": torch.ones(1, draw.text_encoder.config.hidden_size)}, tmp_path / "it.safetensors")
+    draw.load_concept(tmp_path / "it.safetensors")
+    draw("a <mine>", **QUICK)
+
+
+def test_loading_as_diffusers_does(files):
+    here = {"low_cpu_mem_usage": True, "revision": None, "cache_dir": None, "token": None, "device_map": "cpu"}
+    assert MixOfShowPipeline.from_pretrained(GOLDEN_BASE, **here).device.type == "cpu"
+    for option in ("revision", "cache_dir", "token"):
+        with pytest.raises(SettingsError, match=f"from_pretrained: {option}: .*snapshot_download"):
+            MixOfShowPipeline.from_pretrained(GOLDEN_BASE, **{option: "x"})
+    with pytest.raises(SettingsError, match="device_map: give one device"):
+        MixOfShowPipeline.from_pretrained(GOLDEN_BASE, device_map="balanced")
+    for name in (files[0], "none.safetensors"):
+        with pytest.raises(MixOfShowError, match=str(name)):
+            MixOfShowPipeline.from_single_file(name)

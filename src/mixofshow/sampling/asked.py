@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Final
 
 import torch
@@ -104,9 +105,12 @@ def checked(pipeline: Any, given: dict[str, Any]) -> Asked:
     prompts, negatives = _texts(given["prompt"], given["negative_prompt"])
     each = given["num_images_per_prompt"]
     each = 1 if each is None else each
-    require(isinstance(each, int) and each >= 1, "num_images_per_prompt", each, "at least 1")
+    require(isinstance(each, Integral) and each >= 1, "num_images_per_prompt", each, "at least 1")
     require(given["output_type"] in OUTPUTS, "output_type", given["output_type"], "one of " + ", ".join(OUTPUTS))
     require(not drawing.attend or drawing.steps > 2, "attend", drawing.attend, "0 with fewer than 3 steps")
+    kind = type(pipeline.scheduler).__name__
+    fits = hasattr(pipeline.scheduler, "init_noise_sigma")  # which schedulers of flow matching lack
+    require(fits, "scheduler", kind, "one for Stable Diffusion, such as DPMSolverMultistepScheduler")
     require_all_fit(given["controls"], pipeline.unet, drawing.steps)
     count = each * len(prompts)
     images = _pictures(given["image"], count)
@@ -132,7 +136,7 @@ def checked(pipeline: Any, given: dict[str, Any]) -> Asked:
         callback=_callback(given["callback_on_step_end"], given["callback_on_step_end_tensor_inputs"]),
         progress=given["progress"],
     )
-    _say_unused(asked)
+    _say_unused(asked, pipeline.model.concepts)
     return asked
 
 
@@ -187,13 +191,13 @@ def _generators(seed: Any, given: Any, count: int) -> list[torch.Generator]:
         require(len(given) == count, "generator", f"{len(given)}", f"{count}, one for each picture")
         return list(given)
     seed = int(torch.randint(2**62, ())) if seed is None else seed
-    holds = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < MAX_SEED
+    holds = isinstance(seed, Integral) and not isinstance(seed, bool) and 0 <= seed < MAX_SEED
     require(holds, "seed", shown(seed), f"a whole number from 0 to {MAX_SEED - 1}")
-    return [torch.Generator().manual_seed(seed + number) for number in range(count)]
+    return [torch.Generator().manual_seed(int(seed) + number) for number in range(count)]
 
 
 def _eta(eta: float, scheduler: Any) -> float:
-    require(isinstance(eta, int | float) and 0 <= eta <= 1, "eta", shown(eta), "0 to 1")
+    require(isinstance(eta, Real) and 0 <= eta <= 1, "eta", shown(eta), "0 to 1")
     knows = "eta" in inspect.signature(scheduler.step).parameters
     require(not eta or knows, "eta", eta, f"0: {type(scheduler).__name__} has none; DDIMScheduler does")
     return eta
@@ -219,15 +223,17 @@ def _callback(callback: Any, names: Sequence[str]) -> Callback | None:
     return lambda pipeline, step, timestep, _: callback(pipeline, step, timestep, {})
 
 
-def _say_unused(asked: Asked) -> None:
+def _say_unused(asked: Asked, concepts: Sequence[Concept]) -> None:
     """Warn of what is asked for and changes nothing in this call, or is read as something else."""
     drawing = asked.drawing
+    known = concepts if asked.regional_lora is True else asked.regional_lora
+    idle = "without regions" if not asked.regions else "without concepts" if not known else ""
     unused = {
         "negative_prompt": any(asked.negatives) and not asked.guided and "without guidance (guidance_scale 1)",
         "guidance_rescale": drawing.guidance_rescale and not asked.guided and "without guidance (guidance_scale 1)",
         "isolate": drawing.isolate and len(asked.regions) < 2 and "with fewer than two regions",
         "attend": drawing.attend and not asked.regions and "without regions",
-        "regional_lora": asked.regional_lora is not False and not asked.regions and "without regions",
+        "regional_lora": asked.regional_lora is not False and idle,
     }
     for name, where in unused.items():
         if where:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from mixofshow.concepts.changes import Change
 from mixofshow.concepts.concept import Concept
 from mixofshow.concepts.interchange.importing import as_concept
 from mixofshow.concepts.model import ConceptModel, with_words
-from mixofshow.errors import BadInputError, shown
+from mixofshow.errors import BadInputError, SettingsError, shown
 from mixofshow.sampling.asked import require
 
 
@@ -53,6 +54,12 @@ class ConceptLoaderMixin:
         if self._strengths is not None:
             self._know((), {})
 
+    def load_textual_inversion(self, *_: Any, **__: Any) -> None:
+        """Refused: prompts would not know its words. Raises SettingsError."""
+        raise SettingsError(
+            "load_textual_inversion: load_concept(file) takes embeddings too, and prompts know their words"
+        )
+
     def _know(self, concepts: Sequence[Concept], strengths: Mapping[str, float]) -> None:
         known = with_words(self, concepts)
         weights = summed_weights(self, _changes(known.concepts, strengths))
@@ -67,7 +74,7 @@ class ConceptLoaderMixin:
 
 
 def _number(name: str, strength: Any) -> float:
-    holds = isinstance(strength, int | float) and math.isfinite(strength)
+    holds = isinstance(strength, Real) and math.isfinite(strength)
     require(holds, name, shown(strength), "finite numbers as strengths")
     return float(strength)
 

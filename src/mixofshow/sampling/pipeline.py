@@ -44,6 +44,12 @@ from mixofshow.sampling.regions import Region
 
 LOADING: Final = ("base", "device", "dtype", "variant", "config", "download")
 """Options of `load_model`, which `from_pretrained` takes too."""
+_FETCH: Final = "fetch the model with it by huggingface_hub.snapshot_download, and give that folder"
+NOT_LOADING: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("revision", "cache_dir", "token", "force_download", "proxies"), _FETCH),
+    "device_map": "give one device (device=…), or enable_model_cpu_offload() once it is loaded",
+}
+"""Options of diffusers' `from_pretrained` that are taken only where they say nothing, and what to do instead."""
 
 
 class Pictures(list[Any]):
@@ -112,18 +118,24 @@ class _Drawing(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
     def from_pretrained(cls, name: str | Path, **options: Any) -> Self:
         """From an embedded base's name, a diffusers folder, a fused folder or a delta file; options of `load_model`.
 
-        Of diffusers' options `torch_dtype`, `local_files_only` and parts of the pipeline (`scheduler=…`) are taken too.
-        Raises SettingsError for others.
+        Of diffusers' options `torch_dtype`, `local_files_only`, one device as `device_map` and parts of the pipeline
+        (`scheduler=…`) are taken too. Raises SettingsError for others.
         """
         parts = {part: options.pop(part) for part in ("vae", "scheduler", "unet") if part in options}
         if "torch_dtype" in options:
             options["dtype"] = options.pop("torch_dtype")
         if "local_files_only" in options:
             options["download"] = not options.pop("local_files_only")
-        options.pop("use_safetensors", None)  # nothing else is read
+        if options.get("device_map") in ("cpu", "cuda"):
+            options["device"] = options.pop("device_map")
+        for as_ever in ("use_safetensors", "low_cpu_mem_usage"):  # nothing else is read, nor more memory taken
+            options.pop(as_ever, None)
         for unused in ("safety_checker", "requires_safety_checker", "feature_extractor"):
             if not options.get(unused, True):  # as people write to be rid of it: there is none
                 del options[unused]
+        for option, way_out in NOT_LOADING.items():
+            if options.pop(option, None) is not None:
+                raise SettingsError(f"from_pretrained: {option}: {way_out}")
         for option in options:
             if option not in LOADING:
                 raise SettingsError(f"from_pretrained: unknown option '{shown(option)}'{nearest(option, LOADING)}")
@@ -135,6 +147,11 @@ class _Drawing(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
     def load(cls, name: str | Path, **options: Any) -> Self:
         """The same as `from_pretrained`."""
         return cls.from_pretrained(name, **options)
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path: str | Path, **options: Any) -> Self:
+        """The same as `from_pretrained` for a base or a delta in one file, without the network."""
+        return cls.from_pretrained(pretrained_model_link_or_path, **options)
 
     @classmethod
     def single(cls, pipeline: Any, concept: Concept | str | Path, *, strength: float = 1.0) -> Self:
