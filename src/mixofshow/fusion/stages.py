@@ -90,8 +90,8 @@ def fuse(
     """
     settings = asked(settings, keys)
     family_of(pipeline)  # so that what is no base model is told as that
-    several = isinstance(concepts, Iterable) and not isinstance(concepts, str)
-    given = [as_concept(one, pipeline) for one in (concepts if several else [concepts])]
+    several: Any = concepts if isinstance(concepts, Iterable) and not isinstance(concepts, str) else [concepts]
+    given = [as_concept(one, pipeline) for one in several]
     if not given:
         raise BadInputError("nothing to fuse: no concept was given")
     ordered = sorted(given, key=lambda concept: concept.hash)

@@ -34,8 +34,8 @@ def convert(source: Path, target: Path, pipeline: Any, settings: ConvertSettings
 
 def check_target(source: Path, target: Path, settings: ConvertSettings, also_read: Iterable[Path] = ()) -> None:
     """Raise BadInputError or ResourceError unless the target can be written, over nothing that is read."""
-    files, folders = ({"safetensors": [target]}, []) if settings.to == "concept" else ({}, [target])
-    check_outputs(files=files, folders=folders, inputs=[source, settings.embeddings, *also_read])
+    file, folder = (target, None) if settings.to == "concept" else (None, target)
+    check_outputs(files={"safetensors": [file]}, folders=[folder], inputs=[source, settings.embeddings, *also_read])
 
 
 def half_precision_error(concept: Concept) -> float:
