@@ -1,7 +1,8 @@
 """Fusion methods: one decorated pure function each. Its signature is its schema: command line and YAML offer it.
 
 A method takes the problem of one layer (the concepts' changes of it, and what it saw) and returns one change of the
-weight, (out, in) in double precision. Keyword-only parameters with defaults are its settings.
+weight, (out, in) in double precision. Keyword-only parameters with defaults are its settings; their types say what may
+be given, and `method_settings` checks it before anything is recorded.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
-from typing import Any, Final, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Final, Literal, get_type_hints
 
 import torch
 from peft.utils import merge_utils
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,8 +26,9 @@ from mixofshow.fusion.problem import LayerProblem
 from mixofshow.fusion.statistics import Seen
 
 Method = Callable[..., Tensor]
-Goal = Literal["average", "base"]
-Election = Literal["total", "frequency"]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
 METHODS: Final[dict[str, Method]] = {}
 KEEPS_INPUTS: Final[set[str]] = set()
 """Those that need the inputs themselves, row by row."""
@@ -55,7 +57,7 @@ def fusion_method(
 
 
 @fusion_method("gradient")
-def gradient(problem: LayerProblem, *, ridge: float = 0.03, toward: Goal = "average") -> Tensor:
+def gradient(problem: LayerProblem, *, ridge: float = 0.03, toward: Literal["average", "base"] = "average") -> Tensor:
     """Gradient fusion (Mix-of-Show §3.3, eq. 4) by its exact answer, damped: (Σ ΔW_i C_i + λ D)(Σ C_i + λI)⁻¹.
 
     This minimizes Σ ‖(ΔW_i − ΔW) X_i‖² + λ ‖ΔW − D‖², λ being `ridge` times the mean diagonal of Σ C_i. Where the
@@ -64,7 +66,6 @@ def gradient(problem: LayerProblem, *, ridge: float = 0.03, toward: Goal = "aver
     is the solution nearest to the base weight, which the paper's LBFGS approaches). Too small a ridge fits the
     recorded prompts at the cost of all others.
     """
-    _check_choice("toward", toward, Goal)
     sums = problem.sums
     middle = mean(problem) if toward == "average" else problem.zero()
     # Solved for the distance from D, so that rounding does not grow with D.
@@ -72,15 +73,13 @@ def gradient(problem: LayerProblem, *, ridge: float = 0.03, toward: Goal = "aver
 
 
 @fusion_method("lbfgs", keeps_inputs=True)
-def lbfgs(problem: LayerProblem, *, iterations: int = 500) -> Tensor:
+def lbfgs(problem: LayerProblem, *, iterations: Count = 500) -> Tensor:
     """Gradient fusion as the paper's own code solves it (Mix-of-Show §3.3): LBFGS on the stored inputs, begun at W0.
 
     Minimizes the mean square of (W0 + ΔW_i) X_i − W X_i over the rows of all concepts, in the base weight's precision
     (half precision in single), and returns the best W that it met. Here to compare with: `gradient` has the minimum
     itself from the moments alone (ridge 1e-6 toward the base).
     """
-    if iterations < 1:
-        raise SettingsError(f"iterations: expected at least 1, found {iterations}")
     inputs, targets = _regression(problem)
     weight = problem.base.detach().to(inputs.dtype, copy=True).requires_grad_()
     optimizer = torch.optim.LBFGS(
@@ -126,7 +125,9 @@ def _regression(problem: LayerProblem) -> tuple[Tensor, Tensor]:
 
 
 @fusion_method("custom-diffusion")
-def custom_diffusion(problem: LayerProblem, *, ridge: float = 1e-4, cutoff: float = 1e-6) -> Tensor:
+def custom_diffusion(
+    problem: LayerProblem, *, ridge: Positive = 1e-4, cutoff: Annotated[float, Field(gt=0, lt=1)] = 1e-6
+) -> Tensor:
     """Custom Diffusion's constrained merge (Kumari et al. 2023, arXiv:2212.04488, eq. 4) in closed form.
 
     min ‖ΔW C_reg‖ subject to ΔW X_i = ΔW_i X_i for the inputs of all concepts: ΔW = V (Uᵀ R⁻¹ U)⁻¹ Uᵀ R⁻¹. U spans
@@ -138,10 +139,6 @@ def custom_diffusion(problem: LayerProblem, *, ridge: float = 1e-4, cutoff: floa
     The paper merges keys and values, where rows are fewer than dimensions. Where constraints contradict each other,
     as in most other layers, V is their least-squares solution, through the pseudo-inverse of Σ C_i with that cut-off.
     """
-    if not ridge > 0:
-        raise SettingsError(f"ridge: expected more than 0, found {ridge}")
-    if not 0 < cutoff < 1:
-        raise SettingsError(f"cutoff: expected more than 0 and less than 1, found {cutoff}")
     sums = dataclasses.replace(problem, prior=None).sums
     values, vectors = torch.linalg.eigh(sums.moments)
     kept = values > cutoff * values.max()
@@ -215,15 +212,15 @@ def _total(problem: LayerProblem, weights: Sequence[float]) -> Tensor:
 
 
 @fusion_method("ties", needs_statistics=False)
-def ties(problem: LayerProblem, *, density: float = 0.5, majority_sign_method: Election = "total") -> Tensor:
+def ties(
+    problem: LayerProblem, *, density: Share = 0.5, majority_sign_method: Literal["total", "frequency"] = "total"
+) -> Tensor:
     """TIES (Yadav et al. 2023, arXiv:2306.01708): trim each change to its largest entries, elect signs, average.
 
     Of each change the `density` largest entries stay, unscaled. Every entry then takes the sign of the changes' sum
     ("total") or of most changes ("frequency"), and is the mean of the entries that have that sign. A concept with
     nothing there is not counted, so agreeing changes are not thinned by n. One concept alone is its trimmed change.
     """
-    _check_share("density", density)
-    _check_choice("majority_sign_method", majority_sign_method, Election)
     # The disjoint mean already divides by the number of concepts that agree, so all weights are 1.
     matrices = problem.matrices()
     with warnings.catch_warnings(action="ignore"):  # peft warns where a density of 1 prunes nothing, as it should
@@ -231,14 +228,13 @@ def ties(problem: LayerProblem, *, density: float = 0.5, majority_sign_method: E
 
 
 @fusion_method("dare", needs_statistics=False)
-def dare(problem: LayerProblem, *, density: float = 0.5, seed: int = 0) -> Tensor:
+def dare(problem: LayerProblem, *, density: Share = 0.5, seed: int = 0) -> Tensor:
     """DARE (Yu et al. 2023, arXiv:2311.03099): drop entries at random, divide the rest by `density`, take the mean.
 
     Over all seeds the expectation is weight fusion's change. Concepts drop different entries; layers of one shape
     drop the same ones. Masks are drawn on the CPU, so that all devices drop alike; the global generator is left as
     it was.
     """
-    _check_share("density", density)
     matrices = [matrix.cpu() for matrix in problem.matrices()]
     shares = torch.full((len(matrices),), 1 / len(matrices), dtype=torch.float64)
     # peft draws from the global generator of the CPU; `torch.manual_seed` would seed the accelerators' as well.
@@ -248,27 +244,23 @@ def dare(problem: LayerProblem, *, density: float = 0.5, seed: int = 0) -> Tenso
 
 
 @fusion_method("svd", needs_statistics=False)
-def svd(problem: LayerProblem, *, rank: int = 8) -> Tensor:
+def svd(problem: LayerProblem, *, rank: Count = 8) -> Tensor:
     """The mean of the changes, cut to a rank: U_r S_r V_rᵀ, the nearest matrix of that rank (Eckart–Young).
 
     This is what is left of weight fusion when the fused model must again be one LoRA.
     """
-    if rank < 1:
-        raise SettingsError(f"rank: expected at least 1, found {rank}")
     left, values, right = torch.linalg.svd(average(problem), full_matrices=False)
     return (left[:, :rank] * values[:rank]) @ right[:rank]
 
 
 @fusion_method("regmean")
-def regmean(problem: LayerProblem, *, shrink: float = 0.9, ridge: float = 1e-6) -> Tensor:
+def regmean(problem: LayerProblem, *, shrink: Annotated[float, Field(ge=0, le=1)] = 0.9, ridge: float = 1e-6) -> Tensor:
     """RegMean (Jin et al. 2023, arXiv:2212.09849): (Σ ΔW_i C̃_i)(Σ C̃_i + λI)⁻¹, C̃_i = α C_i + (1 − α) diag(C_i).
 
     α is `shrink`: at 1 this is gradient fusion `toward` the base; at 0 each input column of the weight is a mean of
     the concepts' columns, weighted by that input's energy. λ only guards inputs that were never seen; the paper has
     none.
     """
-    if not 0 <= shrink <= 1:
-        raise SettingsError(f"shrink: expected 0 to 1, found {shrink}")
 
     def shrunk(seen: Seen) -> Seen:
         diagonal = seen.moments.diagonal().diag()
@@ -277,16 +269,6 @@ def regmean(problem: LayerProblem, *, shrink: float = 0.9, ridge: float = 1e-6) 
     prior = None if problem.prior is None else shrunk(problem.prior)
     sums = dataclasses.replace(problem, look=lambda number: shrunk(problem.look(number)), prior=prior).sums
     return solve_ridge(sums.moments, sums.pulls, ridge)
-
-
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise SettingsError(f"{name}: expected {' or '.join(get_args(choices))}, found {value!r}")
-
-
-def _check_share(name: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise SettingsError(f"{name}: expected more than 0 and at most 1, found {value}")
 
 
 def solve_ridge(moments: Tensor, pulls: Tensor, ridge: float) -> Tensor:
@@ -319,7 +301,7 @@ def method_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     require_known(name)
     parameters = inspect.signature(METHODS[name]).parameters.values()
     known = {one.name: one.default for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY}
-    kinds, settings = get_type_hints(METHODS[name]), dict(known)
+    kinds, settings = get_type_hints(METHODS[name], include_extras=True), dict(known)
     for key, value in given.items():
         if key not in known:
             raise SettingsError(f"fusion method '{name}' has no setting '{key}'{nearest(key, known)}")
