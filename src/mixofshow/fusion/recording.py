@@ -126,12 +126,7 @@ class _Recorder:
     fused: Mapping[str, Tensor] | None
 
     def run(self) -> None:
-        stages: dict[Stage, Callable[[], None]] = {
-            "text": self._text,
-            "keys-and-values": self._keys_and_values,
-            "picture": self._pictures,
-        }
-        for stage, record_stage in stages.items():
+        for stage, record_stage in zip(STAGES, (self._text, self._keys_and_values, self._pictures), strict=True):
             if any(stage_of(name) == stage for name in self.names):
                 record_stage()
 
@@ -141,51 +136,38 @@ class _Recorder:
         A token that variants share counts once in each, so each must pass the encoder in full.
         """
         for text in self.source.texts:
-            self._observe("text", partial(self._encode, self._ids(text), encode_fully))
+            self._observe("text", partial(self._encode, self._ids(text, padded=False), encode_fully))
 
     def _keys_and_values(self) -> None:
-        """The concept's words and the end token. Each cross-attention layer counts its own variant of the text."""
+        """The concept's words and the end token. Each cross-attention layer counts its own variant of the text.
+
+        Of the base's prompts all tokens, with their padding.
+        """
         wanted = {input_of(name) for name in self.names}
-        inputs = {f"unet.{path}.input": group for path, group in text_groups(self.pipeline.unet).items()}
+        groups = {f"unet.{path}.input": group for path, group in text_groups(self.pipeline.unet).items()}
+        encoder = text_encoders(self.pipeline)[0]
         for text in self.source.texts:
             ids = self._ids(text, padded=self.source.concept is None)
-            rows = self._telling(ids[0][0])
+            rows = (ids[0][0] == encoder.tokenizer.eos_token_id) | (ids[0][0] >= encoder.first_id)
+            if self.source.concept is None:
+                rows = torch.ones_like(rows)
             own, drifted = self._encode(ids).hidden[0], self._in_fused(partial(self._encode, ids))
-            for name, group in inputs.items():
+            for name, group in groups.items():
                 if name in wanted:
-                    self.moments.add(
-                        name, own[group, rows], None if drifted is None else drifted.hidden[0][group, rows]
-                    )
-
-    def _telling(self, ids: Tensor) -> Tensor:
-        """Which tokens say what the concept is: its words and the end. Of the base's prompts all, with their padding."""
-        if self.source.concept is None:
-            return torch.ones_like(ids, dtype=torch.bool)
-        encoder = text_encoders(self.pipeline)[0]
-        return (ids == encoder.tokenizer.eos_token_id) | (ids >= encoder.first_id)
+                    pair = None if drifted is None else drifted.hidden[0][group, rows]
+                    self.moments.add(name, own[group, rows], pair)
 
     def _pictures(self) -> None:
         """Everything behind: each picture, at every step."""
-        for number, text in enumerate(self.source.pictures):
-            self._picture(text, self.settings.seed + number)
-
-    def _picture(self, prompt: str, seed: int) -> None:
-        own = self._texts(prompt)
-        fused = self._in_fused(partial(self._texts, prompt))
-
-        def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
-            call = partial(self._predict, noisy.expand(len(own.hidden), -1, -1, -1), timestep)
-            behind = partial(call, fused) if fused else None
-            return self._guided(self._observe("picture", partial(call, own), behind).sample)
-
         with layerwise(self.pipeline.unet):
-            draw(self.pipeline, predict, steps=self.settings.steps, seed=seed)
+            for seed, prompt in enumerate(self.source.pictures, self.settings.seed):
+                predict = partial(self._predict, self._texts(prompt), self._in_fused(partial(self._texts, prompt)))
+                draw(self.pipeline, predict, steps=self.settings.steps, seed=seed)
 
-    def _predict(self, noisy: Tensor, timestep: Tensor, text: EncodedText) -> Any:
-        told = conditions(self.pipeline, text.pooled, noisy)
-        return self.pipeline.unet(noisy, timestep, text.hidden, **told)
-
-    def _guided(self, made: Tensor) -> Tensor:
+    def _predict(self, own: EncodedText, fused: EncodedText | None, noisy: Tensor, timestep: Tensor) -> Tensor:
+        """What the source's own model predicts, while inputs are counted; with guidance if there are two texts."""
+        call = partial(predicted, self.pipeline, noisy.expand(len(own.hidden), -1, -1, -1), timestep)
+        made = self._observe("picture", partial(call, own), partial(call, fused) if fused else None)
         if len(made) == 1:
             return made
         empty, text = made.chunk(2)
@@ -193,10 +175,10 @@ class _Recorder:
 
     def _texts(self, prompt: str) -> EncodedText:
         """The padded prompt, behind the empty one if there is guidance, (1 or 2, layers, tokens, dim)."""
-        text = self._encode(self._ids(prompt, padded=True))
+        text = self._encode(self._ids(prompt))
         if self.settings.guidance_scale == 1:
             return text
-        return joined([unprompted(self.pipeline, "", self._encode(self._ids("", padded=True))), text])
+        return joined([unprompted(self.pipeline, "", self._encode(self._ids(""))), text])
 
     def _observe(self, stage: Stage, call: Callable[[], Any], in_fused: Callable[[], Any] | None = None) -> Any:
         """The call's result, while what the stage's layers see is counted, in pairs if there is a fused model."""
@@ -215,7 +197,7 @@ class _Recorder:
         with replaced(self.pipeline, self.fused):
             return call()
 
-    def _ids(self, text: str, *, padded: bool = False) -> Ids:
+    def _ids(self, text: str, *, padded: bool = True) -> Ids:
         """(1, tokens) for each text encoder."""
         return prompt_ids(self.pipeline, [text], self.source.vocabulary, padded=padded)
 
@@ -225,6 +207,12 @@ class _Recorder:
         if self.source.concept is None:
             return encode_plain(self.pipeline, ids).for_layers(layers)
         return encode_variants(self.pipeline, ids, self.source.vocabulary.vectors(layers), encode=encode)
+
+
+def predicted(pipeline: Any, latents: Tensor, timestep: Tensor, text: EncodedText) -> Tensor:
+    """What the UNet predicts; `text` is that of each picture, in every layer's variant."""
+    made: Tensor = pipeline.unet(latents, timestep, text.hidden, **conditions(pipeline, text.pooled, latents)).sample
+    return made
 
 
 def draw(

@@ -20,14 +20,13 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.optim.lr_scheduler import LambdaLR
 
-from mixofshow.bases.families import conditions
 from mixofshow.bases.layers import layer
 from mixofshow.concepts.adapters import replaced
 from mixofshow.concepts.concept import Concept, vocabulary
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.concepts.prompts import EncodedText, encode_prompts, layerwise, unprompted
 from mixofshow.concepts.words import Vocabulary
-from mixofshow.fusion.recording import Source, draw
+from mixofshow.fusion.recording import Source, draw, predicted
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.progress import Progress, silent
 
@@ -104,29 +103,28 @@ def own_lessons(
     guidance = ConceptModel(pipeline).usual_guidance if source.concept else 1.0
     with replaced(pipeline, source.weights(pipeline, None)), layerwise(pipeline.unet):
         return [
-            _lessons_of(
-                pipeline, [prompt] * pictures, source, guidance, steps=settings.steps, seed=settings.seed + number
-            )
-            for number, prompt in enumerate(source.texts)
+            _lessons_of(pipeline, source, prompt, guidance, steps=settings.steps, seed=seed, pictures=pictures)
+            for seed, prompt in enumerate(source.texts, settings.seed)
         ]
 
 
 def _lessons_of(
-    pipeline: Any, prompts: Sequence[str], source: Source, guidance: float, *, steps: int, seed: int
+    pipeline: Any, source: Source, prompt: str, guidance: float, *, steps: int, seed: int, pictures: int
 ) -> list[Lesson]:
-    """The same for pictures that are drawn together; the pipeline has the source's own weights."""
+    """The same for one prompt; the pipeline has the source's own weights."""
     lessons: list[Lesson] = []
-    text, empty = encode_prompts(pipeline, prompts, source.vocabulary), _empty(pipeline, len(prompts))
+    text, empty = encode_prompts(pipeline, [prompt] * pictures, source.vocabulary), _empty(pipeline, pictures)
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-        made = _predicted(pipeline, latents, timestep, text)
+        made = predicted(pipeline, latents, timestep, text)
         if guidance > 1:
-            made = torch.lerp(_predicted(pipeline, latents, timestep, empty), made, guidance)
-        for prompt, noisy, its in zip(prompts, latents, made, strict=True):
-            lessons.append(Lesson(prompt, noisy, timestep, its, guidance))
+            made = torch.lerp(predicted(pipeline, latents, timestep, empty), made, guidance)
+        lessons.extend(
+            Lesson(prompt, *one, guidance) for one in zip(latents, timestep.expand(pictures), made, strict=True)
+        )
         return made
 
-    draw(pipeline, predict, steps=steps, seed=seed, pictures=len(prompts))
+    draw(pipeline, predict, steps=steps, seed=seed, pictures=pictures)
     return lessons
 
 
@@ -141,7 +139,8 @@ def _learned(
     """Words and weights after all steps. In each one concept, in turns, teaches some lessons of one of its prompts."""
     words = [concept.embeddings.clone().requires_grad_() for concept in taught.concepts]
     weights = {name: weight.detach().float().clone().requires_grad_() for name, weight in taught.weights.items()}
-    plain = _plain_lessons(pipeline, settings)
+    by_prompt = own_lessons(pipeline, Source.of_base(settings), settings, pictures=1) if settings.prior else []
+    plain = [lesson for lessons_of_prompt in by_prompt for lesson in lessons_of_prompt]
     groups = [_group(one, WORD_RATE) for one in words] + [_group(one, WEIGHT_RATE) for one in weights.values()]
     total = settings.refit * len(words)
     optimizer = torch.optim.Adam(groups)
@@ -164,14 +163,6 @@ def _learned(
         [replace(one, embeddings=own.detach()) for one, own in zip(taught.concepts, words, strict=True)],
         {name: weight.detach().to(taught.weights[name].dtype) for name, weight in weights.items()},
     )
-
-
-def _plain_lessons(pipeline: Any, settings: FusionSettings) -> list[Lesson]:
-    """The base's own, if the fusion has a prior."""
-    if not settings.prior:
-        return []
-    by_prompt = own_lessons(pipeline, Source.of_base(settings), settings, pictures=1)
-    return [lesson for lessons in by_prompt for lesson in lessons]
 
 
 def _group(learning: Tensor, rate: float) -> dict[str, Any]:
@@ -212,9 +203,9 @@ def _loss(pipeline: Any, concept: Concept, lessons: Sequence[Lesson]) -> Tensor:
     guided = torch.stack([one.prediction for one in lessons]).float()
     shares = guided.new_tensor([1 / one.guidance for one in lessons]).view(-1, 1, 1, 1)
     with torch.no_grad():
-        empty = _predicted(pipeline, latents, timesteps, _empty(pipeline, len(lessons)))
+        empty = predicted(pipeline, latents, timesteps, _empty(pipeline, len(lessons)))
     wanted = torch.lerp(empty.float(), guided, shares)
-    return F.mse_loss(_predicted(pipeline, latents, timesteps, text).float(), wanted)
+    return F.mse_loss(predicted(pipeline, latents, timesteps, text).float(), wanted)
 
 
 def _empty(pipeline: Any, count: int) -> EncodedText:
@@ -222,22 +213,12 @@ def _empty(pipeline: Any, count: int) -> EncodedText:
     return unprompted(pipeline, "", encode_prompts(pipeline, [""] * count, Vocabulary()))
 
 
-def _predicted(pipeline: Any, latents: Tensor, timesteps: Tensor, text: EncodedText) -> Tensor:
-    told = conditions(pipeline, text.pooled, latents)
-    made: Tensor = pipeline.unet(latents, timesteps, text.hidden, **told).sample
-    return made
-
-
 @torch.no_grad()
 def _losses(pipeline: Any, model: Refitted, lessons: Sequence[Sequence[Sequence[Lesson]]]) -> list[float]:
     """Each concept's loss, over a batch of each of its prompts' lessons, from the first step to the last."""
     with replaced(pipeline, model.weights), layerwise(pipeline.unet):
         return [
-            sum(_loss(pipeline, concept, _spread(prompt)).item() for prompt in prompts) / len(prompts)
+            sum(_loss(pipeline, concept, one[:: max(1, len(one) // BATCH)][:BATCH]).item() for one in prompts)
+            / len(prompts)
             for concept, prompts in zip(model.concepts, lessons, strict=True)
         ]
-
-
-def _spread(lessons: Sequence[Lesson]) -> Sequence[Lesson]:
-    """A batch, evenly over all."""
-    return lessons[:: max(1, len(lessons) // BATCH)][:BATCH]
