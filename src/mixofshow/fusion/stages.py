@@ -9,7 +9,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,6 +46,8 @@ from mixofshow.fusion.store import Looks, Recording, Store
 from mixofshow.outputs import scratch
 from mixofshow.progress import Progress, silent
 
+INDEPENDENT: Final = {"mode": "independent"}
+"""How a source's whole own model is recorded: nothing of it depends on other concepts."""
 NOT_IN_RECORDINGS: Final = ("refine", "refit", "guard", "refuse_loud", "measure", "leave_one_out", "max_memory")
 """Settings that change no recording: they come after it, or say who is heard, which concepts' hashes tell."""
 
@@ -104,13 +106,10 @@ def fuse(
         raise SettingsError("refit: does not work in fp16; load the base in bf16 or fp32, or take refit 0")
     base = fingerprint(pipeline)
     ordered = [fitted(concept, pipeline, f"concept <{concept.info.name}>", base=base) for concept in ordered]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(exclusive(pipeline))
-        if store is None:
-            store = Store(stack.enter_context(scratch()))
+    kept = scratch() if store is None else contextlib.nullcontext(store.folder)
+    with exclusive(pipeline), kept as folder:
         told = _voices(pipeline, ordered, settings)
-        recorder = _Recorder(pipeline, settings, store, settings.method in KEEPS_INPUTS)
-        fusion = _Fusion(pipeline, heard(ordered, told), told, settings, recorder, progress)
+        fusion = _Fusion(pipeline, base, heard(ordered, told), told, settings, store or Store(folder), progress)
         fusion.run()
         pupils = [one for k, one in enumerate(fusion.concepts) if k not in told or not told[k].left_out]
         found = refit(pipeline, pupils, fusion.weights, settings, progress=progress)
@@ -142,8 +141,50 @@ def record_concept(concept: Concept, pipeline: Any, settings: RecordingSettings,
 
     Recorded are the layers that it changes, and all attention: what other concepts are likely to change.
     """
-    recorder = _Recorder(pipeline, settings, store)
-    return recorder.independent(Source.of(concept, settings), recorder.usual(concept.deltas))
+    names = _with_attention(pipeline, concept.deltas)
+    source = Source.of(concept, settings)
+    return _recorded(pipeline, source, names, settings, store, base=fingerprint(pipeline), how=INDEPENDENT)
+
+
+def _with_attention(pipeline: Any, changed: Collection[str]) -> list[str]:
+    """The changed layers and all attention, in forward order."""
+    attention = lora_layers(pipeline)
+    return [name for name in tunable_layers(pipeline) if name in changed or name in attention]
+
+
+def _recorded(
+    pipeline: Any,
+    source: Source,
+    names: Sequence[str],
+    settings: RecordingSettings,
+    store: Store,
+    *,
+    base: str,
+    how: Mapping[str, Any],
+    keep_inputs: bool = False,
+    **options: Any,
+) -> Recording:
+    """What a source's layers see, from the store, or recorded into it; `options` are those of `record`.
+
+    `base` is the fingerprint of the pipeline with its own weights, and `how` is what a recording depends on beside it.
+    """
+    key = {
+        "source": source.concept.hash if source.concept else "base",
+        "base": base,
+        "precision": str(pipeline.unet.dtype),
+        "scheduler": scheduler_settings(pipeline),
+        **({"clip_skip": skips} if any(skips := [one.clip_skip for one in text_encoders(pipeline)]) else {}),
+        "texts": source.texts,
+        "pictures": source.pictures,
+        "settings": settings.recording(),
+        "inputs": keep_inputs,
+        **how,
+    }
+    name = source.name.replace(" ", "-")
+    found = store.find(key, name, {input_of(layer_name) for layer_name in names})
+    if found is not None:
+        return found
+    return store.keep(key, name, record(pipeline, source, names, settings, keep_inputs=keep_inputs, **options))
 
 
 def _check_names(concepts: Sequence[Concept], settings: FusionSettings) -> None:
@@ -151,58 +192,6 @@ def _check_names(concepts: Sequence[Concept], settings: FusionSettings) -> None:
         unknown = settings.weights.keys() - {concept.info.name for concept in concepts}
         if unknown:
             raise BadInputError(f"weights: no concept is called {', '.join(sorted(unknown))}")
-
-
-@dataclass(frozen=True)
-class _Recorder:
-    """Records what is not yet in the store."""
-
-    pipeline: Any
-    settings: RecordingSettings
-    store: Store
-    keep_inputs: bool = False
-
-    def usual(self, changed: Collection[str]) -> list[str]:
-        """The changed layers and all attention, in forward order."""
-        attention = lora_layers(self.pipeline)
-        return [name for name in tunable_layers(self.pipeline) if name in changed or name in attention]
-
-    def independent(self, source: Source, names: Sequence[str]) -> Recording:
-        """The source's whole own model: nothing of it depends on other concepts."""
-        return self._recorded(source, names, {"mode": "independent"})
-
-    def staged(self, source: Source, names: Sequence[str], behind: Any, own: Collection[str]) -> Recording:
-        """Only the `own` layers are its own; `behind` tells what the pipeline has in the others."""
-        return self._recorded(source, names, {"mode": "staged", "behind": behind}, own=own)
-
-    def drifted(self, source: Source, names: Sequence[str], behind: Any, fused: Mapping[str, Tensor]) -> Recording:
-        """The source's whole own model beside the fused one; `behind` tells how that came about."""
-        return self._recorded(source, names, {"mode": "drifted", "behind": behind}, fused=fused)
-
-    def _recorded(self, source: Source, names: Sequence[str], how: Mapping[str, Any], **options: Any) -> Recording:
-        key = {
-            "source": source.concept.hash if source.concept else "base",
-            "base": self.fingerprint,
-            "precision": str(self.pipeline.unet.dtype),
-            "scheduler": scheduler_settings(self.pipeline),
-            **({"clip_skip": skips} if any(skips := [one.clip_skip for one in text_encoders(self.pipeline)]) else {}),
-            "texts": source.texts,
-            "pictures": source.pictures,
-            "settings": self.settings.recording(),
-            "inputs": self.keep_inputs,
-            **how,
-        }
-        name = source.name.replace(" ", "-")
-        found = self.store.find(key, name, {input_of(layer_name) for layer_name in names})
-        if found is not None:
-            return found
-        seen = record(self.pipeline, source, names, self.settings, keep_inputs=self.keep_inputs, **options)
-        return self.store.keep(key, name, seen)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """The base model's; taken while the pipeline has its own weights."""
-        return fingerprint(self.pipeline)
 
 
 @dataclass
@@ -213,10 +202,11 @@ class _Fusion:
     """
 
     pipeline: Any
+    base: str
     concepts: Sequence[Concept]
     voices: Mapping[int, Voice]
     settings: FusionSettings
-    recorder: _Recorder
+    store: Store
     progress: Progress
     weights: dict[str, Tensor] = field(default_factory=dict)
     reports: dict[str, LayerReport] = field(default_factory=dict)
@@ -224,27 +214,32 @@ class _Fusion:
 
     def run(self) -> None:
         """All layers, then the passes of refinement; at once where nothing need be recorded, or nobody is left."""
-        if not self._changed:
-            return
+        names = self._names(STAGES)
         if not looks_at_inputs(self.settings):
-            self._solve_blindly(self._names(STAGES))
-        elif self.settings.mode == "independent":
-            names = [name for name in self.recorder.usual(self._changed) if name in self._changed]
-            self._solve(names, self._record(partial(self.recorder.independent, names=self.recorder.usual(names))))
+            self._solve_blindly(names)
+        elif names and self.settings.mode == "independent":
+            self._solve(names, self._record(_with_attention(self.pipeline, names), INDEPENDENT))
         else:
             for stage in STAGES:
-                names = self._names([stage])
+                own = self._names([stage])
                 # The text encoder comes first: nothing is fused behind it, whoever the other concepts are.
-                behind = None if stage == "text" else [stage, self.identity]
+                how = {"mode": "staged", "behind": None if stage == "text" else [stage, self.identity]}
                 with replaced(self.pipeline, self.weights):
-                    self._in_parts(names, partial(self.recorder.staged, own=set(names)), behind, moments=1)
+                    self._in_parts(own, how, moments=1, own=set(own))
         for number in range(self._passes):
-            self._refine(number)
+            for stages in self._orders:
+                how = {"mode": "drifted", "behind": [number, stages, self.identity]}
+                self._in_parts(self._names(stages), how, moments=3, fused=dict(self.weights))
 
     @property
     def _passes(self) -> int:
         """One concept alone is kept as it is: nothing drifts."""
         return self.settings.passes if len(self.counted) > 1 and looks_at_inputs(self.settings) else 0
+
+    @property
+    def _orders(self) -> Sequence[Sequence[Stage]]:
+        """The stages that a pass of refinement solves together."""
+        return [STAGES] if self.settings.refine_order == "all" else [[stage] for stage in STAGES]
 
     @cached_property
     def counted(self) -> list[Concept]:
@@ -257,22 +252,14 @@ class _Fusion:
         uncounted = {number for number, voice in self.voices.items() if not voice.counted}
         return [number for number in range(len(self.concepts) + 1) if number not in uncounted]
 
-    def _refine(self, number: int) -> None:
-        """Solve all layers again, for the inputs that they have in the fused model."""
-        for stages in [[stage] for stage in STAGES] if self.settings.refine_order == "stages" else [STAGES]:
-            drifted = partial(self.recorder.drifted, fused=dict(self.weights))
-            self._in_parts(self._names(stages), drifted, [number, stages, self.identity], moments=3)
-
-    def _in_parts(
-        self, names: Sequence[str], record_one: Callable[..., Recording], behind: Any, *, moments: int
-    ) -> None:
+    def _in_parts(self, names: Sequence[str], how: Mapping[str, Any], *, moments: int, **options: Any) -> None:
         """Record and solve layers: at once, or so many at a time that their moments fit into the memory allowed."""
         widths = {name: matrix(layer(self.pipeline, name)).shape[1] for name in names}
         allowed = self.settings.max_memory and self.settings.max_memory * 2**30 / moments
         groups = parts(names, widths, allowed)
         for group in groups:
-            told = behind if len(groups) == 1 else [behind, group]
-            self._solve(group, self._record(partial(record_one, names=group, behind=told), counts=group is groups[-1]))
+            of_group = how if len(groups) == 1 else {**how, "behind": [how["behind"], group]}
+            self._solve(group, self._record(group, of_group, counts=group is groups[-1], **options))
 
     @cached_property
     def identity(self) -> list[Any]:
@@ -280,31 +267,24 @@ class _Fusion:
         settings = self.settings.model_dump(mode="json", exclude=set(NOT_IN_RECORDINGS))
         return [[concept.hash for concept in self.counted], settings]
 
-    @cached_property
-    def _changed(self) -> set[str]:
-        return {name for concept in self.counted for name in concept.deltas}
-
     def _names(self, stages: Sequence[Stage]) -> list[str]:
         """The changed layers of some stages, in forward order."""
-        layers = tunable_layers(self.pipeline)
-        return [name for name in layers if name in self._changed and stage_of(name) in stages]
+        changed = {name for concept in self.counted for name in concept.deltas}
+        return [name for name in tunable_layers(self.pipeline) if name in changed and stage_of(name) in stages]
 
-    @property
-    def _sources(self) -> list[Source]:
-        """The concepts, and behind them the base if its own prompts count."""
-        settings = self.settings
+    def _record(
+        self, names: Sequence[str], how: Mapping[str, Any], *, counts: bool = True, **options: Any
+    ) -> list[Recording]:
+        """Of the concepts, and behind them of the base if its own prompts count."""
+        settings, recordings = self.settings, []
         of_base = [Source.of_base(settings)] if settings.prior else []
-        return [*(Source.of(concept, settings) for concept in self.concepts), *of_base]
-
-    def _record(self, record_one: Callable[[Source], Recording], *, counts: bool = True) -> list[Recording]:
-        recordings = []
-        rounds = (1 if self.settings.mode == "independent" else len(STAGES)) + self._passes * (
-            1 if self.settings.refine_order == "all" else len(STAGES)
-        )
-        for source in self._sources:
-            recordings.append(record_one(source))
+        sources = [*(Source.of(concept, settings) for concept in self.concepts), *of_base]
+        rounds = (1 if settings.mode == "independent" else len(STAGES)) + self._passes * len(self._orders)
+        options |= {"base": self.base, "how": how, "keep_inputs": settings.method in KEEPS_INPUTS}
+        for source in sources:
+            recordings.append(_recorded(self.pipeline, source, names, settings, self.store, **options))
             self.recorded += counts
-            self.progress(self.recorded, rounds * len(self._sources), {})
+            self.progress(self.recorded, rounds * len(sources), {})
         return recordings
 
     def _solve(self, names: Sequence[str], recordings: Sequence[Recording]) -> None:
