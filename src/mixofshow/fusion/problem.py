@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -14,8 +15,8 @@ from mixofshow.fusion.statistics import Seen
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What one concept wants of a layer: a change ΔW leaves energy − 2 ⟨pull, ΔW⟩ + ⟨ΔWᵀΔW, moments⟩ of it undone.
+class LeastSquaresTerm:
+    """One concept's squared error in a layer: a change ΔW leaves energy − 2 ⟨pull, ΔW⟩ + ⟨ΔWᵀΔW, moments⟩ of it.
 
     The pull is `own` + W0 `shift`. As recorded, moments (in, in) are C_i, own is ΔW_i C_i, None where the concept
     leaves the layer alone, and nothing is shifted. Where inputs drifted, it is (W0 + ΔW_i) X_i that is to be met on X̃_i:
@@ -69,21 +70,19 @@ class LayerProblem:
         outputs, inputs = self.base.shape
         zeros = partial(self.base.new_zeros, dtype=torch.float64)
         sums, shift = LayerSums(zeros(inputs, inputs), zeros(outputs, inputs)), None
-        for weight, wish in self._weighed():
-            sums.moments.add_(wish.moments, alpha=weight)
-            sums.energy += weight * wish.energy
-            sums.rows += wish.rows
-            if wish.own is not None:
-                wish.own.add_to(sums.pulls, weight)
-            if wish.shift is not None:
-                shift = (zeros(inputs, inputs) if shift is None else shift).add_(wish.shift, alpha=weight)
+        terms = zip(self.weights, self._terms(), strict=True)
+        of_prior = [] if self.prior is None else [(self.prior_weight, self._term(None, self.prior))]
+        for weight, term in itertools.chain(terms, of_prior):
+            sums.moments.add_(term.moments, alpha=weight)
+            sums.energy += weight * term.energy
+            sums.rows += term.rows
+            if term.own is not None:
+                term.own.add_to(sums.pulls, weight)
+            if term.shift is not None:
+                shift = (zeros(inputs, inputs) if shift is None else shift).add_(term.shift, alpha=weight)
         if shift is not None:
             sums.pulls.addmm_(self.base.double(), shift)
         return sums
-
-    def weighed(self, weights: Sequence[float]) -> LayerProblem:
-        """The same problem with other weights."""
-        return replace(self, weights=weights)
 
     def without(self, *numbers: int) -> LayerProblem:
         """The same problem without some concepts, summed anew: nothing is subtracted."""
@@ -114,43 +113,33 @@ class LayerProblem:
         change = change.double()
         gram, aligned = change.T @ change, None
         found = []
-        for wish in self._wishes():
-            pull = 0.0 if wish.own is None else wish.own.inner(change)
-            if wish.shift is not None:
+        for term in self._terms():
+            pull = 0.0 if term.own is None else term.own.inner(change)
+            if term.shift is not None:
                 aligned = self.base.double().T @ change if aligned is None else aligned
-                pull += inner(wish.shift, aligned)
-            found.append((max(wish.energy - 2 * pull + inner(gram, wish.moments), 0.0), wish.energy))
+                pull += inner(term.shift, aligned)
+            found.append((max(term.energy - 2 * pull + inner(gram, term.moments), 0.0), term.energy))
         return found
-
-    def energies(self) -> list[float]:
-        """‖ΔW_i X_i‖² of each concept."""
-        return [wish.energy for wish in self._wishes()]
 
     def energies_and_outputs(self) -> list[tuple[float, float]]:
         """‖ΔW_i X_i‖² and ‖W0 X_i‖² of each concept: what it wants, and what the base makes of what the fused layer gets."""
-        return [(wish.energy, max(inner(self._base_gram, wish.moments), 0.0)) for wish in self._wishes()]
+        return [(term.energy, max(inner(self._base_gram, term.moments), 0.0)) for term in self._terms()]
 
-    def _weighed(self) -> Iterator[tuple[float, Wish]]:
-        """All that counts, with its weight."""
-        yield from zip(self.weights, self._wishes(), strict=True)
-        if self.prior is not None:
-            yield self.prior_weight, self._wish(None, self.prior)
+    def _terms(self) -> Iterator[LeastSquaresTerm]:
+        return (self._term(change, self.look(number)) for number, change in enumerate(self.changes))
 
-    def _wishes(self) -> Iterator[Wish]:
-        return (self._wish(change, self.look(number)) for number, change in enumerate(self.changes))
-
-    def _wish(self, change: Change | None, seen: Seen) -> Wish:
+    def _term(self, change: Change | None, seen: Seen) -> LeastSquaresTerm:
         own = change and change.times(seen.moments)
         energy = _inner(own, change) if own and change else 0.0
         if seen.drifted is None or seen.cross is None:
-            return Wish(seen.moments, seen.rows, max(energy, 0.0), own)
+            return LeastSquaresTerm(seen.moments, seen.rows, max(energy, 0.0), own)
         shift = seen.cross - seen.drifted
         energy += inner(self._base_gram, seen.moments - seen.cross - shift)
         met = change and change.times(seen.cross)
         if own and met:
             base = self.base.double()
             energy += 2 * (own.inner(base) - met.inner(base))
-        return Wish(seen.drifted, seen.rows, max(energy, 0.0), met, shift)
+        return LeastSquaresTerm(seen.drifted, seen.rows, max(energy, 0.0), met, shift)
 
     @cached_property
     def _base_gram(self) -> Tensor:

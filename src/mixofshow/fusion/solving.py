@@ -110,7 +110,7 @@ def problem_of(
 ) -> LayerProblem:
     """The problem of one layer, (out, in); `look(i)` is what was recorded of concept i and, behind them, of the base."""
     problem = LayerProblem(base, [concept.deltas.get(name) for concept in concepts], look, [1.0] * len(concepts))
-    problem = problem.weighed(_weights(problem, concepts, settings))
+    problem = replace(problem, weights=_weights(problem, concepts, settings))
     return _with_prior(problem, look(len(concepts)), settings.prior) if settings.prior else problem
 
 
