@@ -23,7 +23,7 @@ class Settings(BaseModel):
             raise SettingsError(listed(problems)) from error
 
     @classmethod
-    def of(cls, table: Any, source: str) -> Self:
+    def of(cls, table: Any, source: str = "settings") -> Self:
         """From a table, which may be a stranger's; `source` stands in front of what is wrong. Raises SettingsError."""
         if not isinstance(table, Mapping):
             raise SettingsError(f"{source}: expected a table of settings, found {shown(table)}")

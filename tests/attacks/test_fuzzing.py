@@ -42,9 +42,9 @@ from mixofshow.evaluation.study import build_study, score_study
 from mixofshow.evaluation.suite import read_suite
 from mixofshow.files import TensorFile
 from mixofshow.fusion import store
-from mixofshow.fusion.editing import fused_from
+from mixofshow.fusion.jobs import fused_from
 from mixofshow.fusion.jobs import inputs_of as job_inputs
-from mixofshow.fusion.settings import make_fusion_settings
+from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.solving import check_method
 from mixofshow.fusion.statistics import Seen
 from mixofshow.reading import read_table
@@ -264,7 +264,7 @@ def _of_settings() -> dict[str, Reader]:
     def lists(path: Path) -> None:
         shutil.copy(path, path.with_suffix(".yaml"))
         job_inputs([path.with_suffix(".yaml")])
-        make_fusion_settings({key: one for key, one in read_table(path).items() if key not in ("concepts", "base")})
+        FusionSettings.of({key: one for key, one in read_table(path).items() if key not in ("concepts", "base")})
 
     def compose(path: Path) -> None:
         composition_inputs(path, {})
@@ -277,7 +277,7 @@ def _of_settings() -> dict[str, Reader]:
         "several concepts": Reader(
             {"base": "emojiland", "concepts": concepts}, as_yaml, lambda path: several(read_table(path))
         ),
-        "fusion": Reader(fusion, as_yaml, lambda path: check_method(make_fusion_settings(read_table(path)))),
+        "fusion": Reader(fusion, as_yaml, lambda path: check_method(FusionSettings.of(read_table(path)))),
         "list of concepts": Reader({"concepts": ["a", "b"], "base": "c", "steps": 3}, as_yaml, lists),
         "options": Reader(
             ["ridge=1e-6", "a={b: [1, ~]}"],

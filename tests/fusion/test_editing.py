@@ -14,8 +14,7 @@ from mixofshow.concepts.concept import Concept, load_concept
 from mixofshow.concepts.manifest import CONCEPTS, MANIFEST
 from mixofshow.errors import BadInputError, BaseModelError, ConceptFileError, SettingsError
 from mixofshow.fusion import stages
-from mixofshow.fusion.editing import edited, edited_settings, fused_from
-from mixofshow.fusion.jobs import make_job
+from mixofshow.fusion.jobs import edited, edited_settings, fused_from, make_job
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.stages import fuse
 from mixofshow.fusion.store import Store

@@ -1,23 +1,26 @@
-"""What is to be fused, on which base, and how: from files, from a table that lists them, or from a fused model."""
+"""What is to be fused, on which base, and how: from files, from a table that lists them, or from a fused model.
+
+A fused model keeps its concepts and settings. To add a concept, take one out or weigh one anew, all are fused again, as
+if so from the start; nothing is added to or subtracted from the old weights, and what was recorded is not recorded again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from mixofshow.bases.loading import load_base, load_named_base
+from mixofshow.bases.loading import EMBEDDED, load_base, load_named_base
 from mixofshow.concepts.concept import Concept, fitted, follow_clip_skip, load_concept
 from mixofshow.concepts.interchange.importing import open_concept
 from mixofshow.concepts.interchange.settings import ImportSettings
-from mixofshow.concepts.manifest import read_manifest
-from mixofshow.errors import SettingsError, field_problem, shown
-from mixofshow.fusion.editing import edited, edited_settings, fused_from
-from mixofshow.fusion.settings import FusionSettings, make_fusion_settings, on_top
+from mixofshow.concepts.manifest import CONCEPTS, MANIFEST, read_concepts, read_manifest
+from mixofshow.errors import BadInputError, ConceptFileError, SettingsError, field_problem, nearest, shown
+from mixofshow.fusion.settings import FusionSettings, on_top, parse_weights
 from mixofshow.fusion.solving import check_method
 from mixofshow.fusion.store import tell_of_threads
 from mixofshow.reading import MAX_YAML_BYTES, named_in, parse_json, read_bytes, read_table
@@ -53,18 +56,23 @@ def make_job(
     Given settings and base come before those in the YAML or the model; `loading` are options of `load_base`. Raises
     BadInputError.
     """
-    if model is not None and files:
-        raise SettingsError(f"{files[0]}: to be added to {model} it must be given with --add")
     if model is not None:
+        if files:
+            raise SettingsError(f"{files[0]}: to be added to {model} it must be given with --add")
         return _job_of_model(model, given, add=add, remove=remove, base=base, **loading)
     if remove or add:
         raise SettingsError("add and remove change a model that was fused; name its folder with --model")
-    if len(files) == 1 and files[0].suffix in TABLES:
-        return _job_of_table(read_table(files[0]), files[0], given, base, loading)
-    settings = on_top(FusionSettings(), given)
-    if len(files) == 1 and files[0].suffix == LIST:
-        return _job_of_list(files[0], settings, base, loading)
-    return _job(files, settings, base, loading)
+    listing = _listing(files)
+    settings = on_top(listing.settings, given)
+    check_method(settings)  # before anything large is read
+    pipeline = load_base(base or listing.base, **loading)
+    concepts = [
+        load_concept(path) if how is None else open_concept(path, pipeline, how, quiet=True)
+        for path, how in listing.files
+    ]
+    follow_clip_skip(pipeline, concepts)
+    there = [fitted(one, pipeline, str(path)) for one, (path, _) in zip(concepts, listing.files, strict=True)]
+    return Job(pipeline, there, settings)
 
 
 def inputs_of(files: Sequence[Path], *, model: Path | None = None, out: Path | None = None) -> list[Path]:
@@ -75,16 +83,9 @@ def inputs_of(files: Sequence[Path], *, model: Path | None = None, out: Path | N
     if model is not None:
         read_manifest(model)
         return [*files, *([model] if out != model else [])]
-    if len(files) != 1 or files[0].suffix not in (*TABLES, LIST):
-        return list(files)
-    named: list[Any] = []
-    if files[0].suffix == LIST:
-        named = [one.lora_path for one in _read_list(files[0])]
-    else:
-        table = read_table(files[0])
-        listed = table.get("concepts")
-        named = [*(listed if isinstance(listed, list) else ()), table.get("base")]
-    return [*files, *(named_in(files[0].parent, one) for one in named if isinstance(one, str))]
+    listing = _listing(files)
+    bases = [] if listing.base in EMBEDDED else [Path(listing.base)]
+    return [*files, *(path for path, _ in listing.files), *bases]
 
 
 class _Listed(BaseModel):
@@ -98,45 +99,51 @@ class _Listed(BaseModel):
     concept_name: str | None = Field(None, max_length=256)
 
 
-_LISTING: Final = TypeAdapter(Annotated[list[_Listed], Field(min_length=1)])
+_LISTED: Final = TypeAdapter(Annotated[list[_Listed], Field(min_length=1)])
 
 
-def _job_of_list(source: Path, settings: FusionSettings, base: str | None, loading: Mapping[str, Any]) -> Job:
-    """A JSON list of concepts and how strong each is; paths are relative to the list's own file."""
-    listed = _read_list(source)
-    check_method(settings)
-    pipeline = load_base(base or BASE, **loading)
-    concepts = []
-    for one in listed:
-        how = ImportSettings(
-            words=one.concept_name, unet_alpha=one.unet_alpha, text_encoder_alpha=one.text_encoder_alpha
-        )
-        path = named_in(source.parent, one.lora_path)
-        concepts.append((path, open_concept(path, pipeline, how, quiet=True)))
-    return _followed(pipeline, concepts, settings)
+@dataclass(frozen=True)
+class _Listing:
+    """Concept files, for those of other tools with how they are read, and what stands beside them in a list."""
+
+    files: Sequence[tuple[Path, ImportSettings | None]]
+    settings: FusionSettings = field(default_factory=FusionSettings)
+    base: str = BASE
 
 
-def _read_list(source: Path) -> list[_Listed]:
+def _listing(files: Sequence[Path]) -> _Listing:
+    """The files themselves, or what a single table or list names, from its own folder."""
+    if len(files) == 1 and files[0].suffix in TABLES:
+        return _read_table(files[0])
+    if len(files) == 1 and files[0].suffix == LIST:
+        return _read_list(files[0])
+    return _Listing([(file, None) for file in files])
+
+
+def _read_list(source: Path) -> _Listing:
+    """A JSON list of concepts and how strong each is."""
     try:
-        return _LISTING.validate_python(parse_json(read_bytes(source, MAX_YAML_BYTES, SettingsError), str(source)))
+        listed = _LISTED.validate_python(parse_json(read_bytes(source, MAX_YAML_BYTES, SettingsError), str(source)))
     except ValidationError as error:
         raise SettingsError(f"{source}: {field_problem(error.errors()[0], _Listed.model_fields)}") from error
+    files = []
+    for one in listed:
+        how = {"unet_alpha": one.unet_alpha, "text_encoder_alpha": one.text_encoder_alpha}
+        files.append((named_in(source.parent, one.lora_path), ImportSettings(words=one.concept_name, **how)))
+    return _Listing(files)
 
 
-def _job_of_table(
-    table: Mapping[str, Any], source: Path, given: Mapping[str, Any], base: str | None, loading: Mapping[str, Any]
-) -> Job:
-    """A table with `concepts`, a list of files, perhaps `base`, and settings; paths are relative to its own file."""
-    settings = {key: value for key, value in table.items() if key not in ("concepts", "base")}
-    files, named = table.get("concepts"), table.get("base", BASE)
+def _read_table(source: Path) -> _Listing:
+    """A table with `concepts`, a list of files, perhaps `base`, and settings."""
+    table = dict(read_table(source))
+    files, base = table.pop("concepts", None), table.pop("base", BASE)
     if not isinstance(files, list) or not files or not all(isinstance(file, str) for file in files):
         raise SettingsError(f"{source}: 'concepts': expected a list of concept files, found {shown(files)}")
-    if not isinstance(named, str):
-        raise SettingsError(f"{source}: 'base': expected a name or folder, found {shown(named)}")
-    beside = named_in(source.parent, named)
-    base = base or (str(beside) if beside.is_dir() else named)
-    checked = on_top(make_fusion_settings(settings, str(source)), given)
-    return _job([named_in(source.parent, file) for file in files], checked, base, loading)
+    if not isinstance(base, str):
+        raise SettingsError(f"{source}: 'base': expected a name or folder, found {shown(base)}")
+    beside = named_in(source.parent, base)
+    paths = [(named_in(source.parent, file), None) for file in files]
+    return _Listing(paths, FusionSettings.of(table, str(source)), str(beside) if beside.is_dir() else base)
 
 
 def _job_of_model(
@@ -159,15 +166,36 @@ def _job_of_model(
     return Job(pipeline, concepts, settings)
 
 
-def _job(files: Iterable[Path], settings: FusionSettings, base: str | None, loading: Mapping[str, Any]) -> Job:
-    """Settings are checked before anything large is read."""
-    check_method(settings)
-    pipeline = load_base(base or BASE, **loading)
-    concepts = [(path, load_concept(path)) for path in files]
-    return _followed(pipeline, concepts, settings)
+def fused_from(folder: Path, pipeline: Any) -> tuple[list[Concept], FusionSettings]:
+    """The concepts and settings that a fused folder was made from; the pipeline is its base, not what is in the folder.
+
+    Raises ConceptFileError, SettingsError.
+    """
+    manifest = read_manifest(folder)
+    if not manifest.settings or not manifest.concepts:
+        raise ConceptFileError(f"{folder / MANIFEST}: not written by a fusion of this version; fuse its concepts anew")
+    settings = FusionSettings.of(manifest.settings, str(folder / MANIFEST))
+    concepts = read_concepts(folder, manifest.hashes, pipeline)
+    if not concepts:
+        raise ConceptFileError(f"{folder / CONCEPTS}: the concepts of {MANIFEST} are not there; fuse them anew")
+    return list(concepts), settings
 
 
-def _followed(pipeline: Any, concepts: Sequence[tuple[Path, Concept]], settings: FusionSettings) -> Job:
-    """The job in which the base's text is read as the concepts' files say."""
-    follow_clip_skip(pipeline, [concept for _, concept in concepts])
-    return Job(pipeline, [fitted(concept, pipeline, str(path)) for path, concept in concepts], settings)
+def edited(concepts: Sequence[Concept], add: Iterable[Concept], remove: Iterable[str]) -> list[Concept]:
+    """The concepts with some taken out, by name, and some added. Raises BadInputError for a name that is not there."""
+    gone = list(remove)
+    names = [concept.info.name for concept in concepts]
+    for name in gone:
+        if name not in names:
+            raise BadInputError(f"no concept is called '{shown(name)}' in this model{nearest(name, names)}")
+    return [*(concept for concept in concepts if concept.info.name not in gone), *add]
+
+
+def edited_settings(settings: FusionSettings, given: Mapping[str, Any], concepts: Sequence[Concept]) -> FusionSettings:
+    """The settings with given ones on top; weights by name stay for the concepts that are still there."""
+    if isinstance(settings.weights, Mapping):
+        names = {concept.info.name for concept in concepts}
+        kept = {name: weight for name, weight in settings.weights.items() if name in names}
+        asked = parse_weights(given.get("weights", kept or "equal"))
+        given = {**given, "weights": {**kept, **asked} if isinstance(asked, Mapping) else asked}
+    return on_top(settings, given)
