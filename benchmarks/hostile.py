@@ -23,7 +23,7 @@ from mixofshow.bases.emojiland.concepts import write_concept
 from mixofshow.cli.options import assignments
 from mixofshow.concepts.concept import Concept
 from mixofshow.fusion.guard import turned
-from mixofshow.fusion.settings import make_fusion_settings
+from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.solving import share, total
 
 CONCEPTS: Final = Path(__file__).parents[1] / "examples/concepts"
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--set", dest="given", action="append", default=[])
     options = parser.parse_args()
     torch.set_flush_denormal(True)
-    pipeline, settings = load_base("emojiland"), make_fusion_settings(assignments(options.given))
+    pipeline, settings = load_base("emojiland"), FusionSettings.of(assignments(options.given))
     concepts = [load_concept(CONCEPTS / f"{name}.safetensors", pipeline) for name in NAMES]
     for name in NAMES:
         if not (options.folder / "pictures" / name / "reference").is_dir():

@@ -29,7 +29,7 @@ from mixofshow.evaluation.scorers import judge_scorer, references_of
 from mixofshow.evaluation.suite import read_suite
 from mixofshow.evaluation.suite_settings import usual_prompts
 from mixofshow.evaluation.tasks import draw
-from mixofshow.fusion.settings import PAPER, make_fusion_settings
+from mixofshow.fusion.settings import PAPER, FusionSettings
 from mixofshow.sampling.settings import Composition
 
 CONCEPTS: Final = (
@@ -83,7 +83,7 @@ def main() -> None:
         found["single"] = _mean(single[:count])
         for way in (way for way in options.ways.split(",") if way not in found):
             started = time.perf_counter()
-            model = fuse(concepts[:count], pipeline, make_fusion_settings(WAYS[way])).model
+            model = fuse(concepts[:count], pipeline, FusionSettings.of(WAYS[way])).model
             seconds = round(time.perf_counter() - started)
             found[way] = _mean([score(model, concept) for concept in concepts[:count]])
             image, text = (found[way][key] - found["single"][key] for key in found["single"])

@@ -10,7 +10,7 @@ import pytest
 from mixofshow import FusionSettings, TuningSettings, make_settings
 from mixofshow.concepts.interchange.settings import ConvertSettings
 from mixofshow.errors import SettingsError
-from mixofshow.fusion.settings import RecordingSettings, make_fusion_settings
+from mixofshow.fusion.settings import RecordingSettings
 from mixofshow.sampling.settings import Composition, Drawing, make_drawing
 
 NEEDED = {"name": "cat", "data": "pictures", "class_word": "cat"}
@@ -45,5 +45,5 @@ def test_good_ones_are_as_ever():
     assert made == TuningSettings(**NEEDED, unet={"rank": 8})
     assert made.model_fields_set == {*NEEDED, "unet"}
     assert pickle.loads(pickle.dumps(made)) == copy.deepcopy(made) == made.model_copy() == made
-    assert make_fusion_settings({"method": "average"}) == FusionSettings(method="average")
+    assert FusionSettings.of({"method": "average"}) == FusionSettings(method="average")
     assert make_drawing({"num_inference_steps": 3, "strength": 0.5}) == Drawing(steps=3, image_strength=0.5)

@@ -12,7 +12,7 @@ import yaml
 from mixofshow.concepts.changes import Full
 from mixofshow.errors import BadInputError, MixOfShowError, SettingsError
 from mixofshow.fusion.jobs import make_job
-from mixofshow.fusion.settings import FusionSettings, make_fusion_settings, on_top
+from mixofshow.fusion.settings import FusionSettings, on_top
 from mixofshow.fusion.stages import fuse
 
 BASE = str(Path(__file__).parents[1] / "goldens" / "pipeline")
@@ -134,13 +134,13 @@ def test_only_a_fused_model_is_edited(folder):
     [("equal", "equal"), ("energy", "energy"), ("a=2", {"a": 2.0}), ("a=2, b=.5", {"a": 2.0, "b": 0.5})],
 )
 def test_weights_as_typed(text, weights):
-    assert make_fusion_settings({"weights": text}).weights == weights
+    assert FusionSettings.of({"weights": text}).weights == weights
 
 
 @pytest.mark.parametrize("text", ["a", "a=0", "a=-1", "a=nan", "a=1,b", "=", 3])
 def test_weights_that_cannot_be(text):
     with pytest.raises(SettingsError, match="weights"):
-        make_fusion_settings({"weights": text})
+        FusionSettings.of({"weights": text})
 
 
 def test_a_loud_one_may_be_refused(golden_pipeline, golden_concepts):

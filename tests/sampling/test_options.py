@@ -11,7 +11,7 @@ from mixofshow import MixOfShowPipeline, Region
 from mixofshow.concepts.concept import vocabulary
 from mixofshow.concepts.model import ConceptModel, load_model, load_unfused, with_concept
 from mixofshow.errors import ConceptFileError, SettingsError
-from mixofshow.fusion.settings import make_fusion_settings
+from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.stages import fuse
 from mixofshow.sampling.attend import attend_and_excite, missing, queries_of
 from mixofshow.sampling.denoising import Moment, noise_predictor
@@ -53,7 +53,7 @@ def test_class_words_stand_for_concepts(prompt, plain, names, model):
 
 
 def test_a_saved_model_knows_its_class_words(model, golden_concepts, golden_pipeline, tmp_path):
-    fused = fuse(golden_concepts, golden_pipeline, make_fusion_settings({"method": "average"})).model
+    fused = fuse(golden_concepts, golden_pipeline, FusionSettings.of({"method": "average"})).model
     fused.save(tmp_path / "model")
     fused.save_delta(tmp_path / "delta.safetensors")
     for found in (load_model(tmp_path / "model"), load_model(tmp_path / "delta.safetensors", base=GOLDEN_BASE)):
@@ -115,7 +115,7 @@ def test_a_regional_lora_changes_nothing_where_fusing_has_nothing_to_do(
 
 
 def test_the_regional_loras_of_a_saved_model(golden_pipeline, golden_concepts, tmp_path, relative_error):
-    fused = fuse(golden_concepts, golden_pipeline, make_fusion_settings({"method": "average"})).model
+    fused = fuse(golden_concepts, golden_pipeline, FusionSettings.of({"method": "average"})).model
     fused.save(tmp_path / "model")
     again = load_unfused(tmp_path / "model", base=GOLDEN_BASE)
     again.pipeline.scheduler = golden_pipeline.scheduler

@@ -19,7 +19,7 @@ from mixofshow.concepts.changes import Full, LowRank
 from mixofshow.concepts.concept import vocabulary
 from mixofshow.concepts.model import ConceptModel, with_concept
 from mixofshow.errors import BadInputError, BaseModelError, MixOfShowError, SettingsError
-from mixofshow.fusion.settings import make_fusion_settings
+from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.stages import fuse
 from mixofshow.sampling.attention import RegionalAttention, RegionText
 from mixofshow.sampling.composition import region_entry
@@ -75,7 +75,7 @@ def test_in_a_region_of_the_whole_picture_a_concept_is_its_own_model(golden_pipe
 
 def test_on_a_fused_model_too(golden_pipeline, concepts, relative_error):
     """What fusing made of the base is taken off again, and words that were moved are as they were."""
-    fused = fuse(concepts, golden_pipeline, make_fusion_settings({"method": "average"})).model
+    fused = fuse(concepts, golden_pipeline, FusionSettings.of({"method": "average"})).model
     moved = {word: 1.5 * vector for word, vector in fused.vocabulary.embeddings.items()}
     fused = replace(fused, vocabulary=replace(fused.vocabulary, embeddings=moved))
     # What is outside of regions is drawn by the fused weights; the timestep's embedding is told in regions only.
@@ -204,7 +204,7 @@ def test_several_concepts_in_one_region_are_added(golden_pipeline, concepts, rel
     both = [Region("a <dogx> and a <manx>", WHOLE)]
     plain = MixOfShowPipeline.of(unfused(golden_pipeline, concepts))
     (found,) = plain(**ASKED, regions=both, regional_lora=True)
-    summed = fuse(concepts, golden_pipeline, make_fusion_settings({"method": "sum", "guard": False})).model
+    summed = fuse(concepts, golden_pipeline, FusionSettings.of({"method": "sum", "guard": False})).model
     (expected,) = MixOfShowPipeline.of(replace(summed, vocabulary=vocabulary(concepts)))(**ASKED, regions=both)
     assert relative_error(found, expected) < 1e-3
 

@@ -41,13 +41,12 @@ def record(
     given: dict[str, Any],
 ) -> None:
     """Record concepts, so that fuse --mode independent need not do it."""
-    from mixofshow.fusion.settings import make_recording_settings
     from mixofshow.fusion.store import open_store
     from mixofshow.fusion.workers import RecordingJob, record_all
     from mixofshow.outputs import check_outputs
 
     check_outputs(shared=[out], inputs=[*files, *bases(base)])
-    settings, store = make_recording_settings(given, "options"), open_store(out.absolute(), storage)
+    settings, store = RecordingSettings.of(given, "options"), open_store(out.absolute(), storage)
     job = RecordingJob(base, settings, store, device, loading)
     with terminal_bar("recording") as progress:
         for number, made in enumerate(record_all(files, job, workers=workers)):

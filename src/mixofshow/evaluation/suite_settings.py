@@ -16,7 +16,7 @@ from mixofshow.bases.emojiland import concepts as emojiland
 from mixofshow.bases.loading import EMBEDDED
 from mixofshow.concepts.concept import load_concept
 from mixofshow.errors import SettingsError, field_problem, nearest, shown
-from mixofshow.fusion.settings import FusionSettings, make_fusion_settings
+from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.solving import check_method
 from mixofshow.reading import named_in, parse_table, read_table
 from mixofshow.sampling.settings import STEPS
@@ -201,7 +201,7 @@ class Suite(Group):
         own = {"method": method.fusion} if method.fusion else OWN_FUSION[method.tuning]
         below, above = ({key: one[key] for key in ("options",) if key in one} for one in (self.fuse, method.fuse))
         table = {**self.fuse, **own, **method.fuse, **merged(below, above)}
-        settings = make_fusion_settings(table, f"method {method.key}: fuse")
+        settings = FusionSettings.of(table, f"method {method.key}: fuse")
         check_method(settings)
         return settings
 

@@ -129,15 +129,10 @@ class FusionSettings(RecordingSettings):
         return self.refine if self.refine is not None else int(self.method == "gradient")
 
 
-def make_fusion_settings(table: Mapping[str, Any], source: str = "settings") -> FusionSettings:
-    """Settings from a table. Raises SettingsError that names the field."""
-    return FusionSettings.of(table, source)
-
-
 def asked(settings: FusionSettings | None, keys: Mapping[str, Any]) -> FusionSettings:
     """The settings of a call: made before, or its keys. Raises SettingsError for both at once."""
     if settings is None:
-        return make_fusion_settings(keys, "fuse")
+        return FusionSettings.of(keys, "fuse")
     if not isinstance(settings, FusionSettings):
         raise SettingsError(
             f"fuse: expected FusionSettings, found {shown(settings)}; keys may stand in the call itself"
@@ -147,13 +142,8 @@ def asked(settings: FusionSettings | None, keys: Mapping[str, Any]) -> FusionSet
     return settings
 
 
-def make_recording_settings(table: Mapping[str, Any], source: str = "settings") -> RecordingSettings:
-    """The same for recording alone."""
-    return RecordingSettings.of(table, source)
-
-
 def on_top(settings: FusionSettings, given: Mapping[str, Any]) -> FusionSettings:
     """The settings with given ones on top; a method's options stay as long as the method does. Raises SettingsError."""
     kept = settings.options if given.get("method", settings.method) == settings.method else {}
     options = {**kept, **given.get("options", {})}
-    return make_fusion_settings({**settings.model_dump(), **given, "options": options}, "options")
+    return FusionSettings.of({**settings.model_dump(), **given, "options": options}, "options")
