@@ -109,20 +109,22 @@ def problem_of(
     name: str, base: Tensor, concepts: Sequence[Concept], look: Callable[[int], Seen], settings: FusionSettings
 ) -> LayerProblem:
     """The problem of one layer, (out, in); `look(i)` is what was recorded of concept i and, behind them, of the base."""
-    problem = LayerProblem(base, [concept.deltas.get(name) for concept in concepts], look, [1.0] * len(concepts))
-    problem = replace(problem, weights=_weights(problem, concepts, settings))
-    return _with_prior(problem, look(len(concepts)), settings.prior) if settings.prior else problem
-
-
-def _weights(problem: LayerProblem, concepts: Sequence[Concept], settings: FusionSettings) -> list[float]:
-    """The concepts' weights in this layer, 1 on average."""
+    count = len(concepts)
+    problem = LayerProblem(base, [concept.deltas.get(name) for concept in concepts], look, [1.0] * count)
     if settings.counting == "equal":
-        return [1.0] * len(concepts)
-    if settings.counting == "energy":
-        found = energy_weights(problem)
+        weights = [1.0] * count
+    elif settings.counting == "energy":
+        weights = energy_weights(problem)
     else:
-        found = [settings.counting.get(concept.info.name, 1.0) for concept in concepts]
-    return [weight * len(found) / sum(found) for weight in found]
+        weights = [settings.counting.get(concept.info.name, 1.0) for concept in concepts]
+    problem = replace(problem, weights=[weight * count / sum(weights) for weight in weights])
+    if not settings.prior:
+        return problem
+    # The base's own inputs are given so many times the energy that a concept's inputs have.
+    prior = look(count)
+    of_concepts, of_prior = (float(moments.diagonal().sum()) for moments in (problem.sums.moments, prior.moments))
+    prior_weight = settings.prior * (of_concepts / count) / of_prior if of_prior > 0 else 0.0
+    return replace(problem, prior=prior, prior_weight=prior_weight)
 
 
 def energy_weights(problem: LayerProblem) -> list[float]:
@@ -134,13 +136,6 @@ def energy_weights(problem: LayerProblem) -> list[float]:
     found = [max(own, QUIET**2 * output) for own, output in problem.energies_and_outputs()]
     most = max(found)  # of one that sees nothing; it says nothing, whatever its weight
     return [1 / (one or most or 1.0) for one in found]
-
-
-def _with_prior(problem: LayerProblem, prior: Seen, share: float) -> LayerProblem:
-    """The problem with the base's own inputs, which are given `share` of the energy that a concept's inputs have."""
-    of_concepts = float(problem.sums.moments.diagonal().sum()) / len(problem.changes)
-    of_prior = float(prior.moments.diagonal().sum())
-    return replace(problem, prior=prior, prior_weight=share * of_concepts / of_prior if of_prior > 0 else 0.0)
 
 
 def solve(problem: LayerProblem, solver: Solver) -> tuple[Tensor, Tensor]:
