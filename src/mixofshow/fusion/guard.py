@@ -121,7 +121,8 @@ def doubles(
     found: dict[int, Voice] = {}
     ones = torch.ones(len(names), len(names), dtype=torch.float64)
     alike = functools.reduce(torch.minimum, _cosines_by_stage(products).values(), ones)
-    sizes = _squares(products, len(names)).sqrt()
+    nothing = torch.zeros(len(names), dtype=torch.float64)
+    sizes = sum((one.diagonal() for one in products.values()), nothing).sqrt()
     for late in range(len(names)):
         for early in range(late):
             if late in found or {late, early} & {*gone, *found} or alike[late, early] < ALIKE:
@@ -179,22 +180,14 @@ def loud(products: Grams, count: int, gone: Mapping[int, Voice]) -> dict[int, Vo
             if less := {name: left for name, left in turned_to.items() if left < 1}:
                 strengths[k] = strengths.get(k, {}) | less
                 most[k] = max(most.get(k, 0.0), volumes[k] / usual)
-    return {k: Voice(_loudness(most[k], left), left) for k, left in strengths.items()}
-
-
-def _loudness(times: float, left: Mapping[str, float]) -> str:
-    return f"{times:.3g} times as loud as the others, turned down in {len(left)} layers, to {min(left.values()):.2g} at least"
+    why = "{:.3g} times as loud as the others, turned down in {} layers, to {:.2g} at least"
+    return {k: Voice(why.format(most[k], len(left), min(left.values())), left) for k, left in strengths.items()}
 
 
 def _root_mean(sizes: Sequence[float]) -> float:
     """Root mean square of those that are not 0."""
     there = [size**2 for size in sizes if size > 0]
     return math.sqrt(sum(there) / len(there)) if there else 0.0
-
-
-def _squares(products: Grams, count: int) -> Tensor:
-    """Over all layers, (concepts,)."""
-    return sum((one.diagonal() for one in products.values()), torch.zeros(count, dtype=torch.float64))
 
 
 def _cosines_by_stage(products: Grams) -> dict[Stage, Tensor]:

@@ -141,9 +141,12 @@ def _learned(
     weights = {name: weight.detach().float().clone().requires_grad_() for name, weight in taught.weights.items()}
     by_prompt = own_lessons(pipeline, Source.of_base(settings), settings, pictures=1) if settings.prior else []
     plain = [lesson for lessons_of_prompt in by_prompt for lesson in lessons_of_prompt]
-    groups = [_group(one, WORD_RATE) for one in words] + [_group(one, WEIGHT_RATE) for one in weights.values()]
     total = settings.refit * len(words)
-    optimizer = torch.optim.Adam(groups)
+    optimizer = torch.optim.Adam(
+        {"params": [one], "lr": rate * float(one.detach().square().mean().sqrt())}
+        for rate, learning in ((WORD_RATE, words), (WEIGHT_RATE, weights.values()))
+        for one in learning
+    )
     schedule = LambdaLR(optimizer, lambda step: 1 - step / total)
     chance = random.Random(settings.seed)
     with _computing_with(pipeline, weights), layerwise(pipeline.unet):
@@ -163,10 +166,6 @@ def _learned(
         [replace(one, embeddings=own.detach()) for one, own in zip(taught.concepts, words, strict=True)],
         {name: weight.detach().to(taught.weights[name].dtype) for name, weight in weights.items()},
     )
-
-
-def _group(learning: Tensor, rate: float) -> dict[str, Any]:
-    return {"params": [learning], "lr": rate * float(learning.detach().square().mean().sqrt())}
 
 
 class _Given(nn.Module):
