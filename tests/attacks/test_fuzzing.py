@@ -211,7 +211,7 @@ def _of_tensors(folder: Path, pipeline: Any, concept: Concept) -> dict[str, Read
     concept.save(folder / "concept.safetensors")
     with_concept(pipeline, concept).save_delta(folder / "delta.safetensors")
     moments = torch.eye(3, dtype=torch.float64)
-    kept = store.open_store(folder / "store").keep({"a": [1, "b"]}, "c", {"x": Seen(moments, 3), "y": Seen(moments, 4)})
+    kept = store.Store(folder / "store").keep({"a": [1, "b"]}, "c", {"x": Seen(moments, 3), "y": Seen(moments, 4)})
 
     def look(path: Path) -> None:
         recording = store.open_recording(path)

@@ -16,7 +16,7 @@ from mixofshow.fusion import store as stores
 from mixofshow.fusion.jobs import make_job
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.stages import fuse
-from mixofshow.fusion.store import open_recording, open_store
+from mixofshow.fusion.store import Store, open_recording
 
 FEW = FusionSettings(steps=1, prompts=("a {}",), refine=0)
 
@@ -35,7 +35,7 @@ def threads():
 
 def test_a_second_fusion_from_recordings_writes_the_same_folder(golden_pipeline, golden_concepts, tmp_path):
     for name in "ab":
-        fused = fuse(golden_concepts[:1], golden_pipeline, FEW, store=open_store(tmp_path / "store"))
+        fused = fuse(golden_concepts[:1], golden_pipeline, FEW, store=Store(tmp_path / "store"))
         golden_pipeline.tokenizer(["a man"], truncation=True, max_length=len(name) + 9)  # as whoever came before
         fused.model.save(tmp_path / name)
         golden_pipeline.tokenizer("a man", truncation=False)
@@ -47,7 +47,7 @@ def test_a_second_fusion_from_recordings_writes_the_same_folder(golden_pipeline,
 def test_how_many_threads_computed_is_written_down_and_mixing_is_said(
     golden_pipeline, golden_concepts, tmp_path, caplog, threads
 ):
-    store = open_store(tmp_path / "store")
+    store = Store(tmp_path / "store")
     fused = fuse(golden_concepts[:1], golden_pipeline, FEW, store=store)
     assert not caplog.text
     fused.model.save(tmp_path / "f")

@@ -22,7 +22,7 @@ from mixofshow.fusion.recording import Source
 from mixofshow.fusion.refitting import PICTURES, Refitted, own_lessons, refit
 from mixofshow.fusion.settings import PAPER, FusionSettings
 from mixofshow.fusion.stages import fuse
-from mixofshow.fusion.store import open_store
+from mixofshow.fusion.store import Store
 
 BASE = Path(__file__).parents[1] / "goldens" / "pipeline"
 PLAIN = FusionSettings(**PAPER, method="average", steps=2)
@@ -202,14 +202,14 @@ def test_a_saved_model_is_the_refitted_one_and_has_the_concepts_as_they_were(ref
 
 def test_refitting_needs_no_new_recording_and_tells_how_far_it_is(golden_pipeline, golden_concepts, recorded, tmp_path):
     settings = FusionSettings(**{**PAPER, "refine": 1}, steps=1)
-    fuse(golden_concepts, golden_pipeline, settings, store=open_store(tmp_path))
+    fuse(golden_concepts, golden_pipeline, settings, store=Store(tmp_path))
     recorded.clear()
     told = []
     fuse(
         golden_concepts,
         golden_pipeline,
         settings.model_copy(update={"refit": 2}),
-        store=open_store(tmp_path),
+        store=Store(tmp_path),
         progress=lambda step, total, info: told.append((step, total, *info)),
     )
     assert not recorded

@@ -41,12 +41,12 @@ def record(
     given: dict[str, Any],
 ) -> None:
     """Record concepts, so that fuse --mode independent need not do it."""
-    from mixofshow.fusion.store import open_store
+    from mixofshow.fusion.store import Store
     from mixofshow.fusion.workers import RecordingJob, record_all
     from mixofshow.outputs import check_outputs
 
     check_outputs(shared=[out], inputs=[*files, *bases(base)])
-    settings, store = RecordingSettings.of(given, "options"), open_store(out.absolute(), storage)
+    settings, store = RecordingSettings.of(given, "options"), Store(out.absolute(), storage)
     job = RecordingJob(base, settings, store, device, loading)
     with terminal_bar("recording") as progress:
         for number, made in enumerate(record_all(files, job, workers=workers)):
@@ -100,7 +100,7 @@ def fuse(
     """Fuse concept files into one model, or change a model that was fused. Every setting is an option."""
     from mixofshow.fusion.jobs import inputs_of, make_job
     from mixofshow.fusion.stages import fuse as run
-    from mixofshow.fusion.store import open_store
+    from mixofshow.fusion.store import Store
     from mixofshow.outputs import check_outputs
 
     out = out or model
@@ -109,7 +109,7 @@ def fuse(
     read = [*inputs_of(files or [], model=model, out=out), *(add or []), *bases(base)]
     outputs = {"safetensors": [as_delta], "HTML": [report]}
     check_outputs(files=outputs, folders=[out], shared=[statistics], inputs=read)
-    store = open_store(statistics, storage) if statistics else None
+    store = Store(statistics, storage) if statistics else None
     given |= {"options": assignments(setting)}
     how: dict[str, Any] = {"device": device, **loading}
     job = make_job(files or [], given, model=model, add=add or [], remove=remove or [], base=base, **how)

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -23,9 +23,9 @@ from mixofshow.files import TensorFile, raw, write_tensors
 from mixofshow.fusion.statistics import TENSORS, Seen
 from mixofshow.reading import parse_json
 
-Storage = Literal["fp64", "fp32", "fp16", "low-rank"]
 logger = logging.getLogger(__name__)
 
+STORAGES: Final = ("fp64", "fp32", "fp16", "low-rank")
 METADATA_KEY: Final = "mixofshow_recording"
 DIGEST_KEY: Final = "sha256"
 FORMAT_VERSION: Final = 1
@@ -94,10 +94,14 @@ class Looks:
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of recordings."""
+    """A folder of recordings, made when something is kept. Raises SettingsError for a storage that there is not."""
 
     folder: Path
-    storage: Storage = "fp64"
+    storage: str = "fp64"
+
+    def __post_init__(self) -> None:
+        if self.storage not in STORAGES:
+            raise SettingsError(f"storage: expected one of {', '.join(STORAGES)}, found {shown(self.storage)}")
 
     def path(self, key: Mapping[str, Any], name: str) -> Path:
         """Where the recording made with `key` is kept."""
@@ -131,7 +135,7 @@ class Store:
                 )
             if one.drifted is None:
                 packed = pack(found.pop("moments"), self.storage)
-                errors.append(_error(one.moments, packed))
+                errors.append(float((unpack(packed) - one.moments).norm() / one.moments.norm().clamp(min=1e-300)))
                 found |= packed
             found = {kind: value.cpu() for kind, value in found.items()}
             digests[input_name] = _digest(found)
@@ -143,7 +147,7 @@ class Store:
             "threads": torch.get_num_threads(),
             "rows": {input_name: one.rows for input_name, one in seen.items()},
             "digests": digests,
-            "error": _mean_and_largest(errors),
+            "error": (sum(errors) / len(errors), max(errors)) if errors else (0.0, 0.0),
         }
         path = self.path(key, name)
         write_tensors(path, tensors, _metadata(json.dumps(about, sort_keys=True)), limit=None)
@@ -170,14 +174,6 @@ def _metadata(text: str) -> dict[str, str]:
     return {"format": "pt", METADATA_KEY: text, DIGEST_KEY: hashlib.sha256(text.encode()).hexdigest()}
 
 
-def open_store(folder: Path, storage: str = "fp64") -> Store:
-    """A store in a folder, made when something is kept. Raises SettingsError for a storage that there is not."""
-    for known in get_args(Storage):
-        if storage == known:
-            return Store(folder, known)
-    raise SettingsError(f"storage: expected one of {', '.join(get_args(Storage))}, found {shown(storage)}")
-
-
 def open_recording(path: Path) -> Recording:
     """Open a file and check what it says of itself. Raises ConceptFileError."""
     file = TensorFile(path)
@@ -199,7 +195,7 @@ def open_recording(path: Path) -> Recording:
 PARTS: Final = ("plain", "scaled", "scale", "factor", "diagonal")
 
 
-def pack(moments: Tensor, storage: Storage) -> dict[str, Tensor]:
+def pack(moments: Tensor, storage: str) -> dict[str, Tensor]:
     """Moments (in, in) as they are stored: whole, as correlations in half precision, or as low rank plus diagonal."""
     if storage in ("fp64", "fp32"):
         return {"plain": moments.to(torch.float64 if storage == "fp64" else torch.float32)}
@@ -244,16 +240,3 @@ def _check_moments(found: Mapping[str, Tensor], rows: int, width: int | None, wh
             raise ConceptFileError(f"{where}: {kind}: sums of squares that are negative ({own.min():.3g})")
     if ("drifted" in found) != ("cross" in found):
         raise ConceptFileError(f"{where}: one of drifted and cross is missing; delete it to record again")
-
-
-def storage_error(seen: Mapping[str, Seen], storage: Storage) -> tuple[float, float]:
-    """What storing changes: mean and largest ‖C' − C‖ / ‖C‖ over the inputs."""
-    return _mean_and_largest([_error(one.moments, pack(one.moments, storage)) for one in seen.values()])
-
-
-def _error(moments: Tensor, packed: Mapping[str, Tensor]) -> float:
-    return float((unpack(packed) - moments).norm() / moments.norm().clamp(min=1e-300))
-
-
-def _mean_and_largest(errors: Sequence[float]) -> tuple[float, float]:
-    return (sum(errors) / len(errors), max(errors)) if errors else (0.0, 0.0)
