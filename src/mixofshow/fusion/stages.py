@@ -99,7 +99,9 @@ def fuse(
     ordered = sorted(given, key=lambda concept: concept.hash)
     vocabulary(ordered)  # so that two that claim one word are named before anything is recorded
     check_method(settings)
-    _check_names(ordered, settings)
+    weighed = settings.weights.keys() if isinstance(settings.weights, Mapping) else set()
+    if unknown := weighed - {concept.info.name for concept in ordered}:
+        raise BadInputError(f"weights: no concept is called {', '.join(sorted(unknown))}")
     refuse_adapters(pipeline, "fusing")
     if settings.refit and pipeline.unet.dtype == torch.float16:
         # Its gradients are below what half precision can hold, so that it would teach nothing and say so nowhere.
@@ -187,13 +189,6 @@ def _recorded(
     return store.keep(key, name, record(pipeline, source, names, settings, keep_inputs=keep_inputs, **options))
 
 
-def _check_names(concepts: Sequence[Concept], settings: FusionSettings) -> None:
-    if isinstance(settings.weights, Mapping):
-        unknown = settings.weights.keys() - {concept.info.name for concept in concepts}
-        if unknown:
-            raise BadInputError(f"weights: no concept is called {', '.join(sorted(unknown))}")
-
-
 @dataclass
 class _Fusion:
     """A fusion under way: the weights and reports of the layers that are done.
@@ -216,7 +211,7 @@ class _Fusion:
         """All layers, then the passes of refinement; at once where nothing need be recorded, or nobody is left."""
         names = self._names(STAGES)
         if not looks_at_inputs(self.settings):
-            self._solve_blindly(names)
+            self._solve(names)
         elif names and self.settings.mode == "independent":
             self._solve(names, self._record(_with_attention(self.pipeline, names), INDEPENDENT))
         else:
@@ -287,21 +282,21 @@ class _Fusion:
             self.progress(self.recorded, rounds * len(sources), {})
         return recordings
 
-    def _solve(self, names: Sequence[str], recordings: Sequence[Recording]) -> None:
-        """One layer after another, those with one input together."""
+    def _solve(self, names: Sequence[str], recordings: Sequence[Recording] = ()) -> None:
+        """One layer after another, those with one input together.
+
+        Without recordings changes are measured as they are, as if all inputs came equally often.
+        """
         device = self.pipeline.device  # looked up once: diffusers goes through all modules for it
         for source, readers in itertools.groupby(names, input_of):
             layers = list(readers)
-            look = Looks(recordings, source, device, matrix(layer(self.pipeline, layers[0])).shape[1])
+            width = matrix(layer(self.pipeline, layers[0])).shape[1]
+            look: Callable[[int], Seen] = Looks(recordings, source, device, width)
+            if not recordings:
+                any_input = Seen(torch.eye(width, dtype=torch.float64, device=device), rows=0)
+                look = ([any_input] * (len(self.concepts) + 1)).__getitem__
             for name in layers:
                 self._solve_layer(name, look)
-
-    def _solve_blindly(self, names: Sequence[str]) -> None:
-        """The same from the changes alone; they are measured as they are, as if all inputs came equally often."""
-        for name in names:
-            width = matrix(layer(self.pipeline, name)).shape[1]
-            any_input = Seen(torch.eye(width, dtype=torch.float64, device=self.pipeline.device), rows=0)
-            self._solve_layer(name, ([any_input] * (len(self.concepts) + 1)).__getitem__)
 
     def _solve_layer(self, name: str, look: Callable[[int], Seen]) -> None:
         """The layer's weight by those that have a say, and what it leaves undone of what all ask for."""

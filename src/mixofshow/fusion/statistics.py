@@ -64,12 +64,10 @@ class Moments:
         own, other = _flat(inputs), None if drifted is None else _flat(drifted)
         sums = self._sums.setdefault(name, {})
         for start in range(0, len(own), CHUNK):
-            x = _double(own[start : start + CHUNK])
-            _refuse_not_finite(name, x)
+            x = _double(name, own[start : start + CHUNK])
             _count(sums, "moments", x, x)
             if other is not None:
-                y = _double(other[start : start + CHUNK])
-                _refuse_not_finite(name, y)
+                y = _double(name, other[start : start + CHUNK])
                 _count(sums, "drifted", y, y)
                 _count(sums, "cross", x, y)
         if self.keep_inputs:
@@ -109,11 +107,10 @@ def holding(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 def _reading(layers: Mapping[str, nn.Module], read: Any) -> Iterator[None]:
     """Inside, `read(input name, module, inputs)` is called whenever a layer is; once where several share an input."""
     first_reader = {input_of(name): module for name, module in reversed(list(layers.items()))}
-
-    def hook_for(name: str) -> Any:
-        return lambda module, args: read(name, module, args[0].detach())
-
-    handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in first_reader.items()]
+    handles = [
+        module.register_forward_pre_hook(lambda module, args, name=name: read(name, module, args[0].detach()))
+        for name, module in first_reader.items()
+    ]
     try:
         yield
     finally:
@@ -142,14 +139,12 @@ def _flat(inputs: Tensor) -> Tensor:
     return (inputs.movedim(1, -1) if inputs.ndim == 4 else inputs).flatten(0, -2)
 
 
-def _refuse_not_finite(name: str, rows: Tensor) -> None:
-    """Raise BadInputError as soon as a sum would be spoilt; the sum of what is not finite is not."""
-    if not torch.isfinite(rows.sum()):
+def _double(name: str, rows: Tensor) -> Tensor:
+    """Rows in double precision. Raises BadInputError as soon as a sum would be spoilt."""
+    rows = (rows.cpu() if rows.device.type == "mps" else rows).double()  # Apple's GPUs have no double precision
+    if not torch.isfinite(rows.sum()):  # the sum of what is not finite is not
         raise BadInputError(f"in its own model, {name} has values that are not finite; leave it out")
-
-
-def _double(rows: Tensor) -> Tensor:
-    return (rows.cpu() if rows.device.type == "mps" else rows).double()  # Apple's GPUs have no double precision
+    return rows
 
 
 def _count(sums: dict[str, Tensor], name: str, left: Tensor, right: Tensor) -> None:

@@ -52,15 +52,21 @@ class Recording:
         A digest finds damage, and says nothing of who wrote it: shapes and signs are checked too. Raises
         ConceptFileError.
         """
+        where = f"{self.file.path}: {shown(name)}"
         stored = {
             kind: self.file.read(f"{kind}:{name}") for kind in (*TENSORS, *PARTS) if f"{kind}:{name}" in self.file
         }
         if name not in self.rows or self.about["digests"].get(name) != _digest(stored):
             raise ConceptFileError(f"{self.file.path}: damaged: {shown(name)} does not match its digest")
-        where = f"{self.file.path}: {shown(name)}"
         found: dict[str, Tensor] = {kind: stored.pop(kind) for kind in TENSORS if kind in stored}
         if "moments" not in found:
-            found["moments"] = _unpacked(stored, where)
+            try:
+                found["moments"] = unpack(stored)
+            except (KeyError, RuntimeError, IndexError) as error:
+                parts = ", ".join(sorted(stored)) or "none"
+                raise ConceptFileError(
+                    f"{where}: its parts ({parts}) make no moments; delete it to record again"
+                ) from error
         for kind, tensor in found.items():
             if not torch.isfinite(tensor.sum(dtype=torch.float64)):  # the sum of any that is not is not
                 raise ConceptFileError(f"{self.file.path}: {kind} of {shown(name)}: values that are not finite")
@@ -218,15 +224,6 @@ def unpack(packed: Mapping[str, Tensor]) -> Tensor:
     if "scaled" in parts:
         return parts["scaled"] * parts["scale"][:, None] * parts["scale"]
     return parts["factor"] @ parts["factor"].T + parts["diagonal"].diag()
-
-
-def _unpacked(stored: Mapping[str, Tensor], where: str) -> Tensor:
-    try:
-        return unpack(stored)
-    except (KeyError, RuntimeError, IndexError) as error:
-        raise ConceptFileError(
-            f"{where}: its parts ({', '.join(sorted(stored)) or 'none'}) make no moments; delete it to record again"
-        ) from error
 
 
 def _check_moments(found: Mapping[str, Tensor], rows: int, width: int | None, where: str) -> None:
