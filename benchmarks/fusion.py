@@ -40,7 +40,7 @@ from mixofshow.fusion.problem import LayerProblem
 from mixofshow.fusion.recording import Source
 from mixofshow.fusion.settings import PAPER, FusionSettings
 from mixofshow.fusion.stages import fuse, record_concept
-from mixofshow.fusion.statistics import Moments
+from mixofshow.fusion.statistics import MomentAccumulator
 from mixofshow.fusion.store import Store
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 
@@ -105,11 +105,11 @@ def _problem(outputs: int, inputs: int, rows: int) -> tuple[LayerProblem, float]
         changes.append(
             LowRank(torch.randn(4, inputs, generator=generator), 0.01 * torch.randn(outputs, 4, generator=generator))
         )
-        moments = Moments()
+        moments = MomentAccumulator()
         started = time.perf_counter()
         moments.add("x", x)
         seconds += time.perf_counter() - started
-        kept = Moments(keep_inputs=True)
+        kept = MomentAccumulator(keep_inputs=True)
         kept.add("x", x)
         seen.append(kept.seen()["x"])
     return LayerProblem(torch.zeros(outputs, inputs), changes, seen.__getitem__, [1.0] * CONCEPTS), seconds
@@ -188,11 +188,11 @@ def _added(base: str, steps: int) -> float:
         record_concept(concepts[0], pipeline, settings, store)
         second = _seconds(lambda: fuse(concepts[:2], pipeline, settings, store=store))
         recording = record_concept(concepts[1], pipeline, settings, store)
-        seen = {name: recording.look(name) for name in recording.rows}
+        seen = {name: recording.statistics(name) for name in recording.rows}
         for concept in concepts[2:14]:
             source = Source.of(concept, settings)
             own = {"source": concept.hash, "texts": source.texts, "pictures": source.pictures}
-            store.keep({**recording.about["key"], **own}, source.name, seen)
+            store.save({**recording.about["key"], **own}, source.name, seen)
         del seen
         last = _seconds(lambda: fuse(concepts, pipeline, settings, store=store))
     print(f"{base}: the 2nd added in {second:.2f} s, the 15th in {last:.2f} s: {last / second:.3f} ×", flush=True)

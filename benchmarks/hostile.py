@@ -22,7 +22,7 @@ from mixofshow import fuse, load_base, load_concept
 from mixofshow.bases.emojiland.concepts import write_concept
 from mixofshow.cli.options import assignments
 from mixofshow.concepts.concept import Concept
-from mixofshow.fusion.guard import turned
+from mixofshow.fusion.guard import rescaled
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.solving import share, total
 
@@ -56,7 +56,7 @@ def main() -> None:
             name = one.concept.info.name
             kept = total(fused.layers.values(), name)
             image, _ = _scored(one, fused.model, options.images)
-            figures[f"{case}_{name}"] = [round(share(kept.left, kept.wanted), 3), round(image, 3)]
+            figures[f"{case}_{name}"] = [round(share(kept.residual_sq, kept.target_sq), 3), round(image, 3)]
         print(case, {name: figures[f"{case}_{name}"] for name in NAMES}, flush=True)
         keep(figures, options.json)
 
@@ -64,7 +64,7 @@ def main() -> None:
 def _mixed(concepts: list[Concept], scale: float) -> list[Concept]:
     """The concepts, of which the last is scaled, or stands beside its negative."""
     last = concepts[-1]
-    other = turned(last, dict.fromkeys(last.deltas, scale))
+    other = rescaled(last, dict.fromkeys(last.deltas, scale))
     if scale > 0:
         return [*concepts[:-1], other]
     info = last.info.model_copy(update={"name": "other", "words": ("<other1>", "<other2>")})

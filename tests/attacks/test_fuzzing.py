@@ -46,7 +46,7 @@ from mixofshow.fusion.jobs import fused_from
 from mixofshow.fusion.jobs import inputs_of as job_inputs
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.solving import check_method
-from mixofshow.fusion.statistics import Seen
+from mixofshow.fusion.statistics import LayerStatistics
 from mixofshow.reading import read_table
 from mixofshow.sampling.composition import from_options
 from mixofshow.sampling.composition import inputs_of as composition_inputs
@@ -211,12 +211,14 @@ def _of_tensors(folder: Path, pipeline: Any, concept: Concept) -> dict[str, Read
     concept.save(folder / "concept.safetensors")
     with_concept(pipeline, concept).save_delta(folder / "delta.safetensors")
     moments = torch.eye(3, dtype=torch.float64)
-    kept = store.Store(folder / "store").keep({"a": [1, "b"]}, "c", {"x": Seen(moments, 3), "y": Seen(moments, 4)})
+    kept = store.Store(folder / "store").save(
+        {"a": [1, "b"]}, "c", {"x": LayerStatistics(moments, 3), "y": LayerStatistics(moments, 4)}
+    )
 
-    def look(path: Path) -> None:
+    def statistics(path: Path) -> None:
         recording = store.open_recording(path)
         for name in recording.rows:
-            recording.look(name)
+            recording.statistics(name)
 
     shapes = {f"{TO_K}.lora_A.weight": [2, 32], f"{TO_K}.lora_B.weight": [24, 2], f"{TO_K}.alpha": []}
     sizes = [4 * math.prod(shape) for shape in shapes.values()]
@@ -229,7 +231,7 @@ def _of_tensors(folder: Path, pipeline: Any, concept: Concept) -> dict[str, Read
     return {
         "concept": sealed(folder / "concept.safetensors", CONCEPT_KEY, lambda path: load_concept(path, pipeline)),
         "delta": sealed(folder / "delta.safetensors", DELTA_KEY, lambda path: load_model(path, base=GOLDEN_BASE)),
-        "recording": sealed(kept.file.path, store.METADATA_KEY, look),
+        "recording": sealed(kept.file.path, store.METADATA_KEY, statistics),
         "LoRA of others": Reader(
             {"header": header, "about": about},
             foreign,

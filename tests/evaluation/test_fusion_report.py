@@ -16,7 +16,7 @@ from mixofshow.evaluation.fusion_report import (
     write_fusion_report,
 )
 from mixofshow.fusion.settings import FusionSettings
-from mixofshow.fusion.solving import Kept, share, total
+from mixofshow.fusion.solving import ConceptResidual, share, total
 from mixofshow.fusion.stages import fuse
 
 
@@ -35,7 +35,7 @@ def test_every_concept_has_a_row(fused):
     assert sorted(row[0] for row in rows) == ["<dogx>", "<manx>"]
     for row in rows:
         kept = total(fused.layers.values(), row[0].strip("<>"))
-        assert row[1] == f"{share(kept.left, kept.wanted):.3f}"
+        assert row[1] == f"{share(kept.residual_sq, kept.target_sq):.3f}"
         assert float(row[-1].removesuffix(" %")) == pytest.approx(100 * cost(kept), abs=0.1)
 
 
@@ -62,5 +62,5 @@ def test_words_alone_make_a_page_too(golden_pipeline, golden_concepts, tmp_path)
 
 
 def test_colours_of_the_heat_map():
-    assert shade(Kept(0.0, 1.0)) == DARK.format(0) and shade(Kept(1.0, 1.0)) == DARK.format(1)
-    assert shade(Kept(2.0, 1.0)) == BEYOND and shade(Kept(0.0, 0.0)) == UNTOUCHED
+    assert shade(ConceptResidual(0.0, 1.0)) == DARK.format(0) and shade(ConceptResidual(1.0, 1.0)) == DARK.format(1)
+    assert shade(ConceptResidual(2.0, 1.0)) == BEYOND and shade(ConceptResidual(0.0, 0.0)) == UNTOUCHED

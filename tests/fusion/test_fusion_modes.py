@@ -336,10 +336,10 @@ def closed_form(name: str, base: Tensor, concepts: Any, seen: list[dict[str, Ten
     ]
     mean = sum(changes) / len(changes)
     moments = sum(w * one[name] for w, one in zip(weights, seen, strict=True))
-    pulls = sum(w * change @ one[name] for w, change, one in zip(weights, changes, seen, strict=True))
+    rhs = sum(w * change @ one[name] for w, change, one in zip(weights, changes, seen, strict=True))
     scale = 0.1 * moments.diagonal().mean()
     damped = moments + scale * torch.eye(len(moments), dtype=torch.float64)
-    return torch.linalg.solve(damped, (pulls + scale * mean).T).T
+    return torch.linalg.solve(damped, (rhs + scale * mean).T).T
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ def test_by_energy_nobody_counts_more_than_its_share_in_any_layer(
         assert sum(problem.weights) / 4 == pytest.approx(1)
         counted = []
         for number, change in enumerate(problem.changes):
-            moments, base = problem.look(number).moments, problem.base.double()
+            moments, base = problem.statistics(number).moments, problem.base.double()
             wanted = [QUIET * base, *([change.matrix(dtype=torch.float64)] if change else [])]
             sizes = [float((moved @ moments * moved).sum()) for moved in wanted]
             counted.append(problem.weights[number] * max(sizes))
@@ -411,7 +411,7 @@ def test_the_prior_has_its_share_of_a_concepts_energy(prior, weights, golden_pip
     assert problems
     for name, problem in problems.items():
         energies = [
-            weight * float(problem.look(number).moments.diagonal().sum())
+            weight * float(problem.statistics(number).moments.diagonal().sum())
             for number, weight in enumerate(problem.weights)
         ]
         found = problem.prior_weight * float(problem.prior.moments.diagonal().sum())

@@ -19,7 +19,7 @@ from mixofshow.fusion.methods import STAGE_DEFAULTS, gradient, lbfgs, solve_ridg
 from mixofshow.fusion.problem import LayerProblem
 from mixofshow.fusion.settings import PAPER, FusionSettings
 from mixofshow.fusion.stages import fuse
-from mixofshow.fusion.statistics import Seen
+from mixofshow.fusion.statistics import LayerStatistics
 
 STRENGTHS = {"dogx": (1.0, 1.0), "manx": (0.8, 0.9)}  # (UNet, text encoder), as in the reference's configuration
 
@@ -129,8 +129,8 @@ def test_single_layers_from_stored_activations(golden, relative_error):
     names = {key.split("|")[0] for key in stored.tensors}
     for name in names:
         rows, targets, base = (stored[f"{name}|{part}"].double() for part in ("X", "Y", "W0"))
-        pulls = (targets - rows @ base.T).T @ rows
-        change = solve_ridge(rows.T @ rows, pulls, 1e-6)
+        rhs = (targets - rows @ base.T).T @ rows
+        change = solve_ridge(rows.T @ rows, rhs, 1e-6)
         assert relative_error(change, stored[f"{name}|W_closed"].double() - base) < 1e-4, name
 
 
@@ -140,7 +140,9 @@ def test_lbfgs_ends_where_the_reference_ended(golden, golden_concepts, objective
     for name in {key.split("|")[0] for key in stored.tensors}:
         rows, targets, base = (stored[f"{name}|{part}"] for part in ("X", "Y", "W0"))
         changes = [one for concept in concepts for full, one in concept.deltas.items() if _short(full) == name]
-        seen = [Seen(own.double().T @ own.double(), len(own), inputs=own) for own in rows.chunk(len(concepts))]
+        seen = [
+            LayerStatistics(own.double().T @ own.double(), len(own), inputs=own) for own in rows.chunk(len(concepts))
+        ]
         problem = LayerProblem(base, changes, seen.__getitem__, [1.0] * len(concepts))
         usual = STAGE_DEFAULTS["lbfgs"]["picture"] if objectives[name]["stage"] == "spatial" else {}
         found, exact = (
@@ -161,7 +163,7 @@ def test_objective_from_sums_is_the_objective_from_rows():
         LowRank(torch.randn(2, 12, generator=generator).double(), torch.randn(8, 2, generator=generator).double())
         for _ in range(3)
     ]
-    seen = [Seen(inputs.T @ inputs, len(inputs)) for inputs in rows]
+    seen = [LayerStatistics(inputs.T @ inputs, len(inputs)) for inputs in rows]
     problem = LayerProblem(torch.zeros(8, 12), changes, seen.__getitem__, [1.0] * 3)
     for candidate in (torch.zeros(8, 12).double(), gradient(problem), changes[0].matrix()):
         direct = sum(

@@ -19,14 +19,14 @@ from mixofshow.cli.fuse import _print_fused
 from mixofshow.concepts.changes import Change, Full, LowRank
 from mixofshow.concepts.concept import Concept, ConceptInfo
 from mixofshow.errors import BadInputError, BaseModelError
-from mixofshow.fusion.guard import LOUD, Voice, heard, turned, voices
+from mixofshow.fusion.guard import OUTLIER, Verdict, as_judged, rescaled, verdicts
 from mixofshow.fusion.methods import METHODS
 from mixofshow.fusion.problem import LayerProblem
 from mixofshow.fusion.recording import STAGES, stage_of
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.solving import problem_of, share, solve, solver_for
 from mixofshow.fusion.stages import fuse
-from mixofshow.fusion.statistics import Moments, Seen, rows_of
+from mixofshow.fusion.statistics import LayerStatistics, MomentAccumulator, rows_of
 
 OUT, IN, ROWS = 12, 16, 40
 SIZE = {"text_encoder": 0.03, "unet": 0.1}
@@ -90,7 +90,7 @@ KEYS_ONLY = [name for name in LAYERS if "attn2" in name]
 
 def scaled(one: Concept, scale: float, name: str | None = None) -> Concept:
     info = one.info.model_copy(update={"name": name, "words": (f"<{name}1>",)}) if name else one.info
-    return dataclasses.replace(turned(one, dict.fromkeys(one.deltas, scale)), info=info)
+    return dataclasses.replace(rescaled(one, dict.fromkeys(one.deltas, scale)), info=info)
 
 
 def other_words(one: Concept, seed: int) -> Concept:
@@ -99,18 +99,18 @@ def other_words(one: Concept, seed: int) -> Concept:
 
 def fused(
     concepts: Sequence[Concept], way: tuple[str, str], *, guard: bool = True
-) -> tuple[dict[str, Tensor], dict[str, float], dict[str, Voice]]:
+) -> tuple[dict[str, Tensor], dict[str, float], dict[str, Verdict]]:
     """Changes by layer, each concept's residual over all layers, and who was not heard as it is."""
     method, weights = way
     settings = FusionSettings(method=method, weights=weights, options=METHOD_OPTIONS.get(method, {}))
-    told = voices(BASES, concepts, guard=guard)
-    as_heard = heard(concepts, told)
+    told = verdicts(BASES, concepts, guard=guard)
+    as_heard = as_judged(concepts, told)
     out = [k for k in told if not told[k].counted]
     changes: dict[str, Tensor] = {}
     left, wanted = dict.fromkeys(range(len(concepts)), 0.0), dict.fromkeys(range(len(concepts)), 0.0)
     for layer, base in BASES.items():
         rows = [inputs(one, layer) for one in concepts]
-        seen = [Seen(x.T @ x, ROWS, inputs=x) for x in rows]
+        seen = [LayerStatistics(x.T @ x, ROWS, inputs=x) for x in rows]
         own = [one.deltas.get(layer) for one in as_heard]
         asked = LayerProblem(base, own, seen.__getitem__, [1.0] * len(own))
         counted = [one for k, one in enumerate(as_heard) if k not in out]
@@ -122,7 +122,7 @@ def fused(
         for k, (undone, energy) in enumerate(asked.residuals(changes[layer])):
             left[k], wanted[k] = left[k] + undone, wanted[k] + energy
     residuals = {one.info.name: share(left[k], wanted[k]) for k, one in enumerate(concepts)}
-    return changes, residuals, {concepts[k].info.name: voice for k, voice in told.items()}
+    return changes, residuals, {concepts[k].info.name: verdict for k, verdict in told.items()}
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
@@ -144,7 +144,7 @@ def test_a_concept_that_becomes_loud_raises_no_others_residual_and_is_named(way)
     _, before, _ = fused([ANT, BEE, CAT], way)
     for scale in UP:
         _, after, told = fused([ANT, BEE, scaled(CAT, scale)], way)
-        assert list(told) == (["cat"] if scale > LOUD else [])
+        assert list(told) == (["cat"] if scale > OUTLIER else [])
         if told:
             assert float(told["cat"].why.split(" times as loud")[0]) == pytest.approx(scale, rel=0.02)
         for name in ("ant", "bee"):
@@ -166,7 +166,7 @@ def test_a_silent_concept_changes_nothing(way, scale):
     without, (found, _, told) = fused([ANT, BEE], way)[0], fused([ANT, BEE, silent], way)
     assert same(found, without)
     assert list(told) == ["cat"]
-    assert not told["cat"].turned_down
+    assert not told["cat"].downweighted
 
 
 @pytest.mark.parametrize("way", WAYS, ids="-".join)
@@ -181,7 +181,7 @@ def test_a_concept_given_twice_draws_as_once(way):
     "other", [scaled(CAT, 0.5, "dog"), other_words(scaled(CAT, 1, "dog"), 3)], ids=["size", "words"]
 )
 def test_what_differs_in_size_or_words_is_no_double(other):
-    assert not voices(BASES, [ANT, BEE, CAT, other], guard=False)
+    assert not verdicts(BASES, [ANT, BEE, CAT, other], guard=False)
 
 
 @pytest.mark.parametrize("size", [1.0, 50.0])
@@ -189,7 +189,7 @@ def test_what_differs_in_size_or_words_is_no_double(other):
 def test_a_negated_copy_is_left_out(way, size):
     without, (found, _, told) = fused([ANT, BEE, CAT], way)[0], fused([ANT, BEE, CAT, scaled(CAT, -size, "dog")], way)
     assert same(found, without)
-    assert told["dog"].left_out
+    assert told["dog"].excluded
     assert "undoes <cat>" in told["dog"].why
 
 
@@ -198,11 +198,11 @@ def test_a_negated_copy_is_left_out(way, size):
 def test_a_copy_that_is_negated_in_one_stage_is_left_out(stage, words):
     """Over all layers its cosine with the honest one is positive, in the text encoder alone nearly 1."""
     negated = {layer: -1.0 if stage_of(layer) == stage else 1.0 for layer in LAYERS}
-    dog = other_words(dataclasses.replace(turned(CAT, negated), info=scaled(CAT, 1, "dog").info), words)
+    dog = other_words(dataclasses.replace(rescaled(CAT, negated), info=scaled(CAT, 1, "dog").info), words)
     for concepts in ([ANT, BEE, CAT, dog], [dog, CAT, BEE, ANT]):
-        told = voices(BASES, concepts, guard=True)
+        told = verdicts(BASES, concepts, guard=True)
         assert [concepts[k] for k in told] == [dog]
-        assert told[concepts.index(dog)].left_out
+        assert told[concepts.index(dog)].excluded
         assert "undoes <cat>" in told[concepts.index(dog)].why
 
 
@@ -237,9 +237,9 @@ PIG = concept("pig", 400)
     ids=range(11),
 )
 def test_no_number_of_negations_turns_the_guard_against_the_honest(concepts, out):
-    told = voices(BASES, concepts, guard=True)
-    assert " ".join(sorted(concepts[k].info.name for k, voice in told.items())) == out
-    assert all(voice.left_out for voice in told.values())
+    told = verdicts(BASES, concepts, guard=True)
+    assert " ".join(sorted(concepts[k].info.name for k, verdict in told.items())) == out
+    assert all(verdict.excluded for verdict in told.values())
 
 
 @pytest.mark.parametrize("others", [[ANT], [ANT, BEE], [ANT, BEE, PIG]], ids=len)
@@ -247,16 +247,16 @@ def test_no_number_of_negations_turns_the_guard_against_the_honest(concepts, out
 def test_a_loud_concept_given_twice_is_no_usual_one(others, words):
     twice = [scaled(CAT, 100), other_words(scaled(CAT, 100, "dog"), words)]
     concepts = [*others, *twice]
-    told = voices(BASES, concepts, guard=True)
+    told = verdicts(BASES, concepts, guard=True)
     assert {concepts[k].info.name for k in told} == {"cat", "dog"}
-    for k in (k for k, voice in told.items() if voice.counted):
-        assert told[k].turned_down
-        assert max(told[k].strengths.values()) <= 1.01 * LOUD / 100
+    for k in (k for k, verdict in told.items() if verdict.counted):
+        assert told[k].downweighted
+        assert max(told[k].strengths.values()) <= 1.01 * OUTLIER / 100
 
 
 def test_of_two_alone_that_undo_each_other_neither_is_believed():
     found, _, told = fused([ANT, scaled(ANT, -1, "dog")], ("gradient", "energy"))
-    assert {name for name, voice in told.items() if voice.left_out} == {"ant", "dog"}
+    assert {name for name, verdict in told.items() if verdict.excluded} == {"ant", "dog"}
     assert not found
 
 
@@ -291,7 +291,7 @@ def test_every_method_forgets_the_order(method):
 def layer_of(concepts: Sequence[Concept], weights: Sequence[float]) -> LayerProblem:
     layer = LAYERS[0]
     rows = [inputs(one, layer) for one in concepts]
-    seen = [Seen(x.T @ x, ROWS, inputs=x) for x in rows]
+    seen = [LayerStatistics(x.T @ x, ROWS, inputs=x) for x in rows]
     return LayerProblem(BASES[layer], [one.deltas[layer] for one in concepts], seen.__getitem__, weights)
 
 
@@ -299,9 +299,9 @@ def layer_of(concepts: Sequence[Concept], weights: Sequence[float]) -> LayerProb
     ("scales", "loud"),
     [
         ((1.0, 1.0, 1.0, 1.0), []),
-        ((1.0, 1.0, 1.0, 0.99 * LOUD), []),
-        ((1.0, 1.0, 1.0, 1.01 * LOUD), [3]),
-        ((1.01 * LOUD, 1.0, 1.0, 1.0), [0]),
+        ((1.0, 1.0, 1.0, 0.99 * OUTLIER), []),
+        ((1.0, 1.0, 1.0, 1.01 * OUTLIER), [3]),
+        ((1.01 * OUTLIER, 1.0, 1.0, 1.0), [0]),
         ((1.0, 0.05, 1.0, 1.0), []),  # a quiet one is no reason to turn down the others
         ((1.0, 0.05), []),
         ((0.05, 0.05, 1.0, 1.0), []),  # nor are two
@@ -313,18 +313,18 @@ def layer_of(concepts: Sequence[Concept], weights: Sequence[float]) -> LayerProb
 )
 def test_loud_is_over_a_third_more_than_the_median_of_the_others(scales, loud):
     concepts = [scaled(concept(f"c{k}", 1000 * (k + 1)), scale) for k, scale in enumerate(scales)]
-    told = voices(BASES, concepts, guard=True)
+    told = verdicts(BASES, concepts, guard=True)
     assert sorted(told) == loud
-    assert not voices(BASES, concepts, guard=False)
+    assert not verdicts(BASES, concepts, guard=False)
     for k in loud:
-        for layer, change in heard(concepts, told)[k].deltas.items():
+        for layer, change in as_judged(concepts, told)[k].deltas.items():
             size = float(change.matrix().norm() / BASES[layer].norm())
-            assert size == pytest.approx(LOUD * SIZE[kind_of(layer)], rel=0.02)
+            assert size == pytest.approx(OUTLIER * SIZE[kind_of(layer)], rel=0.02)
 
 
 def test_one_loud_layer_is_turned_down_and_the_others_left():
     layer = LAYERS[-1]
-    told = voices(BASES, [ANT, BEE, turned(CAT, {layer: 1e3})], guard=True)
+    told = verdicts(BASES, [ANT, BEE, rescaled(CAT, {layer: 1e3})], guard=True)
     strengths = told[2].strengths
     assert min(strengths, key=strengths.__getitem__) == layer
     assert strengths[layer] * 1e3 <= 8
@@ -347,10 +347,10 @@ def fuse_few(golden_pipeline: object, random_concept: Callable[..., Concept]) ->
 
 def test_the_guard_is_on_by_default_and_names_whom_it_turned_down(fuse_few):
     safe, plain = fuse_few(1.0, 1.0, 1e3), fuse_few(1.0, 1.0, 1e3, guard=False)
-    assert list(safe.voices) == ["c2"]
+    assert list(safe.verdicts) == ["c2"]
     assert all(set(one.clipped) == {"c2"} for one in safe.layers.values())
-    assert safe.voices["c2"].turned_down
-    assert not plain.voices
+    assert safe.verdicts["c2"].downweighted
+    assert not plain.verdicts
     assert all(math.isfinite(one.residual) for one in safe.layers.values())
     kept = {one.info.name: one for one in safe.model.concepts}
     assert any(change.matrix().norm() > 10 for change in kept["c2"].deltas.values())  # what is kept is the file
@@ -371,7 +371,7 @@ def test_where_nobody_is_left_the_model_is_the_base_with_words(settings, golden_
     one = random_concept("cat", seed=0)
     words = tuple(f"<not-{number}>" for number in range(len(one.info.words)))
     info = one.info.model_copy(update={"name": "dog", "words": words})
-    pair = [one, dataclasses.replace(turned(one, dict.fromkeys(one.deltas, -1.0)), info=info)]
+    pair = [one, dataclasses.replace(rescaled(one, dict.fromkeys(one.deltas, -1.0)), info=info)]
     few = {"prompts": ("a {}",), "picture_prompts": ("a {}",), "steps": 1}
     fused = fuse(pair, golden_pipeline, FusionSettings(**few | settings))
     assert not fused.model.weights
@@ -384,7 +384,7 @@ def test_where_nobody_is_left_the_model_is_the_base_with_words(settings, golden_
 def test_loud_ones_may_be_refused(fuse_few):
     with pytest.raises(BadInputError, match=r"louder than the others: <c2> in \d+ of \d+ layers \(99\d times"):
         fuse_few(1.0, 1.0, 1e3, refuse_loud=True)
-    assert not fuse_few(1.0, 1.0, 1.0, refuse_loud=True).voices
+    assert not fuse_few(1.0, 1.0, 1.0, refuse_loud=True).verdicts
 
 
 def test_a_convolution_is_fused_as_exactly_as_a_linear_layer():
@@ -396,7 +396,7 @@ def test_a_convolution_is_fused_as_exactly_as_a_linear_layer():
     changes: list[Change] = [low, Full.of(normal(4, 3, 3, 2, seed=7))]
     seen = []
     for picture in pictures:
-        moments = Moments()
+        moments = MomentAccumulator()
         with moments.recording({"conv": module}):
             module(picture)
         seen.append(moments.seen()["conv"])
@@ -410,7 +410,7 @@ def test_a_convolution_is_fused_as_exactly_as_a_linear_layer():
     total = left(found, 0) + left(found, 1)
     assert problem.sums.objective(found.detach()) == pytest.approx(total.item(), rel=1e-6)
     (slope,) = torch.autograd.grad(total, found)  # least squares: nothing can be better
-    assert float(slope.norm()) < 1e-5 * float(problem.sums.pulls.norm())
+    assert float(slope.norm()) < 1e-5 * float(problem.sums.rhs.norm())
 
 
 def test_a_convolution_in_groups_is_refused():
@@ -420,4 +420,4 @@ def test_a_convolution_in_groups_is_refused():
 
 def test_what_is_not_finite_is_noticed_when_it_is_counted():
     with pytest.raises(BadInputError, match="unet.a has values that are not finite"):
-        Moments().add("unet.a", torch.tensor([[1.0, float("inf")]]))
+        MomentAccumulator().add("unet.a", torch.tensor([[1.0, float("inf")]]))

@@ -15,7 +15,7 @@ from mixofshow.fusion.problem import LayerProblem
 from mixofshow.fusion.settings import PAPER, FusionSettings
 from mixofshow.fusion.solving import STAGES, solver_for
 from mixofshow.fusion.stages import fuse
-from mixofshow.fusion.statistics import Moments, Seen, input_of
+from mixofshow.fusion.statistics import LayerStatistics, MomentAccumulator, input_of
 
 FEW = FusionSettings(**PAPER, steps=3)
 EXACT = FusionSettings(**PAPER, steps=3, options={"ridge": 1e-6, "toward": "base"})
@@ -132,7 +132,7 @@ def test_a_saved_model_is_the_model(both, tmp_path):
 def test_moments_of_chunks_add_up():
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(60, 7, generator=generator)
-    moments = Moments()
+    moments = MomentAccumulator()
     for part in rows.split(13):
         moments.add("x", part)
     torch.testing.assert_close(moments.seen()["x"].moments, rows.double().T @ rows.double())
@@ -141,7 +141,7 @@ def test_moments_of_chunks_add_up():
 
 def test_a_convolution_counts_its_pixels_as_rows():
     picture = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0))
-    moments = Moments()
+    moments = MomentAccumulator()
     moments.add("x", picture)
     rows = picture.permute(0, 2, 3, 1).reshape(-1, 5).double()
     torch.testing.assert_close(moments.seen()["x"].moments, rows.T @ rows)
@@ -167,7 +167,7 @@ def test_inputs_in_a_subspace_move_nothing_outside_of_it():
     generator = torch.Generator().manual_seed(0)
     seen = torch.randn(40, 3, generator=generator).double() @ torch.randn(3, 10, generator=generator).double()
     change = LowRank(torch.randn(2, 10, generator=generator).double(), torch.randn(6, 2, generator=generator).double())
-    problem = LayerProblem(torch.zeros(6, 10), [change], lambda _: Seen(seen.T @ seen, 40), [1.0])
+    problem = LayerProblem(torch.zeros(6, 10), [change], lambda _: LayerStatistics(seen.T @ seen, 40), [1.0])
     found = gradient(problem, ridge=1e-9, toward="base")
     outside = torch.linalg.qr(seen.T, mode="complete").Q[:, 3:]
     torch.testing.assert_close(found @ seen.T, change.matrix() @ seen.T, rtol=1e-5, atol=1e-5)
@@ -176,8 +176,8 @@ def test_inputs_in_a_subspace_move_nothing_outside_of_it():
 
 def test_a_singular_matrix_is_solved_by_eigenvalues():
     moments = torch.diag(torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64))
-    pulls = torch.tensor([[4.0, 3.0, 0.0]], dtype=torch.float64)
-    torch.testing.assert_close(solve_ridge(moments, pulls, 0.0), torch.tensor([[2.0, 3.0, 0.0]], dtype=torch.float64))
+    rhs = torch.tensor([[4.0, 3.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(solve_ridge(moments, rhs, 0.0), torch.tensor([[2.0, 3.0, 0.0]], dtype=torch.float64))
 
 
 @pytest.mark.parametrize(

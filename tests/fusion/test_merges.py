@@ -28,7 +28,7 @@ from mixofshow.fusion.methods import (
 from mixofshow.fusion.problem import LayerProblem
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.solving import check_method
-from mixofshow.fusion.statistics import Seen
+from mixofshow.fusion.statistics import LayerStatistics
 
 OUT, IN = 6, 10
 
@@ -39,7 +39,7 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 def problem_of(changes: list[Change | None], moments: list[Tensor], shape: tuple[int, int] = (OUT, IN)) -> LayerProblem:
     # Rows that have these moments: LᵀL for the upper triangle L.
-    seen = [Seen(one, IN, inputs=torch.linalg.cholesky(one, upper=True)) for one in moments]
+    seen = [LayerStatistics(one, IN, inputs=torch.linalg.cholesky(one, upper=True)) for one in moments]
     return LayerProblem(torch.zeros(shape), changes, seen.__getitem__, [1.0] * len(changes))
 
 
@@ -175,8 +175,8 @@ def few_rows(count: int, *, seed: int) -> Tensor:
 
 def narrow(changes: list[Change | None], rows: list[Tensor], prior: Tensor | None = None) -> LayerProblem:
     """A problem whose moments are singular."""
-    seen = [Seen(own.T @ own, len(own)) for own in rows]
-    base = None if prior is None else Seen(prior.T @ prior, len(prior))
+    seen = [LayerStatistics(own.T @ own, len(own)) for own in rows]
+    base = None if prior is None else LayerStatistics(prior.T @ prior, len(prior))
     return LayerProblem(torch.zeros(OUT, IN), changes, seen.__getitem__, [1.0] * len(changes), base, 1.0)
 
 
@@ -216,8 +216,8 @@ def test_nothing_that_keeps_the_concepts_changes_other_prompts_less(changes):
 def test_custom_diffusion_of_contradicting_concepts_is_least_squares(problem, moments):
     exact = gradient(problem, ridge=0.0, toward="base")
     torch.testing.assert_close(custom_diffusion(problem), exact)
-    prior = Seen(moments[0], IN)
-    regularized = LayerProblem(problem.base, problem.changes, problem.look, problem.weights, prior, 1.0)
+    prior = LayerStatistics(moments[0], IN)
+    regularized = LayerProblem(problem.base, problem.changes, problem.statistics, problem.weights, prior, 1.0)
     torch.testing.assert_close(custom_diffusion(regularized), exact)  # nothing is left free
 
 
@@ -247,8 +247,8 @@ def test_lbfgs_keeps_one_concept_alone_nearly(changes, moments):
 
 
 def test_lbfgs_counts_weights_and_the_prior_as_the_sums_do(problem, moments):
-    prior = Seen(moments[0], IN, inputs=torch.linalg.cholesky(moments[0], upper=True))
-    weighed = LayerProblem(problem.base, problem.changes, problem.look, [0.5, 2.0, 1.0, 0.5], prior, 0.3)
+    prior = LayerStatistics(moments[0], IN, inputs=torch.linalg.cholesky(moments[0], upper=True))
+    weighed = LayerProblem(problem.base, problem.changes, problem.statistics, [0.5, 2.0, 1.0, 0.5], prior, 0.3)
     exact = gradient(weighed, ridge=0.0, toward="base")
     torch.testing.assert_close(lbfgs(weighed), exact, rtol=0, atol=1e-3)
     assert (exact - gradient(problem, ridge=0.0, toward="base")).abs().max() > 0.1

@@ -11,7 +11,7 @@ from torch import Tensor
 from mixofshow.concepts.changes import Change, Full, LowRank
 from mixofshow.fusion.methods import gradient
 from mixofshow.fusion.problem import LayerProblem
-from mixofshow.fusion.statistics import Seen
+from mixofshow.fusion.statistics import LayerStatistics
 
 OUT, IN = 6, 10
 WEIGHTS = (1.0, 0.25, 1.75)
@@ -48,7 +48,7 @@ class Truth:
         return [rows @ own_weight(change).T for rows, change in zip(self.own, CHANGES, strict=True)]
 
     def problem(self) -> LayerProblem:
-        seen = [Seen(rows.T @ rows, len(rows)) for rows in self.own]
+        seen = [LayerStatistics(rows.T @ rows, len(rows)) for rows in self.own]
         if self.drifted is not None:
             seen = [
                 dataclasses.replace(one, drifted=there.T @ there, cross=here.T @ there)
@@ -112,7 +112,7 @@ def test_what_is_seen_without_drift_is_drift_of_nothing(rows):
     own = [normal(rows, IN, seed=10 + number) for number in range(3)]
     still, drifted = Truth(own, None).problem().sums, Truth(own, own).problem().sums
     torch.testing.assert_close(drifted.moments, still.moments)
-    torch.testing.assert_close(drifted.pulls, still.pulls)
+    torch.testing.assert_close(drifted.rhs, still.rhs)
     assert drifted.energy == pytest.approx(still.energy)
     assert drifted.rows == still.rows == 3 * rows
 
@@ -124,24 +124,24 @@ def test_without_some_concepts_is_the_problem_of_the_others(gone, truth):
     expected = LayerProblem(
         BASE,
         [CHANGES[number] for number in kept],
-        lambda number: problem.look(kept[number]),
+        lambda number: problem.statistics(kept[number]),
         [WEIGHTS[number] for number in kept],
     )
     found = problem.without(*gone)
     assert torch.equal(found.sums.moments, expected.sums.moments)
-    assert torch.equal(found.sums.pulls, expected.sums.pulls)
+    assert torch.equal(found.sums.rhs, expected.sums.rhs)
     assert found.sums.energy == expected.sums.energy
 
 
 def test_the_prior_is_one_more_concept_that_wants_no_change(truth):
     problem = truth.problem()
-    with_prior = dataclasses.replace(problem, prior=problem.look(0), prior_weight=0.3)
+    with_prior = dataclasses.replace(problem, prior=problem.statistics(0), prior_weight=0.3)
     asked = dataclasses.replace(
         problem,
         changes=[*CHANGES, None],
-        look=lambda number: problem.look(number % 3),
+        statistics=lambda number: problem.statistics(number % 3),
         weights=[*WEIGHTS, 0.3],
     )
     assert torch.equal(with_prior.sums.moments, asked.sums.moments)
-    assert torch.equal(with_prior.sums.pulls, asked.sums.pulls)
+    assert torch.equal(with_prior.sums.rhs, asked.sums.rhs)
     assert with_prior.sums.energy == asked.sums.energy

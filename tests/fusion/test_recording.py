@@ -22,7 +22,7 @@ from mixofshow.concepts.words import token_ids
 from mixofshow.fusion import recording, statistics
 from mixofshow.fusion.recording import Source, record
 from mixofshow.fusion.settings import RecordingSettings
-from mixofshow.fusion.statistics import Seen, input_of, parts
+from mixofshow.fusion.statistics import LayerStatistics, input_of, parts
 
 PROMPTS: dict[str, Any] = {"steps": 2, "prompts": ("photo of a {}", "{}"), "picture_prompts": ("photo of a {}",)}
 FEW = RecordingSettings(**PROMPTS)
@@ -141,7 +141,9 @@ def _draw(source: Source, settings: RecordingSettings, prompt: str, seed: int, m
         latents = scheduler.step(noise, timestep, latents).prev_sample
 
 
-def assert_moments(seen: Mapping[str, Seen], names: list[str], own: dict[str, Tensor], other: Any = None) -> None:
+def assert_moments(
+    seen: Mapping[str, LayerStatistics], names: list[str], own: dict[str, Tensor], other: Any = None
+) -> None:
     assert set(seen) == {input_of(name) for name in names}
     for name in names:
         one, x = seen[input_of(name)], own[name]
@@ -158,7 +160,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def same(one: Mapping[str, Seen], other: Mapping[str, Seen]) -> bool:
+def same(one: Mapping[str, LayerStatistics], other: Mapping[str, LayerStatistics]) -> bool:
     """Bit for bit."""
     return one.keys() == other.keys() and all(
         one[name].rows == other[name].rows
@@ -207,7 +209,7 @@ def test_pictures_add_up(double_pipeline, concept):
     prompts = ("photo of a {}", "a {} on the street", "{}")
     names = [name for name in concept.deltas if stage(name) == "picture"]
 
-    def drawn(seed: int, *prompts: str) -> dict[str, Seen]:
+    def drawn(seed: int, *prompts: str) -> dict[str, LayerStatistics]:
         settings = RecordingSettings(steps=1, seed=seed, picture_prompts=prompts)
         return record(double_pipeline, Source.of(concept, settings), names, settings)
 

@@ -19,7 +19,7 @@ from mixofshow.concepts.prompts import encode_prompts, layerwise
 from mixofshow.errors import SettingsError
 from mixofshow.fusion import refitting
 from mixofshow.fusion.recording import Source
-from mixofshow.fusion.refitting import PICTURES, Refitted, own_lessons, refit
+from mixofshow.fusion.refitting import PICTURES, Refitted, refit, teacher_samples
 from mixofshow.fusion.settings import PAPER, FusionSettings
 from mixofshow.fusion.stages import fuse
 from mixofshow.fusion.store import Store
@@ -64,7 +64,7 @@ def equal_weights(first, second):
 
 def test_lessons_are_the_concepts_own_models(golden_pipeline, golden_concepts):
     for concept in golden_concepts:
-        lessons = own_lessons(golden_pipeline, Source.of(concept, PLAIN), PLAIN)
+        lessons = teacher_samples(golden_pipeline, Source.of(concept, PLAIN), PLAIN)
         assert [len(prompt) for prompt in lessons] == [PICTURES * PLAIN.steps] * len(PLAIN.prompts)
         for prompt, ours in zip(PLAIN.prompts, lessons, strict=True):
             assert {one.prompt for one in ours} == {prompt.replace("{}", concept.prompt)}
@@ -76,7 +76,9 @@ def test_the_loss_falls_and_is_what_it_says(golden_pipeline, golden_concepts, pl
     assert refitted.refitted.keys() == {concept.info.name for concept in golden_concepts}
     for concept in golden_concepts:
         # So few that all of them are looked at.
-        lessons = [one for prompt in own_lessons(golden_pipeline, Source.of(concept, PLAIN), PLAIN) for one in prompt]
+        lessons = [
+            one for prompt in teacher_samples(golden_pipeline, Source.of(concept, PLAIN), PLAIN) for one in prompt
+        ]
         wanted = torch.stack([one.prediction for one in lessons])
         measured = [
             float(((predictions(one.model, lessons) - wanted) / USUAL_GUIDANCE).square().mean())
@@ -97,7 +99,7 @@ def test_with_a_prior_the_base_teaches_too(golden_pipeline, golden_concepts, pla
     """Its own prompt is then predicted more like the base does than without."""
     settings = REFIT.model_copy(update={"refit": 20, "prior_prompts": ("a house",)})
     wanted = [
-        one for prompt in own_lessons(golden_pipeline, Source(None, ("a house",), ()), settings) for one in prompt
+        one for prompt in teacher_samples(golden_pipeline, Source(None, ("a house",), ()), settings) for one in prompt
     ]
 
     def drift(prior: float) -> float:
@@ -112,7 +114,7 @@ def test_with_a_prior_the_base_teaches_too(golden_pipeline, golden_concepts, pla
 
 def test_gradients_are_those_of_the_weights_themselves(golden_pipeline, golden_concepts, plain):
     """One step against plain autograd on a copy that has the weights as its own parameters."""
-    lessons = own_lessons(golden_pipeline, Source.of(golden_concepts[0], PLAIN), PLAIN)[0][:2]
+    lessons = teacher_samples(golden_pipeline, Source.of(golden_concepts[0], PLAIN), PLAIN)[0][:2]
     weights = {name: weight.clone().requires_grad_() for name, weight in plain.model.weights.items()}
     with refitting._computing_with(golden_pipeline, weights), layerwise(golden_pipeline.unet):
         found = torch.autograd.grad(refitting._loss(golden_pipeline, golden_concepts[0], lessons), [*weights.values()])
@@ -183,7 +185,7 @@ def test_what_the_guard_turns_down_is_taught_as_it_is_heard(golden_pipeline, gol
     cat, dog = golden_concepts
     loud = dataclasses.replace(dog, deltas={name: one.scaled(1e3) for name, one in dog.deltas.items()})
     found = fuse([cat, loud], golden_pipeline, REFIT.model_copy(update={"guard": True, "refit": 1}))
-    assert list(found.voices) == [dog.info.name]
+    assert list(found.verdicts) == [dog.info.name]
     assert all(torch.isfinite(weight).all() for weight in found.model.weights.values())
     assert all(math.isfinite(loss) for losses in found.refitted.values() for loss in losses)
 

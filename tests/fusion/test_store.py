@@ -15,7 +15,7 @@ from torch import Tensor
 from mixofshow.errors import BadInputError, ConceptFileError, SettingsError
 from mixofshow.files import write_tensors
 from mixofshow.fusion import store as stores
-from mixofshow.fusion.statistics import Seen
+from mixofshow.fusion.statistics import LayerStatistics
 from mixofshow.fusion.store import Recording, Store, open_recording, pack, unpack
 
 KEY = {"source": "abc", "texts": ["a photo"], "settings": {"steps": 3, "guidance_scale": 1.0}, "bound": float("-inf")}
@@ -44,21 +44,21 @@ MATRICES = {
 
 
 @pytest.fixture
-def seen() -> dict[str, Seen]:
+def seen() -> dict[str, LayerStatistics]:
     generator = torch.Generator().manual_seed(1)
     x, y = (torch.randn(9, 8, generator=generator) for _ in range(2))
     a, b = x.double(), y.double()
     return {
-        "unet.a.input": Seen(moments(8, 20), 20),
-        "unet.b": Seen(moments(16, 5), 5),
-        "unet.c": Seen(a.T @ a, 9, drifted=b.T @ b, cross=a.T @ b),
-        "unet.d": Seen(a.T @ a, 9, inputs=x.bfloat16()),
+        "unet.a.input": LayerStatistics(moments(8, 20), 20),
+        "unet.b": LayerStatistics(moments(16, 5), 5),
+        "unet.c": LayerStatistics(a.T @ a, 9, drifted=b.T @ b, cross=a.T @ b),
+        "unet.d": LayerStatistics(a.T @ a, 9, inputs=x.bfloat16()),
     }
 
 
 @pytest.fixture
 def kept(seen, tmp_path) -> Path:
-    return Store(tmp_path).keep(KEY, "cat", seen).file.path
+    return Store(tmp_path).save(KEY, "cat", seen).file.path
 
 
 @pytest.mark.parametrize("matrix", MATRICES.values(), ids=MATRICES)
@@ -111,10 +111,10 @@ def test_less_storage_is_less_exact_and_takes_less(name):
 
 @pytest.mark.parametrize("storage", ["fp64", *LOSSY])
 def test_the_error_of_storing_is_reported_as_it_is(storage, tmp_path):
-    seen = {name: Seen(matrix, 1) for name, matrix in MATRICES.items() if name != "of nothing"}
-    recording = Store(tmp_path, storage).keep(KEY, "cat", seen)
+    seen = {name: LayerStatistics(matrix, 1) for name, matrix in MATRICES.items() if name != "of nothing"}
+    recording = Store(tmp_path, storage).save(KEY, "cat", seen)
     errors = [
-        float((recording.look(name).moments - matrix).norm() / matrix.norm())
+        float((recording.statistics(name).moments - matrix).norm() / matrix.norm())
         for name, matrix in MATRICES.items()
         if name != "of nothing"
     ]
@@ -126,10 +126,10 @@ def test_the_error_of_storing_is_reported_as_it_is(storage, tmp_path):
 def test_what_was_seen_is_found_again(storage, seen, tmp_path):
     store = Store(tmp_path, storage)
     assert store.find(KEY, "cat", set()) is None
-    store.keep(KEY, "cat", seen)
+    store.save(KEY, "cat", seen)
     recording = Store(tmp_path, storage).find(KEY, "cat", set(seen))
     for name, one in seen.items():
-        found = recording.look(name)
+        found = recording.statistics(name)
         assert found.rows == one.rows
         assert found.tensors().keys() == one.tensors().keys()
         for kind, value in found.tensors().items():
@@ -139,7 +139,7 @@ def test_what_was_seen_is_found_again(storage, seen, tmp_path):
 
 
 def test_the_same_recording_is_the_same_bytes(seen, tmp_path):
-    first, second = (Store(tmp_path / folder).keep(KEY, "cat", seen).file.path for folder in "ab")
+    first, second = (Store(tmp_path / folder).save(KEY, "cat", seen).file.path for folder in "ab")
     assert first.name == second.name
     assert first.read_bytes() == second.read_bytes()
 
@@ -181,7 +181,7 @@ def test_values_that_are_not_finite_are_never_kept(value, storage, seen, tmp_pat
     matrix = moments(16, 5)
     matrix[3, 3] = value
     with pytest.raises(BadInputError, match="cat: in its own model, unet.b has values that are not finite"):
-        Store(tmp_path, storage).keep(KEY, "cat", seen | {"unet.b": Seen(matrix, 5)})
+        Store(tmp_path, storage).save(KEY, "cat", seen | {"unet.b": LayerStatistics(matrix, 5)})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -194,12 +194,12 @@ def refused(path: Path, names: list[str]) -> Iterator[str]:
         return
     for name in names:
         try:
-            recording.look(name)
+            recording.statistics(name)
         except ConceptFileError as error:
             yield str(error)
 
 
-def assert_refused(path: Path, data: bytes, seen: dict[str, Seen], what: object) -> None:
+def assert_refused(path: Path, data: bytes, seen: dict[str, LayerStatistics], what: object) -> None:
     path.write_bytes(data)
     lines = list(refused(path, list(seen)))
     assert lines, what
@@ -226,7 +226,9 @@ def test_a_file_cut_anywhere_is_refused(kept, seen):
 
 
 def test_another_files_numbers_or_description_are_refused(kept, seen, tmp_path):
-    other = Store(tmp_path / "other").keep(KEY | {"source": "abd"}, "cat", {**seen, "unet.b": Seen(moments(16, 6), 6)})
+    other = Store(tmp_path / "other").save(
+        KEY | {"source": "abd"}, "cat", {**seen, "unet.b": LayerStatistics(moments(16, 6), 6)}
+    )
     described = other.file.metadata
     write_tensors(kept, load_file(kept), described)
     assert len(list(refused(kept, list(seen)))) == 1
@@ -300,7 +302,7 @@ def test_recordings_whose_digests_are_right_and_numbers_are_not_are_refused(forg
     write_tensors(kept, tensors, open_recording(kept).file.metadata)
     described(kept, digests=open_recording(kept).about["digests"] | {"unet.b": stores._digest(forged)})
     with pytest.raises(ConceptFileError, match=r"unet\.b: ") as raised:
-        open_recording(kept).look("unet.b", width=10)
+        open_recording(kept).statistics("unet.b", width=10)
     assert len(str(raised.value)) - len(str(kept)) < 200
 
 
@@ -314,4 +316,4 @@ def test_a_recording_looks_up_nothing_else(kept):
     recording = Store(kept.parent).find(KEY, "cat", set())
     assert isinstance(recording, Recording)
     with pytest.raises(ConceptFileError, match="unet.e"):
-        recording.look("unet.e")
+        recording.statistics("unet.e")

@@ -152,9 +152,9 @@ def _print_fused(out: Path | None, fused: Fused) -> None:
         name, worst = max(fused.layers.items(), key=lambda item: item[1].residual)
         line += f"; largest residual {worst.residual:.2g} in {name}"
     typer.echo(line)
-    for name, voice in fused.voices.items():
-        typer.echo(f"{'guard: ' if voice.turned_down else ''}<{name}> {voice.why}")
-    if fused.voices and not fused.layers:
+    for name, verdict in fused.verdicts.items():
+        typer.echo(f"{'guard: ' if verdict.downweighted else ''}<{name}> {verdict.why}")
+    if fused.verdicts and not fused.layers:
         typer.echo("guard: nobody's changes are left; the model is the base with the concepts' words")
     for name, (before, after) in fused.refitted.items():
         say(f"<{name}> refitted: loss {before:.3g} -> {after:.3g}")

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from mixofshow.evaluation.report import number, write_page
 from mixofshow.fusion.recording import STAGES, Stage, stage_of
-from mixofshow.fusion.solving import Kept, LayerReport, share, total
+from mixofshow.fusion.solving import ConceptResidual, LayerReport, share, total
 from mixofshow.fusion.stages import Fused
 
 STAGE_NAMES: Final[Mapping[Stage, str]] = {
@@ -29,7 +29,7 @@ def write_fusion_report(path: Path, fused: Fused) -> None:
     worst = sorted(fused.layers.items(), key=lambda item: -item[1].residual)[:WORST]
 
     def row(name: str, one: LayerReport) -> tuple[str, ...]:
-        sufferer = max(one.concepts, key=lambda name: one.concepts[name].left)
+        sufferer = max(one.concepts, key=lambda name: one.concepts[name].residual_sq)
         return name, number(one.residual), number(share(one.average, one.unchanged)), f"<{sufferer}>"
 
     write_page(
@@ -53,20 +53,20 @@ def concept_table(fused: Fused) -> tuple[Sequence[str], list[list[str]]]:
     for concept in fused.model.concepts:
         name = concept.info.name
         over = [total(part.values(), name) for part in (fused.layers, *stages.values())]
-        row = [f"<{name}>", *(number(share(kept.left, kept.wanted)) for kept in over)]
+        row = [f"<{name}>", *(number(share(kept.residual_sq, kept.target_sq)) for kept in over)]
         rows.append([*row, f"{100 * cost(over[0]):+.1f} %"] if measured else row)
     return [*head, "costs the others"] if measured else head, rows
 
 
-def cost(kept: Kept) -> float:
+def cost(kept: ConceptResidual) -> float:
     """By how much the others' residual rises through a concept: 0.1 is by a tenth; 0 where it was not measured."""
     return math.sqrt(kept.others / kept.others_without) - 1 if kept.others_without > 0 else 0.0
 
 
-def shade(kept: Kept) -> str:
+def shade(kept: ConceptResidual) -> str:
     """The colour of a concept in a layer: white where nothing is left undone, dark where all is, red beyond that."""
-    residual = share(kept.left, kept.wanted)
-    return UNTOUCHED if kept.wanted == 0 else BEYOND if residual > 1 else DARK.format(residual)
+    residual = share(kept.residual_sq, kept.target_sq)
+    return UNTOUCHED if kept.target_sq == 0 else BEYOND if residual > 1 else DARK.format(residual)
 
 
 def _by_stage(layers: Mapping[str, LayerReport]) -> dict[Stage, dict[str, LayerReport]]:

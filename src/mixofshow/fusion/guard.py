@@ -1,11 +1,11 @@
-"""How each concept is heard in a fusion: the guard against loud files and negated copies, and who is not counted.
+"""The guard: outliers are scaled down, negated copies excluded; duplicates and empty concepts are not counted.
 
 All of it is decided before anything is recorded, from the changes alone: their inner products in each layer, relative
 to the base weight, ⟨ΔW_i, ΔW_j⟩ / ‖W0‖². A concept's size in a stage is the root of the mean of ⟨ΔW_i, ΔW_i⟩ / ‖W0‖²
 over the layers that it changes there. Honest concepts are within about twice each other's size in a stage, while in a
 single layer they may differ fifty-fold: so files are compared stage by stage, and layers only with their own stage.
 
-What no guard sees is a concept that is bad and no louder than the others, nor that most of the files are loud.
+What no guard sees is a bad concept of usual size, nor that most of the files are outliers.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from mixofshow.concepts.changes import Change
 from mixofshow.concepts.concept import Concept
 from mixofshow.fusion.recording import STAGES, Stage, stage_of
 
-LOUD: Final = 1.3
-"""A file is loud in a stage when its size is over so many times the others' median; it is scaled to just this size.
+OUTLIER: Final = 1.3
+"""A file is an outlier in a stage when its size is over so many times the others' median; it is scaled to just this size.
 
 So much costs another less than a fifth more of its residual, by any method, and there is no jump where it begins.
 """
 SPIKE: Final = 8.0
 """No single layer of it may be larger than so many times that median."""
-USUAL: Final[Mapping[Stage, float]] = {"text": 0.03, "keys-and-values": 0.1, "picture": 0.1}
-"""The median counts as no less than this, the size of a well tuned concept: beside quiet ones the usual is not loud."""
-SILENT: Final = 0.002
+TYPICAL: Final[Mapping[Stage, float]] = {"text": 0.03, "keys-and-values": 0.1, "picture": 0.1}
+"""The median counts as no less than this, the size of a well tuned concept: beside quiet ones it is no outlier."""
+NEGLIGIBLE: Final = 0.002
 """A concept that changes no layer by more of its norm is as good as one of words alone: it has no say in the layers."""
 ALIKE: Final = 0.99
 """Two concepts whose changes in every stage (and words' vectors) have at least this cosine, and sizes within a tenth,
@@ -48,22 +48,22 @@ Grams = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Voice:
-    """How a concept is heard: what is left of its change by layer (1 where not named), whether it counts, and why."""
+class Verdict:
+    """What a concept is scaled to by layer (1 where not named), whether it has a say in the layers' weights, and why."""
 
     why: str
     strengths: Mapping[str, float] = field(default_factory=dict)
     counted: bool = True
 
     @property
-    def turned_down(self) -> bool:
+    def downweighted(self) -> bool:
         """Whether the guard did it."""
         return bool(self.strengths)
 
     @property
-    def left_out(self) -> bool:
+    def excluded(self) -> bool:
         """Whether it did so altogether."""
-        return self.turned_down and not self.counted
+        return self.downweighted and not self.counted
 
 
 def grams(bases: Mapping[str, Tensor], changes: Sequence[Mapping[str, Change]]) -> dict[str, Tensor]:
@@ -79,25 +79,25 @@ def grams(bases: Mapping[str, Tensor], changes: Sequence[Mapping[str, Change]]) 
     return found
 
 
-def voices(bases: Mapping[str, Tensor], concepts: Sequence[Concept], *, guard: bool) -> dict[int, Voice]:
-    """Those that are not heard as they are, by their position: silent ones and doubles, and whom the guard turns down."""
+def verdicts(bases: Mapping[str, Tensor], concepts: Sequence[Concept], *, guard: bool) -> dict[int, Verdict]:
+    """By position, of those that do not take part as they are: empty ones, duplicates, and whom the guard scales down."""
     products = grams(bases, [concept.deltas for concept in concepts])
     names = [concept.info.name for concept in concepts]
     words = [concept.embeddings.double().flatten() for concept in concepts]
-    found = silent(products, len(concepts))
-    found |= doubles(products, names, words, gone=found)
+    found = negligible(products, len(concepts))
+    found |= duplicates(products, names, words, gone=found)
     if guard:
-        found |= opposed(products, names, gone=found)
-        found |= loud(products, len(concepts), gone=found)
+        found |= negated(products, names, gone=found)
+        found |= outliers(products, len(concepts), gone=found)
     return found
 
 
-def heard(concepts: Sequence[Concept], found: Mapping[int, Voice]) -> list[Concept]:
-    """The concepts as loud as they are heard."""
-    return [turned(one, found[k].strengths) if k in found else one for k, one in enumerate(concepts)]
+def as_judged(concepts: Sequence[Concept], found: Mapping[int, Verdict]) -> list[Concept]:
+    """The concepts at the size that their verdicts leave them."""
+    return [rescaled(one, found[k].strengths) if k in found else one for k, one in enumerate(concepts)]
 
 
-def turned(concept: Concept, strengths: Mapping[str, float]) -> Concept:
+def rescaled(concept: Concept, strengths: Mapping[str, float]) -> Concept:
     """The concept with its changes of some layers at another strength."""
     if not strengths:
         return concept
@@ -105,20 +105,20 @@ def turned(concept: Concept, strengths: Mapping[str, float]) -> Concept:
     return replace(concept, deltas=deltas)
 
 
-def silent(products: Grams, count: int) -> dict[int, Voice]:
+def negligible(products: Grams, count: int) -> dict[int, Verdict]:
     """Those that change next to nothing; none if nobody changes more."""
     largest = [max((math.sqrt(one[k, k]) for one in products.values()), default=0.0) for k in range(count)]
-    if max(largest, default=0.0) <= SILENT:
+    if max(largest, default=0.0) <= NEGLIGIBLE:
         return {}
     why = "changes next to nothing but words, and has no say in the layers"
-    return {k: Voice(why, counted=False) for k, size in enumerate(largest) if size <= SILENT}
+    return {k: Verdict(why, counted=False) for k, size in enumerate(largest) if size <= NEGLIGIBLE}
 
 
-def doubles(
-    products: Grams, names: Sequence[str], words: Sequence[Tensor], gone: Mapping[int, Voice]
-) -> dict[int, Voice]:
+def duplicates(
+    products: Grams, names: Sequence[str], words: Sequence[Tensor], gone: Mapping[int, Verdict]
+) -> dict[int, Verdict]:
     """Those that are one with an earlier concept, which counts for both."""
-    found: dict[int, Voice] = {}
+    found: dict[int, Verdict] = {}
     ones = torch.ones(len(names), len(names), dtype=torch.float64)
     alike = functools.reduce(torch.minimum, _cosines_by_stage(products).values(), ones)
     nothing = torch.zeros(len(names), dtype=torch.float64)
@@ -132,17 +132,17 @@ def doubles(
             )
             if same_words and abs(sizes[late] - sizes[early]) <= 0.1 * sizes[early]:
                 why = f"is <{names[early]}> once more, and the two count as one"
-                found[late] = Voice(why, counted=False)
+                found[late] = Verdict(why, counted=False)
     return found
 
 
-def opposed(products: Grams, names: Sequence[str], gone: Mapping[int, Voice]) -> dict[int, Voice]:
+def negated(products: Grams, names: Sequence[str], gone: Mapping[int, Verdict]) -> dict[int, Verdict]:
     """Of two that undo each other in some stage, the one that agrees less with all others there; both if these do not tell.
 
     Whoever is tuned on pictures changes a model in part as all others do (cosines of some 0.05, in the text encoder of
     0.3), which a negated copy does not. Copies of either are no witnesses: a negation given twice agrees with itself.
     """
-    found: dict[int, Voice] = {}
+    found: dict[int, Verdict] = {}
     counted = [k for k in range(len(names)) if k not in gone]
     by_stage = _cosines_by_stage(products)
     for number, one in enumerate(counted):
@@ -157,11 +157,11 @@ def opposed(products: Grams, names: Sequence[str], gone: Mapping[int, Voice]) ->
             for k in [one, other] if unclear else [other if lead > 0 else one]:
                 why = f"left out, for it undoes <{names[other if k == one else one]}>"
                 why += ", and the others do not tell which is the copy" if unclear else ""
-                found[k] = Voice(why, dict.fromkeys(products, 0.0), counted=False)
+                found[k] = Verdict(why, dict.fromkeys(products, 0.0), counted=False)
     return found
 
 
-def loud(products: Grams, count: int, gone: Mapping[int, Voice]) -> dict[int, Voice]:
+def outliers(products: Grams, count: int, gone: Mapping[int, Verdict]) -> dict[int, Verdict]:
     """Those whose changes are far larger than the others', with what is left of them."""
     strengths: dict[int, dict[str, float]] = {}
     most: dict[int, float] = {}
@@ -173,15 +173,15 @@ def loud(products: Grams, count: int, gone: Mapping[int, Voice]) -> dict[int, Vo
             others = [volume for j, volume in volumes.items() if j != k and volume > 0]
             if not others:
                 continue
-            usual = max(median_low(others), USUAL[stage])
-            clipped = [min(size, SPIKE * usual) for size in own]
-            share = min(LOUD * usual / volume, 1.0) if (volume := _root_mean(clipped)) else 1.0
+            typical = max(median_low(others), TYPICAL[stage])
+            clipped = [min(size, SPIKE * typical) for size in own]
+            share = min(OUTLIER * typical / volume, 1.0) if (volume := _root_mean(clipped)) else 1.0
             turned_to = {n: share * now / was for n, now, was in zip(layers, clipped, own, strict=True) if was > 0}
             if less := {name: left for name, left in turned_to.items() if left < 1}:
                 strengths[k] = strengths.get(k, {}) | less
-                most[k] = max(most.get(k, 0.0), volumes[k] / usual)
+                most[k] = max(most.get(k, 0.0), volumes[k] / typical)
     why = "{:.3g} times as loud as the others, turned down in {} layers, to {:.2g} at least"
-    return {k: Voice(why.format(most[k], len(left), min(left.values())), left) for k, left in strengths.items()}
+    return {k: Verdict(why.format(most[k], len(left), min(left.values())), left) for k, left in strengths.items()}
 
 
 def _root_mean(sizes: Sequence[float]) -> float:

@@ -23,7 +23,7 @@ from torch.nn import functional
 from mixofshow.concepts.changes import LowRank
 from mixofshow.errors import SettingsError, nearest, shown
 from mixofshow.fusion.problem import LayerProblem
-from mixofshow.fusion.statistics import Seen
+from mixofshow.fusion.statistics import LayerStatistics
 
 Method = Callable[..., Tensor]
 Positive = Annotated[float, Field(gt=0)]
@@ -69,7 +69,7 @@ def gradient(problem: LayerProblem, *, ridge: float = 0.03, toward: Literal["ave
     sums = problem.sums
     middle = mean(problem) if toward == "average" else problem.zero()
     # Solved for the distance from D, so that rounding does not grow with D.
-    return middle + solve_ridge(sums.moments, sums.pulls - middle @ sums.moments, ridge)
+    return middle + solve_ridge(sums.moments, sums.rhs - middle @ sums.moments, ridge)
 
 
 @fusion_method("lbfgs", keeps_inputs=True)
@@ -110,7 +110,7 @@ def _regression(problem: LayerProblem) -> tuple[Tensor, Tensor]:
     """All rows √w_i X_i, (rows, in), and what they should be mapped to, (rows, out); of the prior, what W0 says."""
     kind = torch.promote_types(problem.base.dtype, torch.float32)
     wanted = [
-        (problem.look(number), change, weight)
+        (problem.statistics(number), change, weight)
         for number, (change, weight) in enumerate(zip(problem.matrices(), problem.weights, strict=True))
     ]
     if problem.prior is not None:
@@ -143,7 +143,7 @@ def custom_diffusion(
     values, vectors = torch.linalg.eigh(sums.moments)
     kept = values > cutoff * values.max()
     spanning = vectors[:, kept]  # U
-    mapped = sums.pulls @ spanning / values[kept]  # V
+    mapped = sums.rhs @ spanning / values[kept]  # V
     if problem.prior is None:
         return mapped @ spanning.T
     moments = problem.prior.moments
@@ -262,32 +262,32 @@ def regmean(problem: LayerProblem, *, shrink: Annotated[float, Field(ge=0, le=1)
     none.
     """
 
-    def shrunk(seen: Seen) -> Seen:
+    def shrunk(seen: LayerStatistics) -> LayerStatistics:
         diagonal = seen.moments.diagonal().diag()
         return dataclasses.replace(seen, moments=shrink * seen.moments + (1 - shrink) * diagonal)
 
     prior = None if problem.prior is None else shrunk(problem.prior)
-    sums = dataclasses.replace(problem, look=lambda number: shrunk(problem.look(number)), prior=prior).sums
-    return solve_ridge(sums.moments, sums.pulls, ridge)
+    sums = dataclasses.replace(problem, statistics=lambda number: shrunk(problem.statistics(number)), prior=prior).sums
+    return solve_ridge(sums.moments, sums.rhs, ridge)
 
 
-def solve_ridge(moments: Tensor, pulls: Tensor, ridge: float) -> Tensor:
-    """pulls (moments + λI)⁻¹ with λ = ridge · mean diagonal. (in, in), (out, in) -> (out, in).
+def solve_ridge(moments: Tensor, rhs: Tensor, ridge: float) -> Tensor:
+    """rhs (moments + λI)⁻¹ with λ = ridge · mean diagonal. (in, in), (out, in) -> (out, in).
 
     By Cholesky in double precision, which is reproducible; where the matrix is not positive definite, by eigenvalues,
     leaving out directions that no input has.
     """
     scale = moments.diagonal().mean()
     if scale == 0:
-        return torch.zeros_like(pulls)
+        return torch.zeros_like(rhs)
     damped = moments + ridge * scale * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
     factor, failed = torch.linalg.cholesky_ex(damped)
     if not failed:
-        return torch.cholesky_solve(pulls.T, factor).T
+        return torch.cholesky_solve(rhs.T, factor).T
     values, vectors = torch.linalg.eigh(damped)
     kept = values > values.max() * len(values) * torch.finfo(values.dtype).eps
     inverse = torch.where(kept, 1 / values, 0)
-    return pulls @ (vectors * inverse) @ vectors.T
+    return rhs @ (vectors * inverse) @ vectors.T
 
 
 def require_known(name: str) -> None:

@@ -11,57 +11,57 @@ import torch
 from torch import Tensor
 
 from mixofshow.concepts.changes import Change, LowRank, inner
-from mixofshow.fusion.statistics import Seen
+from mixofshow.fusion.statistics import LayerStatistics
 
 
 @dataclass(frozen=True)
 class LeastSquaresTerm:
-    """One concept's squared error in a layer: a change ΔW leaves energy − 2 ⟨pull, ΔW⟩ + ⟨ΔWᵀΔW, moments⟩ of it.
+    """One concept's squared error in a layer, of a change ΔW: energy − 2 ⟨rhs, ΔW⟩ + ⟨ΔWᵀΔW, moments⟩.
 
-    The pull is `own` + W0 `shift`. As recorded, moments (in, in) are C_i, own is ΔW_i C_i, None where the concept
-    leaves the layer alone, and nothing is shifted. Where inputs drifted, it is (W0 + ΔW_i) X_i that is to be met on X̃_i:
-    moments are X̃ᵀX̃, own is ΔW_i XᵀX̃, shift (in, in) is XᵀX̃ − X̃ᵀX̃. So nothing of one concept is multiplied at full size.
+    The right-hand side is `delta_rhs` + W0 `drift_correction`. As recorded, moments (in, in) are C_i and delta_rhs is
+    ΔW_i C_i, None where the concept leaves the layer alone. Where inputs drifted, it is (W0 + ΔW_i) X_i that is to be met
+    on X̃_i: moments are X̃ᵀX̃, delta_rhs is ΔW_i XᵀX̃, and the correction (in, in) is XᵀX̃ − X̃ᵀX̃.
     """
 
     moments: Tensor
     rows: int
     energy: float
-    own: Change | None
-    shift: Tensor | None = None
+    delta_rhs: Change | None
+    drift_correction: Tensor | None = None
 
 
 @dataclass
 class LayerSums:
     """Sums over concepts: all that solving and measuring need.
 
-    moments Σ w_i C_i, (in, in); pulls Σ w_i ΔW_i C_i, (out, in); energy Σ w_i tr(ΔW_i C_i ΔW_iᵀ); rows of all inputs.
+    moments Σ w_i C_i, (in, in); rhs Σ w_i ΔW_i C_i, (out, in); energy Σ w_i tr(ΔW_i C_i ΔW_iᵀ); rows of all inputs.
     """
 
     moments: Tensor
-    pulls: Tensor
+    rhs: Tensor
     energy: float = 0.0
     rows: int = 0
 
     def objective(self, change: Tensor) -> float:
         """Σ w_i ‖(ΔW_i − change) X_iᵀ‖²_F for a change of the weight (out, in), from the sums alone."""
         change = change.double()
-        return max(self.energy - 2 * inner(self.pulls, change) + inner(change.T @ change, self.moments), 0.0)
+        return max(self.energy - 2 * inner(self.rhs, change) + inner(change.T @ change, self.moments), 0.0)
 
 
 @dataclass(frozen=True)
 class LayerProblem:
     """One layer's part of a fusion: its base weight (out, in), the concepts' changes of it, and what it saw of each.
 
-    A concept that leaves the layer alone has the change None. `look(i)` gives what was seen of concept i; it may read
+    A concept that leaves the layer alone has the change None. `statistics(i)` gives what was seen of concept i; it may read
     a file, so that no more than one concept's moments are in memory. `prior` is what the base model's own prompts
     show the layer, which nothing should change there; it counts `prior_weight` times as much as a concept.
     """
 
     base: Tensor
     changes: Sequence[Change | None]
-    look: Callable[[int], Seen]
+    statistics: Callable[[int], LayerStatistics]
     weights: Sequence[float]
-    prior: Seen | None = None
+    prior: LayerStatistics | None = None
     prior_weight: float = 0.0
 
     @cached_property
@@ -76,12 +76,12 @@ class LayerProblem:
             sums.moments.add_(term.moments, alpha=weight)
             sums.energy += weight * term.energy
             sums.rows += term.rows
-            if term.own is not None:
-                term.own.add_to(sums.pulls, weight)
-            if term.shift is not None:
-                shift = (zeros(inputs, inputs) if shift is None else shift).add_(term.shift, alpha=weight)
+            if term.delta_rhs is not None:
+                term.delta_rhs.add_to(sums.rhs, weight)
+            if term.drift_correction is not None:
+                shift = (zeros(inputs, inputs) if shift is None else shift).add_(term.drift_correction, alpha=weight)
         if shift is not None:
-            sums.pulls.addmm_(self.base.double(), shift)
+            sums.rhs.addmm_(self.base.double(), shift)
         return sums
 
     def without(self, *numbers: int) -> LayerProblem:
@@ -91,7 +91,7 @@ class LayerProblem:
             self,
             changes=[self.changes[k] for k in kept],
             weights=[self.weights[k] for k in kept],
-            look=lambda k: self.look(kept[k]),
+            statistics=lambda k: self.statistics(kept[k]),
         )
 
     def zero(self) -> Tensor:
@@ -114,10 +114,10 @@ class LayerProblem:
         gram, aligned = change.T @ change, None
         found = []
         for term in self._terms():
-            pull = 0.0 if term.own is None else term.own.inner(change)
-            if term.shift is not None:
+            pull = 0.0 if term.delta_rhs is None else term.delta_rhs.inner(change)
+            if term.drift_correction is not None:
                 aligned = self.base.double().T @ change if aligned is None else aligned
-                pull += inner(term.shift, aligned)
+                pull += inner(term.drift_correction, aligned)
             found.append((max(term.energy - 2 * pull + inner(gram, term.moments), 0.0), term.energy))
         return found
 
@@ -126,9 +126,9 @@ class LayerProblem:
         return [(term.energy, max(inner(self._base_gram, term.moments), 0.0)) for term in self._terms()]
 
     def _terms(self) -> Iterator[LeastSquaresTerm]:
-        return (self._term(change, self.look(number)) for number, change in enumerate(self.changes))
+        return (self._term(change, self.statistics(number)) for number, change in enumerate(self.changes))
 
-    def _term(self, change: Change | None, seen: Seen) -> LeastSquaresTerm:
+    def _term(self, change: Change | None, seen: LayerStatistics) -> LeastSquaresTerm:
         own = change and change.times(seen.moments)
         energy = _inner(own, change) if own and change else 0.0
         if seen.drifted is None or seen.cross is None:

@@ -35,7 +35,7 @@ from mixofshow.concepts.prompts import (
 from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import BadInputError
 from mixofshow.fusion.settings import FusionSettings, RecordingSettings
-from mixofshow.fusion.statistics import Moments, Seen, holding, input_of
+from mixofshow.fusion.statistics import LayerStatistics, MomentAccumulator, holding, input_of
 
 Stage = Literal["text", "keys-and-values", "picture"]
 STAGES: Final[tuple[Stage, ...]] = get_args(Stage)
@@ -99,13 +99,13 @@ def record(
     own: Collection[str] | None = None,
     fused: Mapping[str, Tensor] | None = None,
     keep_inputs: bool = False,
-) -> dict[str, Seen]:
+) -> dict[str, LayerStatistics]:
     """What the named layers see while the source's own model draws its prompts, by input name.
 
     Layers that are not in `own` (None: all are) stay as the pipeline has them. With `fused`, weights by layer, what
     the fused model sees on the same latents and time steps is recorded beside it, row by row (drift refinement).
     """
-    recorder = _Recorder(pipeline, source, settings, names, Moments(keep_inputs=keep_inputs), fused)
+    recorder = _Recorder(pipeline, source, settings, names, MomentAccumulator(keep_inputs=keep_inputs), fused)
     try:
         with replaced(pipeline, source.weights(pipeline, own)):
             recorder.run()
@@ -122,7 +122,7 @@ class _Recorder:
     source: Source
     settings: RecordingSettings
     names: Sequence[str]
-    moments: Moments
+    moments: MomentAccumulator
     fused: Mapping[str, Tensor] | None
 
     def run(self) -> None:

@@ -41,7 +41,7 @@ WEIGHT_RATE: Final = 0.004
 
 
 @dataclass(frozen=True)
-class Lesson:
+class DistillationSample:
     """One step of a picture that a teacher drew: latents and its prediction, (channels, rows, columns).
 
     Above a `guidance` of 1 both are the guided ones, for pictures are drawn with guidance.
@@ -83,8 +83,8 @@ def refit(
     before = Refitted(concepts, weights)
     if not settings.refit or len(concepts) <= 1:
         return before
-    lessons = [own_lessons(pipeline, Source.of(concept, settings), settings) for concept in concepts]
-    after = _learned(pipeline, before, lessons, settings, progress)
+    lessons = [teacher_samples(pipeline, Source.of(concept, settings), settings) for concept in concepts]
+    after = _trained(pipeline, before, lessons, settings, progress)
     losses = [_losses(pipeline, one, lessons) for one in (before, after)]
     if not sum(losses[1]) < sum(losses[0]):
         after, losses = before, [losses[0]] * 2
@@ -92,9 +92,9 @@ def refit(
 
 
 @torch.no_grad()
-def own_lessons(
+def teacher_samples(
     pipeline: Any, source: Source, settings: FusionSettings, *, pictures: int = PICTURES
-) -> list[list[Lesson]]:
+) -> list[list[DistillationSample]]:
     """What the source's own model predicts while it draws the settings' prompts; by prompt.
 
     A concept's pictures are drawn with the base's usual guidance. The base's are not, since its empty prompt, which
@@ -103,16 +103,16 @@ def own_lessons(
     guidance = ConceptModel(pipeline).usual_guidance if source.concept else 1.0
     with replaced(pipeline, source.weights(pipeline, None)), layerwise(pipeline.unet):
         return [
-            _lessons_of(pipeline, source, prompt, guidance, steps=settings.steps, seed=seed, pictures=pictures)
+            _samples_of(pipeline, source, prompt, guidance, steps=settings.steps, seed=seed, pictures=pictures)
             for seed, prompt in enumerate(source.texts, settings.seed)
         ]
 
 
-def _lessons_of(
+def _samples_of(
     pipeline: Any, source: Source, prompt: str, guidance: float, *, steps: int, seed: int, pictures: int
-) -> list[Lesson]:
+) -> list[DistillationSample]:
     """The same for one prompt; the pipeline has the source's own weights."""
-    lessons: list[Lesson] = []
+    lessons: list[DistillationSample] = []
     text, empty = encode_prompts(pipeline, [prompt] * pictures, source.vocabulary), _empty(pipeline, pictures)
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
@@ -120,7 +120,8 @@ def _lessons_of(
         if guidance > 1:
             made = torch.lerp(predicted(pipeline, latents, timestep, empty), made, guidance)
         lessons.extend(
-            Lesson(prompt, *one, guidance) for one in zip(latents, timestep.expand(pictures), made, strict=True)
+            DistillationSample(prompt, *one, guidance)
+            for one in zip(latents, timestep.expand(pictures), made, strict=True)
         )
         return made
 
@@ -129,17 +130,17 @@ def _lessons_of(
 
 
 @torch.enable_grad()
-def _learned(
+def _trained(
     pipeline: Any,
     taught: Refitted,
-    lessons: Sequence[Sequence[Sequence[Lesson]]],
+    lessons: Sequence[Sequence[Sequence[DistillationSample]]],
     settings: FusionSettings,
     progress: Progress,
 ) -> Refitted:
     """Words and weights after all steps. In each one concept, in turns, teaches some lessons of one of its prompts."""
     words = [concept.embeddings.clone().requires_grad_() for concept in taught.concepts]
     weights = {name: weight.detach().float().clone().requires_grad_() for name, weight in taught.weights.items()}
-    by_prompt = own_lessons(pipeline, Source.of_base(settings), settings, pictures=1) if settings.prior else []
+    by_prompt = teacher_samples(pipeline, Source.of_base(settings), settings, pictures=1) if settings.prior else []
     plain = [lesson for lessons_of_prompt in by_prompt for lesson in lessons_of_prompt]
     total = settings.refit * len(words)
     optimizer = torch.optim.Adam(
@@ -192,7 +193,7 @@ def _computing_with(pipeline: Any, weights: Mapping[str, Tensor]) -> Iterator[No
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
 
 
-def _loss(pipeline: Any, concept: Concept, lessons: Sequence[Lesson]) -> Tensor:
+def _loss(pipeline: Any, concept: Concept, lessons: Sequence[DistillationSample]) -> Tensor:
     """How far the pipeline's predictions are from the lessons', with the concept's words as they are now.
 
     The empty prompt is the same for all concepts, so each has to make up for what differs from its own model there.
@@ -213,7 +214,7 @@ def _empty(pipeline: Any, count: int) -> EncodedText:
 
 
 @torch.no_grad()
-def _losses(pipeline: Any, model: Refitted, lessons: Sequence[Sequence[Sequence[Lesson]]]) -> list[float]:
+def _losses(pipeline: Any, model: Refitted, lessons: Sequence[Sequence[Sequence[DistillationSample]]]) -> list[float]:
     """Each concept's loss, over a batch of each of its prompts' lessons, from the first step to the last."""
     with replaced(pipeline, model.weights), layerwise(pipeline.unet):
         return [

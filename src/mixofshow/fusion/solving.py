@@ -15,7 +15,7 @@ from mixofshow.fusion.methods import KEEPS_INPUTS, METHODS, NEEDS_STATISTICS, ST
 from mixofshow.fusion.problem import LayerProblem
 from mixofshow.fusion.recording import STAGES, Stage
 from mixofshow.fusion.settings import FusionSettings
-from mixofshow.fusion.statistics import Seen
+from mixofshow.fusion.statistics import LayerStatistics
 
 Solver = Callable[[LayerProblem], Tensor]
 QUIET: Final = 0.25
@@ -23,14 +23,14 @@ QUIET: Final = 0.25
 
 
 @dataclass(frozen=True)
-class Kept:
-    """How much of one concept is kept in one layer: squared norms of what is `left` undone, and of all that it `wanted`.
+class ConceptResidual:
+    """What a layer lost of one concept: squared norms of the residual, and of the target that it is a part of.
 
-    With leave-one-out, also what is left undone of all other concepts with this one, and had it not been there.
+    With leave-one-out, also the residual of all other concepts with this one, and had it not been there.
     """
 
-    left: float
-    wanted: float
+    residual_sq: float
+    target_sq: float
     others: float = 0.0
     others_without: float = 0.0
 
@@ -46,7 +46,7 @@ class LayerReport:
     unchanged: float
     fused: float
     average: float
-    concepts: Mapping[str, Kept]
+    concepts: Mapping[str, ConceptResidual]
     clipped: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -57,18 +57,18 @@ class LayerReport:
     @property
     def residuals(self) -> dict[str, float]:
         """The same for each concept."""
-        return {name: share(kept.left, kept.wanted) for name, kept in self.concepts.items()}
+        return {name: share(kept.residual_sq, kept.target_sq) for name, kept in self.concepts.items()}
 
 
-def share(left: float, wanted: float) -> float:
-    """The root of left / wanted; 0 where nothing was wanted."""
-    return math.sqrt(left / wanted) if wanted > 0 else 0.0
+def share(residual_sq: float, target_sq: float) -> float:
+    """The residual as a share of the target, in norm; 0 where there was no target."""
+    return math.sqrt(residual_sq / target_sq) if target_sq > 0 else 0.0
 
 
-def total(reports: Iterable[LayerReport], name: str) -> Kept:
+def total(reports: Iterable[LayerReport], name: str) -> ConceptResidual:
     """One concept over several layers."""
     found = [report.concepts[name] for report in reports]
-    return Kept(*(sum(getattr(kept, one.name) for kept in found) for one in fields(Kept)))
+    return ConceptResidual(*(sum(getattr(kept, one.name) for kept in found) for one in fields(ConceptResidual)))
 
 
 def solver_for(settings: FusionSettings, stage: Stage) -> Solver:
@@ -106,11 +106,15 @@ def looks_at_inputs(settings: FusionSettings) -> bool:
 
 
 def problem_of(
-    name: str, base: Tensor, concepts: Sequence[Concept], look: Callable[[int], Seen], settings: FusionSettings
+    name: str,
+    base: Tensor,
+    concepts: Sequence[Concept],
+    statistics: Callable[[int], LayerStatistics],
+    settings: FusionSettings,
 ) -> LayerProblem:
-    """The problem of one layer, (out, in); `look(i)` is what was recorded of concept i and, behind them, of the base."""
+    """The problem of one layer, (out, in); `statistics(i)` is what was recorded of concept i and, behind them, of the base."""
     count = len(concepts)
-    problem = LayerProblem(base, [concept.deltas.get(name) for concept in concepts], look, [1.0] * count)
+    problem = LayerProblem(base, [concept.deltas.get(name) for concept in concepts], statistics, [1.0] * count)
     if settings.counting == "equal":
         weights = [1.0] * count
     elif settings.counting == "energy":
@@ -121,7 +125,7 @@ def problem_of(
     if not settings.prior:
         return problem
     # The base's own inputs are given so many times the energy that a concept's inputs have.
-    prior = look(count)
+    prior = statistics(count)
     of_concepts, of_prior = (float(moments.diagonal().sum()) for moments in (problem.sums.moments, prior.moments))
     prior_weight = settings.prior * (of_concepts / count) / of_prior if of_prior > 0 else 0.0
     return replace(problem, prior=prior, prior_weight=prior_weight)
@@ -147,7 +151,7 @@ def solve(problem: LayerProblem, solver: Solver) -> tuple[Tensor, Tensor]:
 def report_of(asked: LayerProblem, problem: LayerProblem, change: Tensor, names: Sequence[str]) -> LayerReport:
     """How good a change is for each named concept, by what it `asked` for; `problem` is that of those that have a say."""
     sums = problem.sums
-    kept = {name: Kept(*one) for name, one in zip(names, asked.residuals(change), strict=True)}
+    kept = {name: ConceptResidual(*one) for name, one in zip(names, asked.residuals(change), strict=True)}
     return LayerReport(sums.rows, sums.energy, sums.objective(change), sums.objective(mean(problem)), kept)
 
 

@@ -25,7 +25,7 @@ from mixofshow.concepts.concept import Concept, fitted, vocabulary
 from mixofshow.concepts.interchange.importing import as_concept
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.errors import BadInputError, SettingsError, listed
-from mixofshow.fusion.guard import Voice, heard, voices
+from mixofshow.fusion.guard import Verdict, as_judged, verdicts
 from mixofshow.fusion.methods import KEEPS_INPUTS
 from mixofshow.fusion.problem import LayerProblem
 from mixofshow.fusion.recording import STAGES, Source, Stage, record, stage_of
@@ -41,29 +41,29 @@ from mixofshow.fusion.solving import (
     solve,
     solver_for,
 )
-from mixofshow.fusion.statistics import Seen, input_of, parts
-from mixofshow.fusion.store import Looks, Recording, Store
+from mixofshow.fusion.statistics import LayerStatistics, input_of, parts
+from mixofshow.fusion.store import Recording, StatisticsReader, Store
 from mixofshow.outputs import scratch
 from mixofshow.progress import Progress, silent
 
 INDEPENDENT: Final = {"mode": "independent"}
 """How a source's whole own model is recorded: nothing of it depends on other concepts."""
 NOT_IN_RECORDINGS: Final = ("refine", "refit", "guard", "refuse_loud", "measure", "leave_one_out", "max_memory")
-"""Settings that change no recording: they come after it, or say who is heard, which concepts' hashes tell."""
+"""Settings that change no recording: they come after it, or say who takes part, which concepts' hashes tell."""
 
 
 @dataclass(frozen=True)
 class Fused:
     """The fused model and how well each layer was fused; `refitted` is each concept's loss, before and after.
 
-    `voices` are the concepts, by name, that were not heard as they are. Where nothing was recorded, reports have no rows
+    `verdicts` are the concepts, by name, that did not take part as they are. Where nothing was recorded, reports have no rows
     and are about the changes themselves.
     """
 
     model: ConceptModel
     layers: dict[str, LayerReport]
     refitted: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    voices: Mapping[str, Voice] = field(default_factory=dict)
+    verdicts: Mapping[str, Verdict] = field(default_factory=dict)
 
     @property
     def recorded(self) -> bool:
@@ -110,26 +110,26 @@ def fuse(
     ordered = [fitted(concept, pipeline, f"concept <{concept.info.name}>", base=base) for concept in ordered]
     kept = scratch() if store is None else contextlib.nullcontext(store.folder)
     with exclusive(pipeline), kept as folder:
-        told = _voices(pipeline, ordered, settings)
-        fusion = _Fusion(pipeline, base, heard(ordered, told), told, settings, store or Store(folder), progress)
+        told = _verdicts(pipeline, ordered, settings)
+        fusion = _Fusion(pipeline, base, as_judged(ordered, told), told, settings, store or Store(folder), progress)
         fusion.run()
-        pupils = [one for k, one in enumerate(fusion.concepts) if k not in told or not told[k].left_out]
+        pupils = [one for k, one in enumerate(fusion.concepts) if k not in told or not told[k].excluded]
         found = refit(pipeline, pupils, fusion.weights, settings, progress=progress)
     words = vocabulary({one.info.name: one for one in [*ordered, *found.concepts]}.values())
     how = settings.model_dump(mode="json")
     model = ConceptModel(pipeline, words, found.weights, ordered, how, torch.get_num_threads())
-    return Fused(model, fusion.reports, found.losses, {ordered[k].info.name: voice for k, voice in told.items()})
+    return Fused(model, fusion.reports, found.losses, {ordered[k].info.name: verdict for k, verdict in told.items()})
 
 
-def _voices(pipeline: Any, concepts: Sequence[Concept], settings: FusionSettings) -> dict[int, Voice]:
-    """How concepts are heard that are not heard as they are. Raises BadInputError for loud ones, if they are refused."""
+def _verdicts(pipeline: Any, concepts: Sequence[Concept], settings: FusionSettings) -> dict[int, Verdict]:
+    """The guard's, on all concepts. Raises BadInputError for outliers, if they are refused."""
     changed = {name for concept in concepts for name in concept.deltas}
     bases = {name: matrix(one) for name, one in tunable_layers(pipeline).items() if name in changed}
-    found = voices(bases, concepts, guard=settings.guard or settings.refuse_loud)
+    found = verdicts(bases, concepts, guard=settings.guard or settings.refuse_loud)
     refused = [
         f"<{concepts[k].info.name}> in {len(one.strengths)} of {len(bases)} layers ({one.why})"
         for k, one in found.items()
-        if one.turned_down
+        if one.downweighted
     ]
     if settings.refuse_loud and refused:
         raise BadInputError(
@@ -186,20 +186,20 @@ def _recorded(
     found = store.find(key, name, {input_of(layer_name) for layer_name in names})
     if found is not None:
         return found
-    return store.keep(key, name, record(pipeline, source, names, settings, keep_inputs=keep_inputs, **options))
+    return store.save(key, name, record(pipeline, source, names, settings, keep_inputs=keep_inputs, **options))
 
 
 @dataclass
 class _Fusion:
     """A fusion under way: the weights and reports of the layers that are done.
 
-    The concepts are as loud as they are heard; `voices` tells, by position, who is not heard as it is.
+    The concepts are at the size that the `verdicts`, by position, leave them.
     """
 
     pipeline: Any
     base: str
     concepts: Sequence[Concept]
-    voices: Mapping[int, Voice]
+    verdicts: Mapping[int, Verdict]
     settings: FusionSettings
     store: Store
     progress: Progress
@@ -244,7 +244,7 @@ class _Fusion:
     @cached_property
     def _places(self) -> list[int]:
         """The positions of those that have a say, and of the base, which stands behind all concepts."""
-        uncounted = {number for number, voice in self.voices.items() if not voice.counted}
+        uncounted = {number for number, verdict in self.verdicts.items() if not verdict.counted}
         return [number for number in range(len(self.concepts) + 1) if number not in uncounted]
 
     def _in_parts(self, names: Sequence[str], how: Mapping[str, Any], *, moments: int, **options: Any) -> None:
@@ -291,23 +291,23 @@ class _Fusion:
         for source, readers in itertools.groupby(names, input_of):
             layers = list(readers)
             width = matrix(layer(self.pipeline, layers[0])).shape[1]
-            look: Callable[[int], Seen] = Looks(recordings, source, device, width)
+            statistics: Callable[[int], LayerStatistics] = StatisticsReader(recordings, source, device, width)
             if not recordings:
-                any_input = Seen(torch.eye(width, dtype=torch.float64, device=device), rows=0)
-                look = ([any_input] * (len(self.concepts) + 1)).__getitem__
+                any_input = LayerStatistics(torch.eye(width, dtype=torch.float64, device=device), rows=0)
+                statistics = ([any_input] * (len(self.concepts) + 1)).__getitem__
             for name in layers:
-                self._solve_layer(name, look)
+                self._solve_layer(name, statistics)
 
-    def _solve_layer(self, name: str, look: Callable[[int], Seen]) -> None:
+    def _solve_layer(self, name: str, statistics: Callable[[int], LayerStatistics]) -> None:
         """The layer's weight by those that have a say, and what it leaves undone of what all ask for."""
         base, solver = matrix(layer(self.pipeline, name)), solver_for(self.settings, stage_of(name))
-        problem = problem_of(name, base, self.counted, lambda k: look(self._places[k]), self.settings)
+        problem = problem_of(name, base, self.counted, lambda k: statistics(self._places[k]), self.settings)
         self.weights[name], change = solve(problem, solver)
         changes = [concept.deltas.get(name) for concept in self.concepts]
-        asked = LayerProblem(base, changes, look, [1.0] * len(changes))
+        asked = LayerProblem(base, changes, statistics, [1.0] * len(changes))
         called = [concept.info.name for concept in self.concepts]
         report = report_of(asked, problem, change, called)
         if self.settings.leave_one_out:
             report = beside(report, problem, change, [concept.info.name for concept in self.counted], solver)
-        clipped = {called[k]: one.strengths[name] for k, one in self.voices.items() if name in one.strengths}
+        clipped = {called[k]: one.strengths[name] for k, one in self.verdicts.items() if name in one.strengths}
         self.reports[name] = replace(report, clipped=clipped)

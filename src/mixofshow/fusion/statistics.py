@@ -31,7 +31,7 @@ def input_of(layer: str) -> str:
 
 
 @dataclass(frozen=True)
-class Seen:
+class LayerStatistics:
     """What a layer saw of one concept.
 
     moments C = XᵀX, (in, in), of `rows` rows. In drift refinement X are the inputs in the concept's own model and X̃
@@ -50,7 +50,7 @@ class Seen:
         return {name: value for name in TENSORS if (value := getattr(self, name)) is not None}
 
 
-class Moments:
+class MomentAccumulator:
     """Second moments of the inputs of some layers, by input name, while they are counted."""
 
     def __init__(self, *, keep_inputs: bool = False) -> None:
@@ -74,10 +74,10 @@ class Moments:
             self._inputs.setdefault(name, []).append(own.clone())
         self._rows[name] = self._rows.get(name, 0) + len(own)
 
-    def seen(self) -> dict[str, Seen]:
+    def seen(self) -> dict[str, LayerStatistics]:
         """What was counted, by input name."""
         return {
-            name: Seen(
+            name: LayerStatistics(
                 **sums, rows=self._rows[name], inputs=torch.cat(self._inputs[name]) if self.keep_inputs else None
             )
             for name, sums in self._sums.items()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mixofshow.errors import BadInputError, ConceptFileError, SettingsError, shown
 from mixofshow.files import TensorFile, raw, write_tensors
-from mixofshow.fusion.statistics import TENSORS, Seen
+from mixofshow.fusion.statistics import TENSORS, LayerStatistics
 from mixofshow.reading import parse_json
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ RANK_SHARE: Final = 8
 
 @dataclass(frozen=True)
 class Recording:
-    """A recording's file: `look(input name)` reads what a layer saw.
+    """A recording's file: `statistics(input name)` reads what a layer saw.
 
     `error` is what storing it changed: mean and largest ‖C' − C‖ / ‖C‖ over the inputs.
     """
@@ -46,7 +46,7 @@ class Recording:
     about: Mapping[str, Any]
     error: tuple[float, float] = (0.0, 0.0)
 
-    def look(self, name: str, device: Any = "cpu", width: int | None = None) -> Seen:
+    def statistics(self, name: str, device: Any = "cpu", width: int | None = None) -> LayerStatistics:
         """What was recorded under an input name, in double, of a layer with that `width` of inputs if it is given.
 
         A digest finds damage, and says nothing of who wrote it: shapes and signs are checked too. Raises
@@ -72,10 +72,10 @@ class Recording:
                 raise ConceptFileError(f"{self.file.path}: {kind} of {shown(name)}: values that are not finite")
             found[kind] = tensor.to(device) if kind == "inputs" else tensor.to(device, torch.float64)
         _check_moments(found, self.rows[name], width, where)
-        return Seen(**found, rows=self.rows[name])
+        return LayerStatistics(**found, rows=self.rows[name])
 
 
-class Looks:
+class StatisticsReader:
     """What was recorded of several concepts under one input name, read once for all layers with this input.
 
     Kept in memory as far as it fits into `KEPT` bytes, so that the number of concepts does not matter.
@@ -83,14 +83,14 @@ class Looks:
 
     def __init__(self, recordings: Sequence[Recording], name: str, device: Any, width: int | None = None) -> None:
         self._recordings, self._name, self._device, self._width = recordings, name, device, width
-        self._kept: dict[int, Seen] = {}
+        self._kept: dict[int, LayerStatistics] = {}
         self._room = KEPT
 
-    def __call__(self, number: int) -> Seen:
+    def __call__(self, number: int) -> LayerStatistics:
         """Of recording `number`. Raises ConceptFileError."""
         if number in self._kept:
             return self._kept[number]
-        seen = self._recordings[number].look(self._name, self._device, self._width)
+        seen = self._recordings[number].statistics(self._name, self._device, self._width)
         size = sum(tensor.nbytes for tensor in seen.tensors().values())
         if size <= self._room:
             self._room -= size
@@ -128,7 +128,7 @@ class Store:
             tell_of_threads(self.folder, threads, torch.get_num_threads())
         return recording
 
-    def keep(self, key: Mapping[str, Any], name: str, seen: Mapping[str, Seen]) -> Recording:
+    def save(self, key: Mapping[str, Any], name: str, seen: Mapping[str, LayerStatistics]) -> Recording:
         """Write a recording whole or not at all, and open it. Raises BadInputError for values that are not finite."""
         tensors: dict[str, Tensor] = {}
         digests: dict[str, str] = {}
