@@ -28,7 +28,7 @@ from mixofshow.concepts.concept import Concept, load_concept, vocabulary
 from mixofshow.concepts.interchange.convert import convert, half_precision_error
 from mixofshow.concepts.interchange.exporting import low_rank_changes, mean_vectors
 from mixofshow.concepts.interchange.importing import open_concept
-from mixofshow.concepts.interchange.settings import ConvertSettings, ImportSettings, make_convert_settings
+from mixofshow.concepts.interchange.settings import ConvertSettings, ImportSettings
 from mixofshow.concepts.prompts import encode_prompts
 from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import MixOfShowError, SettingsError, TokenError
@@ -488,4 +488,4 @@ def test_a_name_that_is_none(golden_pipeline, tmp_path):
 )
 def test_settings_that_cannot_be(table, message):
     with pytest.raises(SettingsError, match=message):
-        make_convert_settings(table)
+        ConvertSettings.of(table)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mixofshow.cli.options import Base, bases, with_loading, with_settings
-from mixofshow.concepts.interchange.settings import ConvertSettings, make_convert_settings
+from mixofshow.concepts.interchange.settings import ConvertSettings
 from mixofshow.terminal import say
 
 app = typer.Typer()
@@ -42,6 +42,6 @@ def convert(
     from mixofshow.concepts.interchange.convert import check_target
     from mixofshow.concepts.interchange.convert import convert as run
 
-    settings = make_convert_settings(given)
+    settings = ConvertSettings.of(given, "options")
     check_target(source, target, settings, bases(base))
     say(*run(source, target, load_base(base, **loading), settings))

@@ -293,20 +293,14 @@ def _shape_problems(concept: Concept, pipeline: Any) -> list[str]:
         problems.append(
             f"tensor '{EMBEDDINGS}': this base has {layers} layers of width {width}, found {tuple(concept.embeddings.shape[1:])}"
         )
-    else:
-        problems += _length_problems(concept, pipeline)
-    return problems + layer_problems(concept.deltas, pipeline)
-
-
-def _length_problems(concept: Concept, pipeline: Any) -> list[str]:
-    problems = []
+        return problems + layer_problems(concept.deltas, pipeline)
     for encoder, part in zip(text_encoders(pipeline), of_encoders(pipeline, concept.embeddings), strict=True):
         usual = encoder.table.norm(dim=-1).mean()
         if (longest := part.norm(dim=-1).max()) > LARGEST_EMBEDDING * usual:
             problems.append(
                 f"tensor '{EMBEDDINGS}': length {longest:.3g}, the base's words have {usual:.3g} on average"
             )
-    return problems
+    return problems + layer_problems(concept.deltas, pipeline)
 
 
 def raise_if(problems: Sequence[str], name: str) -> None:

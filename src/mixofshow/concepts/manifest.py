@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Self, overload
+from typing import Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -100,9 +100,5 @@ class StoredConcepts(Sequence[Concept]):
     def __len__(self) -> int:
         return len(self._read)
 
-    @overload
-    def __getitem__(self, index: int) -> Concept: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Concept]: ...
-    def __getitem__(self, index: int | slice) -> Concept | Sequence[Concept]:
+    def __getitem__(self, index: Any) -> Any:
         return self._read[index]

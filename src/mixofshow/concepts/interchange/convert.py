@@ -10,6 +10,7 @@ import torch
 
 from mixofshow.concepts.changes import Change, Full, LowRank
 from mixofshow.concepts.concept import Concept
+from mixofshow.concepts.delta import compressed
 from mixofshow.concepts.interchange.cards import fidelity, rounding
 from mixofshow.concepts.interchange.exporting import export_concept
 from mixofshow.concepts.interchange.importing import open_concept
@@ -40,12 +41,8 @@ def check_target(source: Path, target: Path, settings: ConvertSettings, also_rea
 
 def half_precision_error(concept: Concept) -> float:
     """Relative error of the changes as a concept file keeps them, in half precision; 0 without any."""
-    lost = wanted = 0.0
-    for one in concept.deltas.values():
-        change = one.matrix(dtype=torch.float64)
-        kept = _halved(one).matrix(dtype=torch.float64)
-        lost, wanted = lost + float((kept - change).square().sum()), wanted + float(change.square().sum())
-    return (lost / wanted) ** 0.5 if wanted else 0.0
+    changes = ((name, one.matrix(dtype=torch.float64)) for name, one in concept.deltas.items())
+    return compressed(changes, cut=lambda name, _: _halved(concept.deltas[name]))[1].overall
 
 
 def _halved(change: Change) -> Change:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -194,7 +194,10 @@ def _settings(texts: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _changes(tensors: Mapping[str, Tensor], texts: Mapping[str, str], file: str, pipeline: Any) -> dict[str, Change]:
-    """The adapter's changes by our layer names. What no concept can change is left out, with a warning."""
+    """The adapter's changes by our layer names. What no concept can change is left out, with a warning.
+
+    Raises ConceptFileError for what fits nowhere, with the cause where there is one.
+    """
     names, scales = layer_names(pipeline), scales_of(file, texts)
     layers, problems = _by_layer(tensors)
     changes: dict[str, Change] = {}
@@ -214,31 +217,14 @@ def _changes(tensors: Mapping[str, Tensor], texts: Mapping[str, str], file: str,
         else:
             problems.append(f"layer '{shown(name)}' is not in this base")
     problems += layer_problems(changes, pipeline)
-    _report(problems, passed, file, texts=texts, layers=layers, pipeline=pipeline)
-    return changes
-
-
-def _report(
-    problems: list[str],
-    passed: Sequence[str],
-    file: str,
-    *,
-    texts: Mapping[str, str],
-    layers: Mapping[str, Mapping[str, Tensor]],
-    pipeline: Any,
-) -> None:
-    """Raise ConceptFileError for problems, with their cause where there is one; say what is left out, or assumed."""
     cause = other_base(texts, layers, pipeline)
     raise_if([cause] if problems and cause else problems, file)
     if cause:
         logger.warning("%s: it says that it was %s", file, cause)
     if passed:
-        logger.warning(
-            "%s: %d layers left out that no concept can change (biases, norms), as %s",
-            file,
-            len(passed),
-            shown(passed[0]),
-        )
+        left_out = "%s: %d layers left out that no concept can change (biases, norms), as %s"
+        logger.warning(left_out, file, len(passed), shown(passed[0]))
+    return changes
 
 
 def _by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -43,8 +42,3 @@ class ConvertSettings(ImportSettings):
         description="concept: a concept file. diffusers, kohya (A1111, ComfyUI …): a folder with LoRA and embeddings.",
     )
     rank: int | None = Field(None, ge=1, description="Cut changes that are exported to this rank; default: exactly.")
-
-
-def make_convert_settings(table: Mapping[str, Any], source: str = "options") -> ConvertSettings:
-    """Settings from a table. Raises SettingsError that names the field."""
-    return ConvertSettings.of(table, source)
