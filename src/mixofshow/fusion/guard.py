@@ -147,10 +147,10 @@ def negated(products: Grams, names: Sequence[str], gone: Mapping[int, Verdict]) 
     by_stage = _cosines_by_stage(products)
     for number, one in enumerate(counted):
         for other in counted[:number]:
-            undone = {stage for stage, cosines in by_stage.items() if cosines[one, other] <= OPPOSED}
-            if not undone:
+            against = {stage for stage, cosines in by_stage.items() if cosines[one, other] <= OPPOSED}
+            if not against:
                 continue
-            alike = _cosines([product for name, product in products.items() if stage_of(name) in undone])
+            alike = _cosines([product for name, product in products.items() if stage_of(name) in against])
             rest = [k for k in counted if alike[[one, other], k].abs().max() < -OPPOSED]
             lead = float((alike[one, rest] - alike[other, rest]).sum())
             unclear = abs(lead) < TELLING

@@ -109,14 +109,14 @@ def lbfgs(problem: LayerProblem, *, iterations: Count = 500) -> Tensor:
 def _regression(problem: LayerProblem) -> tuple[Tensor, Tensor]:
     """All rows √w_i X_i, (rows, in), and what they should be mapped to, (rows, out); of the prior, what W0 says."""
     kind = torch.promote_types(problem.base.dtype, torch.float32)
-    wanted = [
+    terms = [
         (problem.statistics(number), change, weight)
         for number, (change, weight) in enumerate(zip(problem.matrices(), problem.weights, strict=True))
     ]
     if problem.prior is not None:
-        wanted.append((problem.prior, problem.zero(), problem.prior_weight))
+        terms.append((problem.prior, problem.zero(), problem.prior_weight))
     inputs, targets = [], []
-    for seen, change, weight in wanted:
+    for seen, change, weight in terms:
         if seen.inputs is None:
             raise SettingsError("method 'lbfgs': needs the inputs row by row, which were not kept")
         inputs.append(weight**0.5 * seen.inputs.to(problem.base.device, kind))

@@ -103,13 +103,13 @@ class LayerProblem:
         zero = self.zero()
         return [zero if one is None else one.matrix(dtype=zero.dtype).to(zero) for one in self.changes]
 
-    def undone_of_others(self, number: int, change: Tensor) -> float:
-        """What a change leaves undone of what all concepts but one want: Σ w_k ‖(ΔW_k − change) X_k‖²."""
+    def residual_of_others(self, number: int, change: Tensor) -> float:
+        """The residual of all concepts but one: Σ w_k ‖(ΔW_k − change) X_k‖²."""
         left = self.residuals(change)
         return sum(weight * left[k][0] for k, weight in enumerate(self.weights) if k != number)
 
     def residuals(self, change: Tensor) -> list[tuple[float, float]]:
-        """‖(ΔW_i − change) X_i‖² and ‖ΔW_i X_i‖² of each concept: what is left of what it wants, and all of it."""
+        """‖(ΔW_i − change) X_i‖² and ‖ΔW_i X_i‖² of each concept: its residual, and its target."""
         change = change.double()
         gram, aligned = change.T @ change, None
         found = []
@@ -122,7 +122,7 @@ class LayerProblem:
         return found
 
     def energies_and_outputs(self) -> list[tuple[float, float]]:
-        """‖ΔW_i X_i‖² and ‖W0 X_i‖² of each concept: what it wants, and what the base makes of what the fused layer gets."""
+        """‖ΔW_i X_i‖² and ‖W0 X_i‖² of each concept: its target, and the base's output on the same inputs."""
         return [(term.energy, max(inner(self._base_gram, term.moments), 0.0)) for term in self._terms()]
 
     def _terms(self) -> Iterator[LeastSquaresTerm]:

@@ -158,7 +158,7 @@ class _Recorder:
                     self.moments.add(name, own[group, rows], pair)
 
     def _pictures(self) -> None:
-        """Everything behind: each picture, at every step."""
+        """The rest of the UNet, on each picture at every step."""
         with layerwise(self.pipeline.unet):
             for seed, prompt in enumerate(self.source.pictures, self.settings.seed):
                 predict = partial(self._predict, self._texts(prompt), self._in_fused(partial(self._texts, prompt)))
@@ -174,7 +174,7 @@ class _Recorder:
         return empty + self.settings.guidance_scale * (text - empty)
 
     def _texts(self, prompt: str) -> EncodedText:
-        """The padded prompt, behind the empty one if there is guidance, (1 or 2, layers, tokens, dim)."""
+        """The padded prompt, after the empty one if there is guidance, (1 or 2, layers, tokens, dim)."""
         text = self._encode(self._ids(prompt))
         if self.settings.guidance_scale == 1:
             return text

@@ -1,9 +1,8 @@
 """Refitting: the fused weights and everybody's words learn to make up for what fusing lost of each concept.
 
-Fusing meets what each layer by itself would say; what counts is the picture. So all concepts' own models, one after the
-other, teach the fused one what they predict while they draw (distillation, Hinton et al. 2015, arXiv:1503.02531). The
-pictures are drawn here, too, so that the center needs no training data. Where the fusion has a prior, the base itself
-is one more teacher, of its own prompts.
+Fusing fits each layer by itself; what counts is the picture. So all concepts' own models, in turns, teach the fused one
+what they predict while they draw (distillation, Hinton et al. 2015, arXiv:1503.02531). The pictures are drawn here, so
+that the center needs no training data. Where the fusion has a prior, the base is one more teacher, of its own prompts.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ class DistillationSample:
 
 @dataclass(frozen=True)
 class Refitted:
-    """What a model speaks and weighs, (out, in) by layer, and each concept's loss before and after.
+    """Concepts with their words, weights (out, in) by layer, and each concept's loss before and after.
 
     The loss is the mean squared difference of the model's predictions from those that would, with guidance, give what
     the concept's own model gives.
@@ -204,12 +203,12 @@ def _loss(pipeline: Any, concept: Concept, lessons: Sequence[DistillationSample]
     shares = guided.new_tensor([1 / one.guidance for one in lessons]).view(-1, 1, 1, 1)
     with torch.no_grad():
         empty = predicted(pipeline, latents, timesteps, _empty(pipeline, len(lessons)))
-    wanted = torch.lerp(empty.float(), guided, shares)
-    return F.mse_loss(predicted(pipeline, latents, timesteps, text).float(), wanted)
+    target = torch.lerp(empty.float(), guided, shares)
+    return F.mse_loss(predicted(pipeline, latents, timesteps, text).float(), target)
 
 
 def _empty(pipeline: Any, count: int) -> EncodedText:
-    """The empty prompt, so many times, which guidance leads away from."""
+    """The empty prompt, `count` times, as guidance reads it."""
     return unprompted(pipeline, "", encode_prompts(pipeline, [""] * count, Vocabulary()))
 
 

@@ -112,7 +112,7 @@ def problem_of(
     statistics: Callable[[int], LayerStatistics],
     settings: FusionSettings,
 ) -> LayerProblem:
-    """The problem of one layer, (out, in); `statistics(i)` is what was recorded of concept i and, behind them, of the base."""
+    """The problem of one layer, (out, in); `statistics(i)` are concept i's, and after the last one's the base's."""
     count = len(concepts)
     problem = LayerProblem(base, [concept.deltas.get(name) for concept in concepts], statistics, [1.0] * count)
     if settings.counting == "equal":
@@ -124,7 +124,7 @@ def problem_of(
     problem = replace(problem, weights=[weight * count / sum(weights) for weight in weights])
     if not settings.prior:
         return problem
-    # The base's own inputs are given so many times the energy that a concept's inputs have.
+    # In units of the energy that a concept's inputs have.
     prior = statistics(count)
     of_concepts, of_prior = (float(moments.diagonal().sum()) for moments in (problem.sums.moments, prior.moments))
     prior_weight = settings.prior * (of_concepts / count) / of_prior if of_prior > 0 else 0.0
@@ -134,7 +134,7 @@ def problem_of(
 def energy_weights(problem: LayerProblem) -> list[float]:
     """1 / max(‖ΔW_i X_i‖², QUIET² ‖W0 X_i‖²) of each concept.
 
-    Whoever wants much changed counts the less, so that no loud one drowns the others; whoever wants little counts as if
+    The larger a concept's target, the less it counts, so that none drowns the others; one of a small target counts as if
     it were QUIET: no more than its share. A weight depends on nobody else.
     """
     found = [max(own, QUIET**2 * output) for own, output in problem.energies_and_outputs()]
@@ -149,7 +149,7 @@ def solve(problem: LayerProblem, solver: Solver) -> tuple[Tensor, Tensor]:
 
 
 def report_of(asked: LayerProblem, problem: LayerProblem, change: Tensor, names: Sequence[str]) -> LayerReport:
-    """How good a change is for each named concept, by what it `asked` for; `problem` is that of those that have a say."""
+    """The report on a change: `asked` has all concepts, which are named, and `problem` those that the layer is solved for."""
     sums = problem.sums
     kept = {name: ConceptResidual(*one) for name, one in zip(names, asked.residuals(change), strict=True)}
     return LayerReport(sums.rows, sums.energy, sums.objective(change), sums.objective(mean(problem)), kept)
@@ -161,7 +161,7 @@ def beside(
     """The report with what the others lose through each of the problem's concepts, which are named."""
     kept = dict(report.concepts)
     for number, name in enumerate(names):
-        others = problem.undone_of_others(number, change)
-        without = problem.undone_of_others(number, solver(problem.without(number))) if len(names) > 1 else 0.0
+        others = problem.residual_of_others(number, change)
+        without = problem.residual_of_others(number, solver(problem.without(number))) if len(names) > 1 else 0.0
         kept[name] = replace(kept[name], others=others, others_without=without)
     return replace(report, concepts=kept)

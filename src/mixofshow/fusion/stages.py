@@ -104,7 +104,7 @@ def fuse(
         raise BadInputError(f"weights: no concept is called {', '.join(sorted(unknown))}")
     refuse_adapters(pipeline, "fusing")
     if settings.refit and pipeline.unet.dtype == torch.float16:
-        # Its gradients are below what half precision can hold, so that it would teach nothing and say so nowhere.
+        # Its gradients are below what half precision can hold: nothing would be learned, and nobody told.
         raise SettingsError("refit: does not work in fp16; load the base in bf16 or fp32, or take refit 0")
     base = fingerprint(pipeline)
     ordered = [fitted(concept, pipeline, f"concept <{concept.info.name}>", base=base) for concept in ordered]
@@ -217,7 +217,7 @@ class _Fusion:
         else:
             for stage in STAGES:
                 own = self._names([stage])
-                # The text encoder comes first: nothing is fused behind it, whoever the other concepts are.
+                # The text encoder comes first: nothing before it is fused, whoever the other concepts are.
                 how = {"mode": "staged", "behind": None if stage == "text" else [stage, self.identity]}
                 with replaced(self.pipeline, self.weights):
                     self._in_parts(own, how, moments=1, own=set(own))
@@ -243,7 +243,7 @@ class _Fusion:
 
     @cached_property
     def _places(self) -> list[int]:
-        """The positions of those that have a say, and of the base, which stands behind all concepts."""
+        """The positions of those that have a say, and of the base, which comes last."""
         uncounted = {number for number, verdict in self.verdicts.items() if not verdict.counted}
         return [number for number in range(len(self.concepts) + 1) if number not in uncounted]
 
@@ -258,7 +258,7 @@ class _Fusion:
 
     @cached_property
     def identity(self) -> list[Any]:
-        """What all recordings behind fused layers depend on: who has a say, and how it is solved."""
+        """What recordings depend on where earlier layers are fused: who has a say, and how it is solved."""
         settings = self.settings.model_dump(mode="json", exclude=set(NOT_IN_RECORDINGS))
         return [[concept.hash for concept in self.counted], settings]
 
@@ -270,7 +270,7 @@ class _Fusion:
     def _record(
         self, names: Sequence[str], how: Mapping[str, Any], *, counts: bool = True, **options: Any
     ) -> list[Recording]:
-        """Of the concepts, and behind them of the base if its own prompts count."""
+        """Of the concepts, and last of the base if its own prompts count."""
         settings, recordings = self.settings, []
         of_base = [Source.of_base(settings)] if settings.prior else []
         sources = [*(Source.of(concept, settings) for concept in self.concepts), *of_base]
@@ -299,7 +299,7 @@ class _Fusion:
                 self._solve_layer(name, statistics)
 
     def _solve_layer(self, name: str, statistics: Callable[[int], LayerStatistics]) -> None:
-        """The layer's weight by those that have a say, and what it leaves undone of what all ask for."""
+        """The layer's weight, solved for those that have a say, and its report on all."""
         base, solver = matrix(layer(self.pipeline, name)), solver_for(self.settings, stage_of(name))
         problem = problem_of(name, base, self.counted, lambda k: statistics(self._places[k]), self.settings)
         self.weights[name], change = solve(problem, solver)
