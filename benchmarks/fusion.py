@@ -188,11 +188,11 @@ def _added(base: str, steps: int) -> float:
         record_concept(concepts[0], pipeline, settings, store)
         second = _seconds(lambda: fuse(concepts[:2], pipeline, settings, store=store))
         recording = record_concept(concepts[1], pipeline, settings, store)
-        seen = {name: recording.statistics(name) for name in recording.rows}
+        seen = {name: recording.statistics(name) for name in recording.info.rows}
         for concept in concepts[2:14]:
             source = Source.of(concept, settings)
             own = {"source": concept.hash, "texts": source.texts, "pictures": source.pictures}
-            store.save({**recording.about["key"], **own}, source.name, seen)
+            store.save({**recording.info.key, **own}, source.name, seen)
         del seen
         last = _seconds(lambda: fuse(concepts, pipeline, settings, store=store))
     print(f"{base}: the 2nd added in {second:.2f} s, the 15th in {last:.2f} s: {last / second:.3f} ×", flush=True)

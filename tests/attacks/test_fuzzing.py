@@ -217,7 +217,7 @@ def _of_tensors(folder: Path, pipeline: Any, concept: Concept) -> dict[str, Read
 
     def statistics(path: Path) -> None:
         recording = store.open_recording(path)
-        for name in recording.rows:
+        for name in recording.info.rows:
             recording.statistics(name)
 
     shapes = {f"{TO_K}.lora_A.weight": [2, 32], f"{TO_K}.lora_B.weight": [24, 2], f"{TO_K}.alpha": []}

@@ -52,7 +52,7 @@ def test_how_many_threads_computed_is_written_down_and_mixing_is_said(
     assert not caplog.text
     fused.model.save(tmp_path / "f")
     assert read_manifest(tmp_path / "f").threads == 1
-    assert {open_recording(path).about["threads"] for path in store.folder.iterdir()} == {1}
+    assert {open_recording(path).info.threads for path in store.folder.iterdir()} == {1}
     threads(2)
     stores.tell_of_threads.cache_clear()
     with caplog.at_level(logging.WARNING):

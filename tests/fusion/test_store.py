@@ -118,7 +118,7 @@ def test_the_error_of_storing_is_reported_as_it_is(storage, tmp_path):
         for name, matrix in MATRICES.items()
         if name != "of nothing"
     ]
-    assert recording.error == pytest.approx((sum(errors) / len(errors), max(errors)), rel=1e-6)
+    assert recording.info.error == pytest.approx((sum(errors) / len(errors), max(errors)), rel=1e-6)
     assert (max(errors) > 0) is (storage != "fp64")
 
 
@@ -277,7 +277,7 @@ def test_numbers_that_are_not_finite_are_refused(value, kept, seen):
     tensors = load_file(kept)
     tensors["plain:unet.b"][2, 5] = value
     write_tensors(kept, tensors, open_recording(kept).file.metadata)
-    digests = open_recording(kept).about["digests"] | {"unet.b": stores._digest({"plain": tensors["plain:unet.b"]})}
+    digests = open_recording(kept).info.digests | {"unet.b": stores._digest({"plain": tensors["plain:unet.b"]})}
     described(kept, digests=digests)
     (line,) = refused(kept, list(seen))
     assert line == f"{kept}: moments of unet.b: values that are not finite"
@@ -300,7 +300,7 @@ def test_recordings_whose_digests_are_right_and_numbers_are_not_are_refused(forg
     tensors = {key: tensor for key, tensor in load_file(kept).items() if not key.endswith(":unet.b")}
     tensors |= {f"{kind}:unet.b": tensor for kind, tensor in forged.items()}
     write_tensors(kept, tensors, open_recording(kept).file.metadata)
-    described(kept, digests=open_recording(kept).about["digests"] | {"unet.b": stores._digest(forged)})
+    described(kept, digests=open_recording(kept).info.digests | {"unet.b": stores._digest(forged)})
     with pytest.raises(ConceptFileError, match=r"unet\.b: ") as raised:
         open_recording(kept).statistics("unet.b", width=10)
     assert len(str(raised.value)) - len(str(kept)) < 200

@@ -35,7 +35,7 @@ def test_processes_record_what_one_does(files, tmp_path):
     )
     assert [made.file.path.name for made in here] == [made.file.path.name for made in there]
     for one, other in zip(here, there, strict=True):
-        for name in one.rows:
+        for name in one.info.rows:
             assert torch.equal(one.statistics(name, "cpu").moments, other.statistics(name, "cpu").moments)
 
 

@@ -55,7 +55,7 @@ def record(
 
 
 def _lost(recording: Recording) -> str:
-    mean, largest = recording.error
+    mean, largest = recording.info.error
     return f", relative error {mean:.2g} on average, {largest:.2g} at most" if largest else ""
 
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 from torch import Tensor
 
-from mixofshow.errors import BadInputError, ConceptFileError, SettingsError, shown
+from mixofshow.errors import BadInputError, ConceptFileError, SettingsError, field_problem, shown
 from mixofshow.files import TensorFile, raw, write_tensors
 from mixofshow.fusion.statistics import TENSORS, LayerStatistics
 from mixofshow.reading import parse_json
@@ -34,17 +35,29 @@ RANK_SHARE: Final = 8
 """Low-rank storage keeps the largest eighth of the eigenvalues, and of the rest the diagonal."""
 
 
-@dataclass(frozen=True)
-class Recording:
-    """A recording's file: `statistics(input name)` reads what a layer saw.
+class RecordingInfo(BaseModel):
+    """What a recording's file says of itself; rows and digests by input name.
 
     `error` is what storing it changed: mean and largest ‖C' − C‖ / ‖C‖ over the inputs.
     """
 
+    model_config = ConfigDict(frozen=True)
+
+    format_version: StrictInt = Field(FORMAT_VERSION, le=FORMAT_VERSION)
+    key: dict[str, Any]
+    storage: str
+    threads: int | None = None
+    rows: dict[str, int]
+    digests: dict[str, str]
+    error: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recording's file: `statistics(input name)` reads what a layer saw."""
+
     file: TensorFile
-    rows: Mapping[str, int]
-    about: Mapping[str, Any]
-    error: tuple[float, float] = (0.0, 0.0)
+    info: RecordingInfo
 
     def statistics(self, name: str, device: Any = "cpu", width: int | None = None) -> LayerStatistics:
         """What was recorded under an input name, in double, of a layer with that `width` of inputs if it is given.
@@ -56,7 +69,7 @@ class Recording:
         stored = {
             kind: self.file.read(f"{kind}:{name}") for kind in (*TENSORS, *PARTS) if f"{kind}:{name}" in self.file
         }
-        if name not in self.rows or self.about["digests"].get(name) != _digest(stored):
+        if name not in self.info.rows or self.info.digests.get(name) != _digest(stored):
             raise ConceptFileError(f"{self.file.path}: damaged: {shown(name)} does not match its digest")
         found: dict[str, Tensor] = {kind: stored.pop(kind) for kind in TENSORS if kind in stored}
         if "moments" not in found:
@@ -71,8 +84,8 @@ class Recording:
             if not torch.isfinite(tensor.sum(dtype=torch.float64)):  # the sum of any that is not is not
                 raise ConceptFileError(f"{self.file.path}: {kind} of {shown(name)}: values that are not finite")
             found[kind] = tensor.to(device) if kind == "inputs" else tensor.to(device, torch.float64)
-        _check_moments(found, self.rows[name], width, where)
-        return LayerStatistics(**found, rows=self.rows[name])
+        _check_moments(found, self.info.rows[name], width, where)
+        return LayerStatistics(**found, rows=self.info.rows[name])
 
 
 class StatisticsReader:
@@ -120,12 +133,11 @@ class Store:
         if not path.is_file():
             return None
         recording = open_recording(path)
-        if recording.about["key"] != json.loads(json.dumps(key)):
+        if recording.info.key != json.loads(json.dumps(key)):
             raise ConceptFileError(f"{path}: not what its name says; delete it to record again")
-        if not inputs <= recording.rows.keys():
+        if not inputs <= recording.info.rows.keys():
             return None
-        if isinstance(threads := recording.about.get("threads"), int):
-            tell_of_threads(self.folder, threads, torch.get_num_threads())
+        tell_of_threads(self.folder, recording.info.threads or torch.get_num_threads(), torch.get_num_threads())
         return recording
 
     def save(self, key: Mapping[str, Any], name: str, seen: Mapping[str, LayerStatistics]) -> Recording:
@@ -146,17 +158,16 @@ class Store:
             found = {kind: value.cpu() for kind, value in found.items()}
             digests[input_name] = _digest(found)
             tensors |= {f"{kind}:{input_name}": value for kind, value in found.items()}
-        about = {
-            "format_version": FORMAT_VERSION,
-            "key": key,
-            "storage": self.storage,
-            "threads": torch.get_num_threads(),
-            "rows": {input_name: one.rows for input_name, one in seen.items()},
-            "digests": digests,
-            "error": (sum(errors) / len(errors), max(errors)) if errors else (0.0, 0.0),
-        }
+        info = RecordingInfo(
+            key=dict(key),
+            storage=self.storage,
+            threads=torch.get_num_threads(),
+            rows={input_name: one.rows for input_name, one in seen.items()},
+            digests=digests,
+            error=(sum(errors) / len(errors), max(errors)) if errors else (0.0, 0.0),
+        )
         path = self.path(key, name)
-        write_tensors(path, tensors, _metadata(json.dumps(about, sort_keys=True)), limit=None)
+        write_tensors(path, tensors, _metadata(json.dumps(info.model_dump(), sort_keys=True)), limit=None)
         return open_recording(path)
 
 
@@ -184,18 +195,14 @@ def open_recording(path: Path) -> Recording:
     """Open a file and check what it says of itself. Raises ConceptFileError."""
     file = TensorFile(path)
     try:
-        about = parse_json(file.metadata[METADATA_KEY], str(path), ConceptFileError, finite=False)
-        if file.metadata != _metadata(file.metadata[METADATA_KEY]):
+        text = file.metadata[METADATA_KEY]
+        info = RecordingInfo.model_validate(parse_json(text, str(path), ConceptFileError, finite=False))
+        if file.metadata != _metadata(text):
             raise ValueError("damaged: its description does not match the digest written in it")
-        rows = {str(name): int(count) for name, count in about["rows"].items()}
-        mean, largest = map(float, about["error"])
-        if about["format_version"] > FORMAT_VERSION or not all(
-            isinstance(about[it], dict) for it in ("key", "digests")
-        ):
-            raise ValueError(f"format {about['format_version']}")
-    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise ConceptFileError(f"{path}: not a recording of this version ({shown(error)})") from error
-    return Recording(file, rows, about, (mean, largest))
+    except (KeyError, ValueError) as error:
+        problem = field_problem(error.errors()[0], ()) if isinstance(error, ValidationError) else shown(error)
+        raise ConceptFileError(f"{path}: not a recording of this version ({problem})") from error
+    return Recording(file, info)
 
 
 PARTS: Final = ("plain", "scaled", "scale", "factor", "diagonal")
