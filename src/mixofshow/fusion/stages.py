@@ -218,12 +218,12 @@ class _Fusion:
             for stage in STAGES:
                 own = self._names([stage])
                 # The text encoder comes first: nothing before it is fused, whoever the other concepts are.
-                how = {"mode": "staged", "behind": None if stage == "text" else [stage, self.identity]}
+                behind = None if stage == "text" else [stage, self.identity]
                 with replaced(self.pipeline, self.weights):
-                    self._in_parts(own, how, moments=1, own=set(own))
+                    self._in_parts(own, {"mode": "staged", "behind": behind}, moments=1, own=set(own))
         for number in range(self._passes):
             for stages in self._orders:
-                how = {"mode": "drifted", "behind": [number, stages, self.identity]}
+                how: dict[str, Any] = {"mode": "drifted", "behind": [number, stages, self.identity]}
                 self._in_parts(self._names(stages), how, moments=3, fused=dict(self.weights))
 
     @property
