@@ -1,4 +1,4 @@
-"""Concepts that are loaded into a pipeline one by one, as diffusers loads LoRAs."""
+"""Loading as diffusers does: the options of pipelines, and concepts one by one, as LoRAs."""
 
 from __future__ import annotations
 
@@ -7,15 +7,46 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from mixofshow.concepts.adapters import summed_weights
 from mixofshow.concepts.changes import Change
 from mixofshow.concepts.concept import Concept
 from mixofshow.concepts.interchange.importing import as_concept
 from mixofshow.concepts.model import ConceptModel, with_words
-from mixofshow.errors import BadInputError, SettingsError, shown
+from mixofshow.errors import BadInputError, SettingsError, nearest, shown
 from mixofshow.sampling.asked import require
+
+LOADING: Final = ("base", "device", "dtype", "variant", "config", "download")
+"""Options of `load_model`, which `from_pretrained` takes too."""
+_FETCH: Final = "fetch the model with it by huggingface_hub.snapshot_download, and give that folder"
+NOT_LOADING: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("revision", "cache_dir", "token", "force_download", "proxies"), _FETCH),
+    "device_map": "give one device (device=…), or enable_model_cpu_offload() once it is loaded",
+}
+"""Options of diffusers' `from_pretrained` that are taken only where they say nothing, and what to do instead."""
+
+
+def loading_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `from_pretrained`, diffusers' among them, as those of `load_model`. Raises SettingsError for others."""
+    if "torch_dtype" in options:
+        options["dtype"] = options.pop("torch_dtype")
+    if "local_files_only" in options:
+        options["download"] = not options.pop("local_files_only")
+    if options.get("device_map") in ("cpu", "cuda"):
+        options["device"] = options.pop("device_map")
+    for as_ever in ("use_safetensors", "low_cpu_mem_usage"):  # nothing else is read, nor more memory taken
+        options.pop(as_ever, None)
+    for unused in ("safety_checker", "requires_safety_checker", "feature_extractor"):
+        if not options.get(unused, True):  # as people write to be rid of it: there is none
+            del options[unused]
+    for option, way_out in NOT_LOADING.items():
+        if options.pop(option, None) is not None:
+            raise SettingsError(f"from_pretrained: {option}: {way_out}")
+    for option in options:
+        if option not in LOADING:
+            raise SettingsError(f"from_pretrained: unknown option '{shown(option)}'{nearest(option, LOADING)}")
+    return options
 
 
 class ConceptLoaderMixin:

@@ -31,25 +31,16 @@ from mixofshow.concepts.adapters import silenced
 from mixofshow.concepts.concept import Concept
 from mixofshow.concepts.interchange.importing import as_concept
 from mixofshow.concepts.model import ConceptModel, load_model, with_concept
-from mixofshow.errors import BadInputError, SettingsError, nearest, shown
+from mixofshow.errors import BadInputError, SettingsError, shown
 from mixofshow.progress import Progress, silent
 from mixofshow.sampling.asked import Asked, Callback, checked
 from mixofshow.sampling.attend import attend_and_excite
 from mixofshow.sampling.denoising import Control, denoise
 from mixofshow.sampling.encoding import Adapters, EncodedPrompt, OwnText, adapters_of, encode
 from mixofshow.sampling.latents import cells_of, decode, initial_latents, picture_latents
-from mixofshow.sampling.loaders import ConceptLoaderMixin
+from mixofshow.sampling.loaders import ConceptLoaderMixin, loading_options
 from mixofshow.sampling.regional_lora import own_texts
 from mixofshow.sampling.regions import Region
-
-LOADING: Final = ("base", "device", "dtype", "variant", "config", "download")
-"""Options of `load_model`, which `from_pretrained` takes too."""
-_FETCH: Final = "fetch the model with it by huggingface_hub.snapshot_download, and give that folder"
-NOT_LOADING: Final[Mapping[str, str]] = {
-    **dict.fromkeys(("revision", "cache_dir", "token", "force_download", "proxies"), _FETCH),
-    "device_map": "give one device (device=…), or enable_model_cpu_offload() once it is loaded",
-}
-"""Options of diffusers' `from_pretrained` that are taken only where they say nothing, and what to do instead."""
 
 
 class Pictures(list[Any]):
@@ -122,24 +113,7 @@ class _Drawing(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
         (`scheduler=…`) are taken too. Raises SettingsError for others.
         """
         parts = {part: options.pop(part) for part in ("vae", "scheduler", "unet") if part in options}
-        if "torch_dtype" in options:
-            options["dtype"] = options.pop("torch_dtype")
-        if "local_files_only" in options:
-            options["download"] = not options.pop("local_files_only")
-        if options.get("device_map") in ("cpu", "cuda"):
-            options["device"] = options.pop("device_map")
-        for as_ever in ("use_safetensors", "low_cpu_mem_usage"):  # nothing else is read, nor more memory taken
-            options.pop(as_ever, None)
-        for unused in ("safety_checker", "requires_safety_checker", "feature_extractor"):
-            if not options.get(unused, True):  # as people write to be rid of it: there is none
-                del options[unused]
-        for option, way_out in NOT_LOADING.items():
-            if options.pop(option, None) is not None:
-                raise SettingsError(f"from_pretrained: {option}: {way_out}")
-        for option in options:
-            if option not in LOADING:
-                raise SettingsError(f"from_pretrained: unknown option '{shown(option)}'{nearest(option, LOADING)}")
-        made = cls.of(load_model(name, **options))
+        made = cls.of(load_model(name, **loading_options(options)))
         made.register_modules(**parts)
         return made
 
