@@ -22,7 +22,7 @@ if __name__ == "__main__":
 DECODER = """
 import time
 from pathlib import Path
-from mixofshow.tuning.apart import ChildReader
+from mixofshow.tuning.check import ChildReader
 from mixofshow.tuning.dataset import Beside
 
 if __name__ == "__main__":

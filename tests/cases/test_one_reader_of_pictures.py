@@ -25,7 +25,6 @@ from mixofshow.sampling.composition import make_composition, parse_size
 from mixofshow.sampling.drawing import draw_grid, draw_pictures
 from mixofshow.sampling.pictures import read_picture
 from mixofshow.sampling.replay import PNG_KEY, read_note, replay
-from mixofshow.tuning import pictures as tuning
 
 RAMP = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
 TURNED = 6
@@ -58,8 +57,8 @@ def test_all_verbs_read_alike(tmp_path):
     """Case 06: only tuning knew 16 bits."""
     for path in files(tmp_path):
         for mode, learned in (
-            ("RGB", tuning.read_picture(path, background="black").image),
-            ("L", tuning.read_mask(path, name="mask")),
+            ("RGB", read_image(path, path.name, background="black").image),
+            ("L", read_grey(path, "mask")),
         ):
             for source in (path, str(path)):
                 found = read_picture(source, mode)

@@ -10,14 +10,14 @@ from PIL import Image
 from mixofshow import make_settings, tune
 from mixofshow.cli.options import _help
 from mixofshow.errors import DatasetError
+from mixofshow.tuning.captions import Naming
 from mixofshow.tuning.check import check_folder
 from mixofshow.tuning.conflicts import idle
 from mixofshow.tuning.dataset import read_folder, readings
-from mixofshow.tuning.naming import naming_of
 from mixofshow.tuning.settings import TuningSettings, dotted_keys
 
 PROMPT = "a photo of a <mydog>"
-NAMING = naming_of("<mydog>", ("<mydog1>", "<mydog2>"), "dog")
+NAMING = Naming("<mydog>", ("<mydog1>", "<mydog2>"), "dog")
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_case_does_not_matter_in_captions(caption, expected):
 
 
 def test_a_class_word_has_several_spellings():
-    bear = naming_of("<bear>", (), "teddy bear", "plush, Teddybear")
+    bear = Naming("<bear>", (), "teddy bear", "plush, Teddybear")
     for caption in ("a Teddy Bear", "a teddy_bear", "a teddy-bear", "a teddybear", "a Plush"):
         assert bear.named(caption) == "a <bear>"
 

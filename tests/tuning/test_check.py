@@ -14,7 +14,7 @@ from PIL import Image
 
 from mixofshow import cli
 from mixofshow.errors import DatasetError, ResourceError
-from mixofshow.tuning import apart
+from mixofshow.tuning import check
 from mixofshow.tuning.check import check_folder, report
 from mixofshow.tuning.dataset import Finding, read_folder, readings
 
@@ -159,7 +159,7 @@ def fatal(tmp_path, monkeypatch):
     """Pictures of some names are read by a decoder that they are too much for; it is a file, so that a child finds it."""
     (tmp_path / "fatal.py").write_text(FATAL)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(apart, "_read", importlib.import_module("fatal").read)
+    monkeypatch.setattr(check, "_read", importlib.import_module("fatal").read)
     yield
     del sys.modules["fatal"]
 
@@ -183,15 +183,15 @@ def test_what_the_decoder_does_not_survive_is_an_error_and_the_rest_is_read(fold
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux keeps a limit of memory")
 def test_a_picture_that_needs_more_than_the_limit_is_an_error(folder, monkeypatch):
-    monkeypatch.setattr(apart, "MEMORY", 2**27)
+    monkeypatch.setattr(check, "MEMORY", 2**27)
     Image.new("1", (7000, 7000)).save(folder / "good0large.png")
     (finding,) = [one for one in check_folder(folder) if one.file != "masks/"]
     assert finding == Finding("good0large.png", "error", "the decoder needs more than 0.125 GB of memory")
 
 
 def test_a_child_that_does_not_start_is_no_fault_of_a_picture(folder, monkeypatch):
-    monkeypatch.setattr(apart, "_prepare", os._exit)
-    monkeypatch.setattr(apart, "MEMORY", 1)  # and so the code it ends with
+    monkeypatch.setattr(check, "_prepare", os._exit)
+    monkeypatch.setattr(check, "MEMORY", 1)  # and so the code it ends with
     with pytest.raises(ResourceError, match="no process can be started to decode pictures in"):
         check_folder(folder)
 

@@ -117,13 +117,13 @@ def check(
 ) -> None:
     """Read every picture, caption and mask of a folder, change none, and list what is wrong."""
     from mixofshow.outputs import check_outputs
+    from mixofshow.tuning.captions import Naming
     from mixofshow.tuning.check import check_folder, report
-    from mixofshow.tuning.naming import naming_of
 
     if (name is None) != (class_word is None):
         raise SettingsError("--name and --class-word: give both, or neither; captions are checked with both")
     naming = None
     if name is not None and class_word is not None:
-        naming = naming_of(f"<{name}>", [f"<{name}{number}>" for number in (1, 2)], class_word, synonyms)
+        naming = Naming(f"<{name}>", [f"<{name}{number}>" for number in (1, 2)], class_word, synonyms)
     check_outputs(files={"JSON": [json_file]}, inputs=[folder, masks or folder.parent / "masks"])
     report(check_folder(folder, masks=masks, naming=naming), json_file)

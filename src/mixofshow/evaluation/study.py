@@ -24,15 +24,15 @@ from typing import Annotated, Any, Final, Literal, TypeVar, get_args
 from PIL import Image
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from mixofshow.errors import BadInputError, SettingsError, field_problem, nearest, shown
+from mixofshow.errors import BadInputError, DatasetError, SettingsError, field_problem, nearest, shown
 from mixofshow.evaluation.metrics import LEVEL
 from mixofshow.evaluation.report import write_page
 from mixofshow.evaluation.requests import Arm, RequestPlan
 from mixofshow.evaluation.scorers import references_of
+from mixofshow.images import label, read_image
 from mixofshow.outputs import write_text
 from mixofshow.reading import read_json
 from mixofshow.sampling.pictures import embedded
-from mixofshow.tuning.pictures import read_picture
 from mixofshow.tuning.settings import Group
 
 INDEX: Final = "pictures.json"
@@ -155,7 +155,7 @@ def build_study(
     asked, random = [_pair(text, index) for text in pairs], Random(seed)
 
     def show(path: Path) -> str:
-        return _encoded(read_picture(place(path)).image)
+        return _encoded(read_image(place(path), label(path), error=DatasetError).image)
 
     items = [item for pair in asked for item in _items(index, show, pair, state, count=count, random=random)]
     random.shuffle(items)

@@ -7,9 +7,9 @@ from importlib.util import find_spec
 from typing import Final
 
 from mixofshow.errors import SettingsError
+from mixofshow.images import colour_of
 from mixofshow.tuning.methods import METHODS
 from mixofshow.tuning.optimizers import needed_package
-from mixofshow.tuning.pictures import colour_of
 from mixofshow.tuning.settings import TuningSettings, dotted_keys
 
 WORDS_ONLY: Final = ("p-plus", "textual-inversion")

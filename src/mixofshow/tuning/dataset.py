@@ -8,18 +8,16 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, TypedDict, Unpack
 
 import numpy as np
 from PIL import Image
 
 from mixofshow.concepts.syntax import foreign_marks, quoted
 from mixofshow.errors import LISTED, DatasetError, listed, shown
-from mixofshow.tuning.captions import METADATA, read_caption, read_metadata
-from mixofshow.tuning.folder import Finding, look_into, picture_paths
-from mixofshow.tuning.masks import mask_folder, read_mask_of
-from mixofshow.tuning.naming import Naming
-from mixofshow.tuning.pictures import Alpha, colour_of, label, read_picture
+from mixofshow.images import Alpha, colour_of, label, read_image
+from mixofshow.tuning.captions import METADATA, Naming, read_caption, read_metadata
+from mixofshow.tuning.folder import Finding, look_into, mask_folder, picture_paths, read_mask_of
 from mixofshow.tuning.settings import TuningSettings
 
 logger = logging.getLogger(__name__)
@@ -54,53 +52,50 @@ class Reading:
 
 @dataclass(frozen=True)
 class Beside:
-    """What belongs to a picture: captions in files or from metadata, masks, and what becomes of transparency.
+    """What belongs to a picture: captions in files or from metadata, masks, and the folder where it should have a mask.
 
-    `masks_in` is the folder in which it should have a mask. `naming` is how a caption must name the concept, None: it
-    need not.
+    The rest are `PictureOptions`.
     """
 
     instance_prompt: str
-    texts: tuple[Path, ...] = ()
+    texts: Sequence[Path] = ()
     caption: str | None = None
-    masks: tuple[Path, ...] = ()
+    masks: Sequence[Path] = ()
     masks_in: Path | None = None
     alpha: Alpha = "fill"
     background: str = "white"
     naming: Naming | None = None
 
 
+class PictureOptions(TypedDict, total=False):
+    """What becomes of transparency, and how captions must name the concept: if given, one that does not is an error."""
+
+    alpha: Alpha
+    background: str
+    naming: Naming | None
+
+
+class FolderOptions(PictureOptions, total=False):
+    """How a folder is read.
+
+    `instance_prompt` is the caption of pictures that have none. Masks are those of `masks`, or of a folder of that name
+    beside the pictures if there is one; with `with_masks=False` none are read.
+    """
+
+    instance_prompt: str
+    masks: Path | None
+    with_masks: bool
+
+
 Reader = Callable[[Path, Beside], Reading]
 
 
-def read_folder(
-    folder: Path,
-    *,
-    instance_prompt: str,
-    skip_bad: bool = False,
-    masks: Path | None = None,
-    with_masks: bool = True,
-    alpha: Alpha = "fill",
-    background: str = "white",
-    naming: Naming | None = None,
-) -> list[Example]:
+def read_folder(folder: Path, *, skip_bad: bool = False, **options: Unpack[FolderOptions]) -> list[Example]:
     """All pictures of a folder in natural order. Raises DatasetError naming every file that cannot be used.
 
-    With `skip_bad` such pictures are left out with a warning; no file is ever changed. Masks are those of `masks`, or
-    of a folder of that name beside this one if there is one; with `with_masks=False` none are read. With `naming`, a
-    caption that does not name the concept is an error.
+    With `skip_bad` such pictures are left out with a warning; no file is ever changed.
     """
-    every = list(
-        readings(
-            folder,
-            instance_prompt=instance_prompt,
-            masks=masks,
-            with_masks=with_masks,
-            alpha=alpha,
-            background=background,
-            naming=naming,
-        )
-    )
+    every = list(readings(folder, **options))
     examples = [reading.example for reading in every if reading.example]
     findings = [finding for reading in every for finding in reading.findings]
     errors = [finding for finding in findings if finding.level == "error"]
@@ -121,7 +116,7 @@ def read_one(path: Path, beside: Beside) -> Reading:
     found: list[Finding] = []
     image = mask = None
     with _noted(label(path), found):
-        picture = read_picture(path, alpha=beside.alpha, background=beside.background)
+        picture = read_image(path, label(path), alpha=beside.alpha, background=beside.background, error=DatasetError)
         image, mask = picture.image, picture.mask
         found += [Finding(label(path), "note", note) for note in picture.notes]
     own = ""
@@ -142,17 +137,15 @@ def read_one(path: Path, beside: Beside) -> Reading:
 
 def readings(
     folder: Path,
+    read: Reader = read_one,
     *,
-    instance_prompt: str,
     masks: Path | None = None,
     with_masks: bool = True,
-    alpha: Alpha = "fill",
-    background: str = "white",
-    naming: Naming | None = None,
-    read: Reader = read_one,
+    instance_prompt: str = "the instance prompt",
+    **options: Unpack[PictureOptions],
 ) -> Iterator[Reading]:
     """One reading for each file of a folder in natural order, one at a time. Raises DatasetError for the folder."""
-    colour_of(background)
+    colour_of(options.get("background", "white"))
     all_of_it = look_into(folder, masks, with_masks=with_masks)
     captions, problems = read_metadata(folder, {path.name for path in all_of_it.pictures})
     yield Reading(None, (*all_of_it.findings, *(Finding(file, "error", problem) for file, problem in problems)))
@@ -161,15 +154,16 @@ def readings(
     for path in all_of_it.pictures:
         beside = Beside(
             instance_prompt,
-            tuple(all_of_it.captions.get(path.stem, ())),
+            all_of_it.captions.get(path.stem, ()),
             captions.get(path.name),
-            tuple(all_of_it.masks.get(path.stem, ())),
+            all_of_it.masks.get(path.stem, ()),
             all_of_it.masks_in,
-            alpha,
-            background,
-            naming,
+            **options,
         )
-        reading = _with_repeats(read(path, beside), label(path), seen)
+        reading = read(path, beside)
+        if reading.pixels and (first := seen.setdefault(reading.pixels, label(path))) != label(path):
+            repeat = Finding(label(path), "warning", f"the same picture as {first}; it counts twice")
+            reading = replace(reading, findings=(*reading.findings, repeat))
         if marks := foreign_marks(reading.caption or instance_prompt):
             marked.append(f"{quoted(marks)} in {_caption_label(path, beside)}")
         yield reading
@@ -223,14 +217,6 @@ def _digest(image: Image.Image, mask: Image.Image | None, caption: str) -> str:
     digest.update(image.tobytes())
     digest.update(mask.tobytes() if mask else b"")
     return digest.hexdigest()
-
-
-def _with_repeats(reading: Reading, name: str, seen: dict[str, str]) -> Reading:
-    """The reading of the file `name`, with a warning if its pixels have been seen under another name."""
-    if not reading.pixels or (first := seen.setdefault(reading.pixels, name)) == name:
-        return reading
-    repeat = Finding(name, "warning", f"the same picture as {first}; it counts twice")
-    return replace(reading, findings=(*reading.findings, repeat))
 
 
 def _some_of(findings: Sequence[Finding]) -> str:

@@ -14,10 +14,9 @@ from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import DatasetError, TokenError, listed, shown
 from mixofshow.progress import Progress
 from mixofshow.tuning.batches import Order, Source
-from mixofshow.tuning.captions import TEMPLATES, whole_in_any_order
+from mixofshow.tuning.captions import TEMPLATES, Naming, whole_in_any_order
 from mixofshow.tuning.dataset import Example
 from mixofshow.tuning.methods import word_names
-from mixofshow.tuning.naming import Naming, naming_of
 from mixofshow.tuning.objective import Feed
 from mixofshow.tuning.prior import prior_examples
 from mixofshow.tuning.settings import CaptionSettings, TuningSettings
@@ -29,7 +28,7 @@ def naming_for(settings: TuningSettings) -> Naming | None:
     """How captions must name the concept; None where templates replace them. Raises DatasetError."""
     if settings.captions.templates != "none":
         return None
-    naming = naming_of(settings.placeholder, word_names(settings), settings.class_word, settings.captions.synonyms)
+    naming = Naming(settings.placeholder, word_names(settings), settings.class_word, settings.captions.synonyms)
     if settings.instance_prompt:
         try:
             naming.named(settings.instance_prompt)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from PIL import Image
+
 from mixofshow.errors import DatasetError, nearest
+from mixofshow.images import SUFFIXES, label, read_grey
 from mixofshow.tuning.captions import METADATA
-from mixofshow.tuning.masks import mask_folder
-from mixofshow.tuning.pictures import SUFFIXES, label
 
 Level = Literal["error", "warning", "note"]
 """It cannot be used; it is used but hardly meant; it is used, and this is what happens to it."""
@@ -65,7 +66,9 @@ def look_into(folder: Path, masks: Path | None = None, *, with_masks: bool = Tru
     found = [*_strange_texts(folder, pictures), *_strange_pictures(folder, pictures)]
     captions = _by_stem(sorted(_files(folder, CAPTIONS), key=lambda path: CAPTIONS.index(path.suffix.lower())))
     labels = {_unlabelled(path): path for path in _files(folder, SUFFIXES) if _unlabelled(path)}
-    found += [_stray(path, stem, stems) for stem, path in labels.items() if stem not in stems]
+    for stem, path in labels.items():
+        if stem not in stems:
+            found.append(_warning(path, f"not used: the mask of no picture{nearest(stem, stems)}"))
     place = mask_folder(folder, masks) if with_masks else None
     in_place = _by_stem(_files(place, SUFFIXES)) if place else {}
     if place and masks is None and not stems & set(in_place):
@@ -82,6 +85,38 @@ def look_into(folder: Path, masks: Path | None = None, *, with_masks: bool = Tru
         what = f"{_share(stems & set(in_place), stems)} masks, of the folder beside theirs; --masks names another"
         found.append(Finding(f"{label(place)}/", "warning", what))
     return Folder(pictures, captions, in_place, place, tuple(found))
+
+
+def mask_folder(folder: Path, given: Path | None) -> Path | None:
+    """The folder of masks: as given, else `masks` beside the pictures, or None without one. Raises DatasetError."""
+    if given is not None:
+        if not os.path.isdir(given):
+            raise DatasetError(f"{given}: no such folder of masks")
+        return given
+    beside = Path(os.path.abspath(folder)).parent / "masks"  # abspath: "." and "a/.." have no parent of their own
+    return beside if beside.is_dir() and not beside.samefile(folder) else None
+
+
+def read_mask_of(
+    path: Path, files: Sequence[Path], folder: Path | None, image: Image.Image | None, own: Image.Image | None
+) -> Image.Image | None:
+    """The mask (L) of a picture out of its mask files, else the one that its transparency made.
+
+    None without any, unless every picture should have one in `folder`. It has the picture's size; that is not checked
+    for a picture that could not be read. Raises DatasetError.
+    """
+    if not files and (own is not None or folder is None):
+        return own
+    if not files:
+        raise DatasetError(f"{label(path)}: no mask in {folder}; expected {label(path.with_suffix('.png'))}")
+    if len(files) > 1:
+        raise DatasetError(f"{label(path)}: {' and '.join(map(label, files))} in {folder}; keep one of them")
+    name = f"{label(path)}: its mask {label(files[0].parent)}/{label(files[0])}"
+    mask = read_grey(files[0], name, error=DatasetError)
+    if image is not None and mask.size != image.size:
+        sizes = f"{mask.width} x {mask.height} pixels, the picture has {image.width} x {image.height}"
+        raise DatasetError(f"{label(path)}: its mask has {sizes}; save the mask at the picture's size")
+    return mask
 
 
 def picture_paths(folder: Path) -> list[Path]:
@@ -124,40 +159,33 @@ def _with_pictures(folder: Path) -> list[Path]:
     return [path for path in sorted(inside, key=_natural) if _files(path, SUFFIXES)]
 
 
-def _strange_texts(folder: Path, pictures: Sequence[Path]) -> list[Finding]:
+def _strange_texts(folder: Path, pictures: Sequence[Path]) -> Iterator[Finding]:
     """Text files that nothing reads."""
     stems, names = {path.stem for path in pictures}, {path.name: path for path in pictures}
-    found = []
     for path in _files(folder, (*CAPTIONS, *OTHER_TEXTS)):
         if path.suffix.lower() in CAPTIONS and path.stem not in stems:
             near = f"; call it {label(names[path.stem].with_suffix('.txt'))}" if path.stem in names else ""
-            what = f"not read: it belongs to no picture{near or nearest(path.stem, stems)}"
-            found.append(Finding(label(path), "warning", what))
+            yield _warning(path, f"not read: it belongs to no picture{near or nearest(path.stem, stems)}")
         elif path.suffix.lower() in OTHER_TEXTS and path.name not in METADATA:
             places = f"{' and '.join(CAPTIONS)} files, {' and '.join(METADATA)}"
-            found.append(Finding(label(path), "warning", f"not read: captions are those of {places}"))
-    return found
+            yield _warning(path, f"not read: captions are those of {places}")
 
 
-def _strange_pictures(folder: Path, pictures: Sequence[Path]) -> list[Finding]:
+def _strange_pictures(folder: Path, pictures: Sequence[Path]) -> Iterator[Finding]:
     """Pictures that nothing reads, or that look like masks."""
     stems = {path.stem for path in pictures}
-    found = [
-        Finding(label(path), "warning", f"not read; expected {', '.join(SUFFIXES)}")
-        for path in _files(folder, OTHER_PICTURES)
-    ]
-    found += [
-        Finding(f"{label(path)}/", "warning", "not read: a folder with pictures") for path in _with_pictures(folder)
-    ]
+    for path in _files(folder, OTHER_PICTURES):
+        yield _warning(path, f"not read; expected {', '.join(SUFFIXES)}")
+    for path in _with_pictures(folder):
+        yield Finding(f"{label(path)}/", "warning", "not read: a folder with pictures")
     for path in pictures:
         if (like := _MASK_LIKE.fullmatch(path.stem)) and like[1] in stems:
-            what = f"used as a picture, though it looks like a mask; that would be {like[1]}{MASK_LABEL}{path.suffix}"
-            found.append(Finding(label(path), "warning", what))
-    return found
+            mask = f"{like[1]}{MASK_LABEL}{path.suffix}"
+            yield _warning(path, f"used as a picture, though it looks like a mask; that would be {mask}")
 
 
-def _stray(path: Path, stem: str, stems: Iterable[str]) -> Finding:
-    return Finding(label(path), "warning", f"not used: the mask of no picture{nearest(stem, stems)}")
+def _warning(path: Path, what: str) -> Finding:
+    return Finding(label(path), "warning", what)
 
 
 def _share(some: Iterable[str], stems: set[str]) -> str:

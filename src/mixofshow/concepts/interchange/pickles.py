@@ -7,7 +7,6 @@ checked like any stranger's file. `python -m` this module is that process: pickl
 
 from __future__ import annotations
 
-import contextlib
 import io
 import re
 import struct
@@ -15,7 +14,6 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Final
 
 import safetensors.torch
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from mixofshow.errors import ConceptFileError, ResourceError, shown
 from mixofshow.files import MAX_TENSORS, parse_tensors
+from mixofshow.processes import limit_memory
 from mixofshow.reading import MAX_FILE_BYTES
 
 MEMORY: Final = 2 * 2**30
@@ -87,7 +86,7 @@ class _Parameters:
 def _child() -> int:
     """Pickle from standard input, safetensors or a reason to standard output; the exit code says which."""
     data = sys.stdin.buffer.read()
-    _limit_memory()
+    limit_memory(MEMORY)
     try:
         with torch.serialization.safe_globals([(_Parameters, "torch.nn.modules.container.ParameterDict")]):
             table = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -97,15 +96,6 @@ def _child() -> int:
         sys.stdout.write(_reason(error))
         return REFUSED
     return 0
-
-
-def _limit_memory() -> None:
-    """Where the system can (Linux)."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
-
-        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
 
 
 def _sorted_leaves(table: Any, size: int) -> tuple[dict[str, Tensor], dict[str, str]]:

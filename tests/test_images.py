@@ -10,9 +10,19 @@ import pytest
 from PIL import Image, ImageCms
 
 from mixofshow.errors import DatasetError, SettingsError
-from mixofshow.tuning.pictures import MAX_PIXELS, colour_of, read_mask, read_picture
+from mixofshow.images import MAX_PIXELS, colour_of, label, read_grey, read_image
 
 SIZE = (40, 36)
+
+
+def read_picture(path, **options):
+    """A picture, as tuning reads it."""
+    return read_image(path, label(path), error=DatasetError, **options)
+
+
+def read_mask(path, *, name):
+    """A mask, as tuning reads it."""
+    return read_grey(path, name, error=DatasetError)
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
