@@ -30,10 +30,9 @@ from torch import nn
 from mixofshow.bases.layers import cross_attentions
 from mixofshow.bases.loading import load_base
 from mixofshow.concepts.prompts import layerwise
-from mixofshow.tuning.changes import low_rank_layers
+from mixofshow.tuning.adapters import lora_adapters
 from mixofshow.tuning.dataset import read_folder
-from mixofshow.tuning.losses import denoising_target, masked_mse
-from mixofshow.tuning.objective import noise_scheduler
+from mixofshow.tuning.losses import denoising_target, masked_mse, noise_scheduler
 from mixofshow.tuning.settings import TuningSettings, make_settings
 from mixofshow.tuning.trainer import tune
 from mixofshow.tuning.transforms import fit
@@ -85,9 +84,9 @@ def naive(base: Path, steps: int, folder: Path) -> list[float]:
     )
     ids = torch.tensor([_ids(pipeline, caption, first, layers) for caption in CAPTIONS])  # (pictures, layers, tokens)
     scheduler, marks = noise_scheduler(pipeline, settings.loss), [time.perf_counter()]
-    with low_rank_layers(pipeline, settings) as changes, layerwise(pipeline.unet):
+    with lora_adapters(pipeline, settings) as adapters, layerwise(pipeline.unet):
         table.requires_grad_(True)
-        trained = [table, *(one for change in changes.values() for one in change.parameters())]
+        trained = [table, *(one for adapter in adapters.values() for one in adapter.parameters())]
         optimizer = torch.optim.AdamW(trained, lr=1e-5)
         for _ in range(steps):
             with torch.autocast("cpu", torch.bfloat16):

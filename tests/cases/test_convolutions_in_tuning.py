@@ -10,7 +10,7 @@ from mixofshow import load_concept, make_settings, tune
 from mixofshow.bases.layers import kernel_of, layer, lora_layers
 from mixofshow.concepts.adapters import applied
 from mixofshow.concepts.concept import Concept, check_fits
-from mixofshow.tuning.changes import low_rank_layers
+from mixofshow.tuning.adapters import lora_adapters
 
 CONVOLUTIONAL = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "samplers.0.conv")
 
@@ -36,7 +36,7 @@ def _drawn(pipeline):
 
 def test_the_concept_is_the_tuned_pipeline(golden_pipeline, golden_concepts, settings, relative_error):
     before, generator = _drawn(golden_pipeline), torch.Generator().manual_seed(0)
-    with low_rank_layers(golden_pipeline, settings) as changes:
+    with lora_adapters(golden_pipeline, settings) as changes:
         for change in changes.values():
             for factor in change.parameters():  # what half precision holds exactly
                 factor.data.copy_((0.1 * torch.randn(factor.shape, generator=generator)).half().float())

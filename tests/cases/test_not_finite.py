@@ -15,7 +15,7 @@ from PIL import Image
 
 from mixofshow import cli, load_concept, tune
 from mixofshow.errors import BaseModelError, DivergedError
-from mixofshow.tuning import objective
+from mixofshow.tuning import losses
 from mixofshow.tuning.checkpoints import newest
 from mixofshow.tuning.losses import min_snr_weights
 from mixofshow.tuning.run import Run
@@ -50,7 +50,7 @@ def _breaking(monkeypatch, what, step):
 
         monkeypatch.setattr(Run, "_require_finite", spoil)
         return
-    loss, calls = objective.masked_mse, []
+    loss, calls = losses.masked_mse, []
 
     def spoilt(made, *rest):
         calls.append(made)
@@ -58,7 +58,7 @@ def _breaking(monkeypatch, what, step):
             made.register_hook(lambda gradient: gradient / 0)
         return loss(made, *rest) * (float("nan") if len(calls) >= step and what == "loss" else 1)
 
-    monkeypatch.setattr(objective, "masked_mse", spoilt)
+    monkeypatch.setattr(losses, "masked_mse", spoilt)
 
 
 @pytest.mark.parametrize(("what", "said"), [("loss", "the loss"), ("gradient", "the gradient"), ("numbers", "largest")])

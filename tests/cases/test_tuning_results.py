@@ -17,11 +17,10 @@ from mixofshow.bases.loading import USUAL_GUIDANCE
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.errors import BaseModelError, ResourceError, SettingsError
 from mixofshow.progress import silent
-from mixofshow.tuning import objective
-from mixofshow.tuning.batches import Pictures
-from mixofshow.tuning.methods import initial_words
-from mixofshow.tuning.objective import Batch, Objective
-from mixofshow.tuning.prior import prior_examples
+from mixofshow.tuning import losses
+from mixofshow.tuning.adapters import initial_words
+from mixofshow.tuning.batches import prior_examples
+from mixofshow.tuning.losses import Batch, Pictures, TrainingLoss
 from mixofshow.tuning.settings import TuningSettings, with_presets
 
 QUICK = {"steps": 1, "batch_size": 1, "pictures.size": 64}
@@ -70,9 +69,9 @@ def test_a_base_that_diffusers_loaded_leaves_no_path_in_the_file(golden_pipeline
     assert tune(golden_pipeline, data, name="thing", class_word="man", **QUICK).info.base == "mine"
 
 
-def _objective(pipeline, **changed):
+def _loss(pipeline, **changed):
     settings = make_settings({"name": "thing", "class_word": "man", "data": "x", **changed})
-    return Objective(pipeline, initial_words(pipeline, settings, torch.Generator().manual_seed(0)), {}, settings, [])
+    return TrainingLoss(pipeline, initial_words(pipeline, settings, torch.Generator().manual_seed(0)), {}, settings, [])
 
 
 def _batch(masks, ids=()):
@@ -86,7 +85,7 @@ def test_the_scale_of_the_loss_is_the_same_with_masks_and_without(golden_pipelin
     """B20: the same error counted four times as much in every picture of a batch in which one had a mask."""
     half = torch.tensor([1.0, 0.0]).expand(2, 1, 2, 2)
     losses = [
-        _objective(golden_pipeline)._denoising_loss(torch.zeros(2, 4, 2, 2), _batch(one))
+        _loss(golden_pipeline)._denoising_loss(torch.zeros(2, 4, 2, 2), _batch(one))
         for one in (torch.ones(2, 1, 2, 2), half, torch.cat([half[:1], torch.ones(1, 1, 2, 2)]))
     ]
     assert [float(one) for one in losses] == [4.0, 4.0, 4.0]
@@ -95,8 +94,8 @@ def test_the_scale_of_the_loss_is_the_same_with_masks_and_without(golden_pipelin
 def test_the_class_word_is_found_wherever_and_however_often_it_stands(golden_pipeline, monkeypatch):
     """B33: the class word was the last of the first words that all captions have, of equal ones any."""
     seen = []
-    monkeypatch.setattr(objective, "words_attention", lambda maps, positions: seen.append(positions) or {})
-    ready, first = _objective(golden_pipeline), _objective(golden_pipeline).first_id
+    monkeypatch.setattr(losses, "words_attention", lambda maps, positions: seen.append(positions) or {})
+    ready, first = _loss(golden_pipeline), _loss(golden_pipeline).first_id
     one, two = first, first + 1
     ready._attention_loss([], _batch(torch.ones(2, 1, 2, 2), [[5, one, two, one, two], [one, two, 5, 5, 5]]))
     assert seen.pop().tolist() == [[1, 2], [0, 1]]

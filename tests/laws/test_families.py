@@ -30,9 +30,8 @@ from mixofshow.fusion.settings import PAPER, FusionSettings
 from mixofshow.fusion.stages import fuse
 from mixofshow.sampling.latents import decode, initial_latents
 from mixofshow.sampling.replay import model_hash
-from mixofshow.tuning.batches import Pictures
-from mixofshow.tuning.methods import METHODS, class_vector, initial_words
-from mixofshow.tuning.objective import Batch, Objective
+from mixofshow.tuning.adapters import METHODS, class_vector, initial_words
+from mixofshow.tuning.losses import Batch, Pictures, TrainingLoss
 from mixofshow.tuning.settings import make_settings
 from mixofshow.tuning.trainer import tune
 
@@ -234,7 +233,7 @@ def test_the_loss_is_of_the_bases_own_prediction(base, make):
     clean, noise = (torch.randn(2, 4, 6, 8, generator=generator) for _ in range(2))
     timesteps, ones = torch.tensor([10, 700]), torch.ones(2, 1, 6, 8)
     words = initial_words(base, settings, generator)
-    objective = Objective(base, words, {}, settings)
+    objective = TrainingLoss(base, words, {}, settings)
     known = Vocabulary({"<thing>": torch.empty(0)})
     ids = prompt_ids(base, ["photo of a <thing>"] * 2, known)
     batch = Batch(Pictures(clean, ones, ones, torch.tensor([False, False])), noise, timesteps, ids)

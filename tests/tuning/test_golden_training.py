@@ -10,11 +10,8 @@ import torch
 from mixofshow.bases.layers import TEXT_PREFIX, cross_attentions
 from mixofshow.concepts.prompts import layerwise
 from mixofshow.concepts.words import Vocabulary, token_ids
-from mixofshow.tuning.attention import recorded_attention
-from mixofshow.tuning.batches import Pictures
-from mixofshow.tuning.changes import low_rank_layers
-from mixofshow.tuning.methods import Words, initial_words
-from mixofshow.tuning.objective import Batch, Objective
+from mixofshow.tuning.adapters import Words, initial_words, lora_adapters
+from mixofshow.tuning.losses import Batch, Pictures, TrainingLoss, recorded_attention
 from mixofshow.tuning.settings import make_settings
 
 TOLERANCE = 1e-4
@@ -43,7 +40,7 @@ def step(golden, golden_pipeline, golden_concepts):
         batch = Batch(pictures, expected["noise"], expected["timesteps"], (torch.tensor(ids),))
         regularized = settings.loss.attention_weight > 0
         with (
-            low_rank_layers(golden_pipeline, settings) as changes,
+            lora_adapters(golden_pipeline, settings) as changes,
             layerwise(golden_pipeline.unet),
             recorded_attention(golden_pipeline.unet) if regularized else contextlib.nullcontext() as maps,
         ):
@@ -51,7 +48,7 @@ def step(golden, golden_pipeline, golden_concepts):
                 down, up = change.parameters()
                 down.data.copy_(concept.deltas[name].down)
                 up.data.copy_(concept.deltas[name].up)
-            figures = Objective(golden_pipeline, words, changes, settings, maps)(batch)
+            figures = TrainingLoss(golden_pipeline, words, changes, settings, maps)(batch)
             figures["loss"].backward()
             gradients = {name: [one.grad for one in change.parameters()] for name, change in changes.items()}
         return {name: float(one.detach()) for name, one in figures.items()}, words.moving.grad, gradients
@@ -116,7 +113,7 @@ def test_a_fresh_run_starts_as_the_reference_does(golden, golden_pipeline):
     wanted = golden("g_train").values["fresh_trainer"]
     settings = _settings(class_word="man")
     words = initial_words(golden_pipeline, settings, torch.Generator().manual_seed(0))
-    with low_rank_layers(golden_pipeline, settings) as changes:
+    with lora_adapters(golden_pipeline, settings) as changes:
         sizes = {
             part: sum(
                 one.numel() for name, both in changes.items() if name.startswith(part) for one in both.parameters()

@@ -16,13 +16,18 @@ from mixofshow.errors import SettingsError, TokenError
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.stages import fuse
 from mixofshow.sampling.pipeline import MixOfShowPipeline
-from mixofshow.tuning.batches import Order, Source
-from mixofshow.tuning.changes import ADAPTER, low_rank_layers, switched_off
+from mixofshow.tuning.adapters import (
+    ADAPTER,
+    METHODS,
+    class_token,
+    initial_words,
+    lora_adapters,
+    switched_off,
+)
+from mixofshow.tuning.batches import BucketSampler, LatentDataset
 from mixofshow.tuning.dataset import read_folder
-from mixofshow.tuning.losses import masked_mse, min_snr_weights, negative_log_density, offset_noise
-from mixofshow.tuning.methods import METHODS, class_token, initial_words
-from mixofshow.tuning.objective import noise_scheduler
-from mixofshow.tuning.optimizers import make_optimizer
+from mixofshow.tuning.losses import masked_mse, min_snr_weights, negative_log_density, noise_scheduler, offset_noise
+from mixofshow.tuning.run import make_optimizer
 from mixofshow.tuning.settings import make_settings
 from mixofshow.tuning.trainer import tune
 
@@ -170,15 +175,15 @@ def test_pictures_of_two_shapes_go_into_two_buckets(golden_pipeline, make, tmp_p
     Image.new("RGB", (40, 20), "green").save(tmp_path / "pictures" / "2.png")
     settings = make(**{"pictures.fit": "bucket", "pictures.size": 192})
     examples = read_folder(settings.data, instance_prompt="a <thing>")
-    source = Source(examples, settings.pictures, golden_pipeline, seed=0)
+    source = LatentDataset(examples, settings.pictures, golden_pipeline, seed=0)
     assert sorted(map(sorted, source.groups)) == [[0, 1], [2]]
-    order = Order(source.groups, 2, batches=30, seed=0)
+    order = BucketSampler(source.groups, 2, batches=30, seed=0)
     shapes = {source.draw(order.batch(number), torch.Generator()).latents.shape[-2:] for number in range(30)}
     assert len(shapes) == 2
 
 
 def test_every_picture_comes_once_before_any_comes_twice():
-    order = Order([list(range(7))], 3, batches=70, seed=0)
+    order = BucketSampler([list(range(7))], 3, batches=70, seed=0)
     stream = [index for number in range(70) for index in order.batch(number)]
     for start in range(0, 210, 7):
         assert sorted(stream[start : start + 7]) == list(range(7))
@@ -211,7 +216,7 @@ def test_slices_of_the_orthogonal_basis_cannot_meet(golden_pipeline, make):
     everything = {"unet.targets": "projections", "text_encoder.targets": "layers"}
     downs = []
     for number in (0, 1, 3):
-        with low_rank_layers(golden_pipeline, make(**_slices(number, **everything))) as changes:
+        with lora_adapters(golden_pipeline, make(**_slices(number, **everything))) as changes:
             downs.append({name: _factors(change)[0].detach().flatten(1) for name, change in changes.items()})
     for name in downs[0]:
         rows = torch.cat([one[name] for one in downs]).double()
@@ -220,7 +225,7 @@ def test_slices_of_the_orthogonal_basis_cannot_meet(golden_pipeline, make):
 
 def test_all_clients_have_the_same_basis(golden_pipeline, make):
     def rows(**settings):
-        with low_rank_layers(golden_pipeline, make(**settings)) as changes:
+        with lora_adapters(golden_pipeline, make(**settings)) as changes:
             return {name: _factors(change)[0].detach() for name, change in changes.items()}
 
     one, other = rows(**_slices(1), seed=0), rows(**_slices(1), seed=5, name="other")
@@ -231,7 +236,7 @@ def test_all_clients_have_the_same_basis(golden_pipeline, make):
 
 
 def test_in_a_slice_only_the_up_matrix_is_trained(golden_pipeline, make):
-    with low_rank_layers(golden_pipeline, make(**_slices(2))) as changes:
+    with lora_adapters(golden_pipeline, make(**_slices(2))) as changes:
         with switched_off(changes.values()):
             pass  # after which peft would train all of an adapter
         for change in changes.values():

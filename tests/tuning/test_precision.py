@@ -13,8 +13,8 @@ from mixofshow.bases.layers import layer
 from mixofshow.bases.loading import fingerprint, load_base
 from mixofshow.concepts.concept import check_fits
 from mixofshow.errors import BaseModelError, SettingsError
-from mixofshow.tuning.batches import Source
-from mixofshow.tuning.changes import full_keys_and_values, low_rank_layers
+from mixofshow.tuning.adapters import full_keys_and_values, lora_adapters
+from mixofshow.tuning.batches import LatentDataset
 from mixofshow.tuning.dataset import read_folder
 from mixofshow.tuning.settings import make_settings
 from mixofshow.tuning.trainer import tune
@@ -81,7 +81,7 @@ def test_bf16_learns_what_fp32_learns_and_leaves_the_base(
     assert relative_error(found.embeddings, expected.embeddings) < 0.05
 
 
-@pytest.mark.parametrize("changes", [low_rank_layers, full_keys_and_values])
+@pytest.mark.parametrize("changes", [lora_adapters, full_keys_and_values])
 def test_what_is_trained_is_single_and_the_rest_is_not(changes, settings, rounded):
     with changes(rounded, settings()) as trained:
         moving = {id(parameter) for change in trained.values() for parameter in change.parameters()}
@@ -101,7 +101,7 @@ def test_large_pictures_are_encoded_one_by_one_and_all_are_kept_in_single(size, 
     seen = []
     handle = rounded.vae.encoder.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     asked = settings(**{"pictures.size": size})
-    source = Source(read_folder(asked.data, instance_prompt="a"), asked.pictures, rounded, seed=0)
+    source = LatentDataset(read_folder(asked.data, instance_prompt="a"), asked.pictures, rounded, seed=0)
     handle.remove()
     assert seen == at_once
     assert {kept.mean.dtype for of_one in source.encoded for kept in of_one} == {torch.float32}

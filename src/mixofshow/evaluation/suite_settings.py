@@ -20,7 +20,7 @@ from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.solving import check_method
 from mixofshow.reading import named_in, parse_table, read_table
 from mixofshow.sampling.settings import STEPS
-from mixofshow.tuning.methods import METHODS
+from mixofshow.tuning.adapters import METHODS
 from mixofshow.tuning.settings import Group, TuningSettings, make_settings, merged, nested
 
 GROUPS: Final = {"character": "characters", "object": "objects", "scene": "scenes"}

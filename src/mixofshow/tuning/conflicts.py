@@ -8,8 +8,7 @@ from typing import Final
 
 from mixofshow.errors import SettingsError
 from mixofshow.images import colour_of
-from mixofshow.tuning.methods import METHODS
-from mixofshow.tuning.optimizers import needed_package
+from mixofshow.tuning.adapters import METHODS
 from mixofshow.tuning.settings import TuningSettings, dotted_keys
 
 WORDS_ONLY: Final = ("p-plus", "textual-inversion")
@@ -28,20 +27,17 @@ def refuse_impossible(settings: TuningSettings, device: str) -> None:
     colour_of(settings.pictures.background)
     if (tracker := tracker_of(settings)) != "none" and not find_spec(tracker):
         raise SettingsError(f"tracker {tracker} is not installed: pip install {tracker}")
-    if (package := needed_package(settings.optimizer)) and not find_spec(package):
+    package = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}.get(settings.optimizer.name)
+    if package and not find_spec(package):
         raise SettingsError(f"optimizer {settings.optimizer.name} is not installed: pip install {package}")
-    rates = sorted({settings.words.rate, *_rates_of_weights(settings)} - {0})
+    parts = {"custom-diffusion": [settings.unet], **{method: [] for method in WORDS_ONLY}}  # beside the words
+    trained = parts.get(settings.method, [settings.text_encoder, settings.unet])
+    rates = sorted({settings.words.rate, *(part.rate for part in trained)} - {0})
     if settings.optimizer.name == "prodigy" and len(rates) > 1:
         raise SettingsError(
             f"optimizer prodigy: takes one rate for all, found {', '.join(f'{rate:g}' for rate in rates)}; set "
             "words.rate, text_encoder.rate and unet.rate to 1"
         )
-
-
-def _rates_of_weights(settings: TuningSettings) -> tuple[float, ...]:
-    """Of what the method trains beside the words."""
-    own = {"custom-diffusion": (settings.unet.rate,), **dict.fromkeys(WORDS_ONLY, ())}
-    return own.get(settings.method, (settings.text_encoder.rate, settings.unet.rate))
 
 
 def slow_precision(settings: TuningSettings, device: str) -> str | None:
@@ -89,20 +85,10 @@ def idle(settings: TuningSettings) -> list[str]:
     """A line for each setting that was given, is not as without it, and does nothing beside the others."""
     found = []
     for key, field in dotted_keys():
-        if key in IDLE and _was_given(settings, key) and _value(settings, key) != field.default:
-            why, is_idle = IDLE[key]
-            if is_idle(settings):
-                why = why.replace("{method}", settings.method).replace("{pictures.fit}", settings.pictures.fit)
-                found.append(f"{key} does nothing: {why}")
+        group, _, last = key.rpartition(".")
+        owner = getattr(settings, group) if group else settings
+        given = last in owner.model_fields_set and getattr(owner, last) != field.default
+        if key in IDLE and given and IDLE[key][1](settings):
+            why = IDLE[key][0].replace("{method}", settings.method).replace("{pictures.fit}", settings.pictures.fit)
+            found.append(f"{key} does nothing: {why}")
     return found
-
-
-def _was_given(settings: TuningSettings, key: str) -> bool:
-    group, _, last = key.rpartition(".")
-    owner = getattr(settings, group) if group else settings
-    return last in owner.model_fields_set
-
-
-def _value(settings: TuningSettings, key: str) -> object:
-    group, _, last = key.rpartition(".")
-    return getattr(getattr(settings, group) if group else settings, last)

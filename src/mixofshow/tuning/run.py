@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import nn
 from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
 
 from mixofshow.bases.layers import kind_of
 from mixofshow.concepts.concept import LARGEST_EMBEDDING, LARGEST_VALUE, Concept, ConceptInfo
-from mixofshow.errors import BadInputError, DivergedError, ResourceError, ours
+from mixofshow.errors import BadInputError, DivergedError, ResourceError, SettingsError, ours
 from mixofshow.progress import Progress
-from mixofshow.tuning.batches import batch_generator
-from mixofshow.tuning.changes import TrainedChange, keys_and_values, switched_off
+from mixofshow.tuning.adapters import Adapter, keys_and_values, switched_off
+from mixofshow.tuning.batches import Batches, batch_generator
 from mixofshow.tuning.checkpoints import FOLDER, Identity, any_in, discard_but_newest, load, newest, save
-from mixofshow.tuning.objective import Feed, Objective
-from mixofshow.tuning.optimizers import make_optimizer, make_schedule
-from mixofshow.tuning.settings import TuningSettings
+from mixofshow.tuning.losses import TrainingLoss
+from mixofshow.tuning.settings import OptimizerSettings, TuningSettings
 
 logger = logging.getLogger(__name__)
 
+OPTIMIZERS: Final = {
+    "adamw": ("torch.optim", "AdamW"),
+    "adamw8bit": ("bitsandbytes.optim", "AdamW8bit"),
+    "prodigy": ("prodigyopt", "Prodigy"),
+}
+"""The module and the name of each."""
 MAY_GROW: Final = ("steps", "epochs")
 SMALLEST_SCALE: Final = 2.0**-10
 """Of a loss in half precision: what overflows even so has no scale that fits."""
@@ -40,41 +48,48 @@ Finished = Callable[[Concept], None]
 """Called with the concept; raises ResourceError where there is no room for it."""
 
 
+@dataclass(frozen=True)
+class Callbacks:
+    """What is called on the way, as `tune` says."""
+
+    progress: Progress
+    preview: Preview | None
+    stopped: Preview | None
+    finished: Finished | None
+
+
 class Run:
     """State of one run: what is trained, the optimizer, its schedule, and whether the words may still move."""
 
     def __init__(
         self,
         settings: TuningSettings,
-        objective: Objective,
-        feeds: Sequence[Feed],
+        loss: TrainingLoss,
+        batches: Sequence[Batches],
         accelerator: Accelerator,
+        callbacks: Callbacks,
         *,
         info: ConceptInfo,
         total: int,
     ) -> None:
-        self.settings, self.objective, self.feeds, self.accelerator = settings, objective, feeds, accelerator
-        self.info, self.total, self.step, self.words_move = info, total, 0, True
-        self.words, self.changes = objective.words, objective.changes
-        groups: list[dict[str, Any]] = [
-            {"params": [self.words.moving], "lr": settings.words.rate},
-            {"params": self._of_kind("text_encoder"), "lr": settings.text_encoder.rate},
-            {"params": self._of_kind("unet"), "lr": settings.unet.rate},
-        ]
+        self.settings, self.loss, self.batches, self.accelerator = settings, loss, batches, accelerator
+        self.callbacks, self.info, self.total, self.step, self.words_move = callbacks, info, total, 0, True
+        self.words, self.adapters = loss.words, loss.adapters
+        groups: list[dict[str, Any]] = [{"params": [self.words.moving], "lr": settings.words.rate}]
+        for part in ("text_encoder", "unet"):
+            adapters = [adapter for name, adapter in self.adapters.items() if kind_of(name) == part]
+            if parameters := [parameter for adapter in adapters for parameter in adapter.parameters()]:
+                groups.append({"params": parameters, "lr": getattr(settings, part).rate})
         self.trained = [parameter for group in groups for parameter in group["params"]]
-        self.model, self.optimizer = accelerator.prepare(
-            objective, make_optimizer(settings.optimizer, [group for group in groups if group["params"]])
-        )
-        self.schedule = make_schedule(settings.optimizer, self.optimizer, total)
+        self.model, self.optimizer = accelerator.prepare(loss, make_optimizer(settings.optimizer, groups))
+        name, warmup = settings.optimizer.schedule, settings.optimizer.warmup
+        name = "constant_with_warmup" if name == "constant" else name
+        self.schedule = get_scheduler(name, self.optimizer, num_warmup_steps=warmup, num_training_steps=total)
         decay = settings.optimizer.ema
         self.average = EMAModel(self.trained, decay=decay, use_ema_warmup=True, power=0.75) if decay else None
         self.folder: Path | None = None
         self.identity: Identity | None = None
         self.save_failed = False
-
-    def _of_kind(self, kind: str) -> list[nn.Parameter]:
-        named = self.changes.items()
-        return [one for name, change in named if kind_of(name) == kind for one in change.parameters()]
 
     def keep(self, folder: Path, identity: Identity, *, resume: bool) -> None:
         """Leave checkpoints and curves in `folder` from now on; with `resume`, go on from the newest if there is one."""
@@ -90,20 +105,25 @@ class Run:
         config = {key: value for key, value in self.info.settings.items() if value is not None}
         self.accelerator.init_trackers("curves", config)
 
-    def to_the_end(self, progress: Progress, preview: Preview | None, stopped: Preview | None) -> None:
+    def to_the_end(self) -> None:
         """All steps, or as many as Ctrl-C or numbers that are not finite leave: then what was learned is kept.
 
         It is handed to `stopped`, and the cause is raised; without `stopped`, Ctrl-C is the end like any other.
         """
+        stopped = self.callbacks.stopped
         try:
             with interrupts_noted() as interrupted:
-                self._steps(progress, preview, interrupted)
+                self._steps(interrupted)
         except (KeyboardInterrupt, DivergedError) as cause:
             good = self._go_back_to_finite_numbers() and self.step > 0
             kept = "what was learned so far is kept" if good else "there is nothing to keep"
             logger.warning("stopped after step %d of %d; %s", self.step, self.total, kept)
             if good:
-                self._save_at_the_end()
+                try:
+                    self._save()
+                except ResourceError as error:  # there is no next one to try
+                    logger.warning("%s; tried once more", error)
+                    self._save()
                 if stopped and self.accelerator.is_main_process:
                     stopped(self.concept(), self.step)
             if stopped or isinstance(cause, DivergedError):
@@ -112,7 +132,7 @@ class Run:
             with contextlib.suppress(OSError):  # a full disk costs curves, not training
                 self.accelerator.end_training()
 
-    def _steps(self, progress: Progress, preview: Preview | None, interrupted: Callable[[], bool]) -> None:
+    def _steps(self, interrupted: Callable[[], bool]) -> None:
         first, started = self.step, time.monotonic()
         while self.step < self.total:
             figures = self._one_step()
@@ -120,12 +140,17 @@ class Run:
             with contextlib.suppress(OSError):
                 self.accelerator.log(figures, step=self.step)
             speed = (self.step - first) / (time.monotonic() - started)
-            progress(self.step, self.total, {"loss": figures["loss"], "steps/s": speed})
-            self._save_if_due()
-            if preview and _due(self.step, self.settings.preview_every) and self.accelerator.is_main_process:
+            self.callbacks.progress(self.step, self.total, {"loss": figures["loss"], "steps/s": speed})
+            if self._is_due(self.settings.save_every) and self.step < self.total:
+                self._save_on_the_way()
+            preview = self.callbacks.preview
+            if preview and self._is_due(self.settings.preview_every) and self.accelerator.is_main_process:
                 self._preview(preview)
             if interrupted():
                 raise KeyboardInterrupt
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
 
     def _one_step(self) -> dict[str, float]:
         """One step of the optimizer, over `accumulate` batches; returns its figures. Raises DivergedError."""
@@ -134,7 +159,7 @@ class Run:
             number = self.step * settings.optimizer.accumulate + part
             number = number * self.accelerator.num_processes + self.accelerator.process_index
             with self.accelerator.accumulate(self.model), switched_off(self._dropped(number)):
-                figures = self.model(*[feed.batch(number, self.objective.scheduler) for feed in self.feeds])
+                figures = self.model(*[batches.batch(number, self.loss.scheduler) for batches in self.batches])
                 self.accelerator.backward(figures["loss"])
                 for name, value in figures.items():
                     sums[name] = sums.get(name, 0.0) + float(value.detach()) / settings.optimizer.accumulate
@@ -151,7 +176,7 @@ class Run:
         self.schedule.step()
         if self.average:
             self.average.step(self.trained)
-        if self.objective.length_of_words() >= settings.words.norm_limit:
+        if self.loss.length_of_words() >= settings.words.norm_limit:
             self.words_move = False
         return sums
 
@@ -176,7 +201,7 @@ class Run:
         """How large what is trained is, and how large it may be in a concept file that is to be read again."""
         return {
             "the largest number of words and weights": (float(get_total_norm(self.trained, inf)), LARGEST_VALUE),
-            "the longest word, in usual lengths,": (self.objective.longest_word(), LARGEST_EMBEDDING),
+            "the longest word, in usual lengths,": (self.loss.longest_word(), LARGEST_EMBEDDING),
         }
 
     def _go_back_to_finite_numbers(self) -> bool:
@@ -192,24 +217,22 @@ class Run:
     def _preview(self, preview: Preview) -> None:
         """A preview that fails costs no training."""
         try:
-            with switched_off(self.changes.values()):  # a preview puts the concept on by itself
+            with switched_off(self.adapters.values()):  # a preview puts the concept on by itself
                 preview(self.concept(), self.step)
         except Exception as error:
             if (known := ours(error)) is None:
                 raise
             logger.warning("no preview of step %d (%s); training goes on", self.step, known)
 
-    def _dropped(self, number: int) -> Iterable[TrainedChange]:
+    def _dropped(self, number: int) -> Iterable[Adapter]:
         """The keys and values that batch `number` goes without."""
         chance = self.settings.unet.drop_kv
         # A generator of its own, so that the option changes nothing else that is random.
         drawn = torch.rand((), generator=batch_generator(self.settings.seed + 1, number)) if chance else 1.0
-        return keys_and_values(self.changes).values() if drawn < chance else ()
+        return keys_and_values(self.adapters).values() if drawn < chance else ()
 
-    def _save_if_due(self) -> None:
+    def _save_on_the_way(self) -> None:
         """A failed save costs no training: the next one tries again. Raises ResourceError at the second in a row."""
-        if not _due(self.step, self.settings.save_every) or self.step >= self.total:
-            return
         try:
             self._save()
             self.save_failed = False
@@ -219,17 +242,9 @@ class Run:
             self.save_failed = True
             logger.warning("%s; training goes on, and the next checkpoint is tried as usual", error)
 
-    def _save_at_the_end(self) -> None:
-        """There is no next one to try, so a save that fails is tried again at once. Raises ResourceError."""
-        try:
-            self._save()
-        except ResourceError as error:
-            logger.warning("%s; tried once more", error)
-            self._save()
-
-    def handed_over(self, finished: Finished | None) -> Concept:
+    def handed_over(self) -> Concept:
         """The concept, also to `finished`: a second time if that has no room, with what an older checkpoint took."""
-        concept = self.concept()
+        concept, finished = self.concept(), self.callbacks.finished
         if not (finished and self.accelerator.is_main_process):
             return concept
         try:
@@ -243,36 +258,33 @@ class Run:
             except ResourceError:
                 with contextlib.suppress(ResourceError):
                     self._save()
-                kept = newest(self.folder) or "no checkpoint"
-                raise ResourceError(
-                    f"{error}; kept: {kept}; make room, and repeat the command with --resume"
-                ) from error
+                what = (
+                    f"kept: {newest(self.folder) or 'no checkpoint'}; make room, and repeat the command with --resume"
+                )
+                raise ResourceError(f"{error}; {what}") from error
         return concept
 
     def _save(self) -> None:
         if self.folder and self.identity and self.accelerator.is_main_process:
             save(self.folder, self.step, self._state(), self.identity)
 
+    def _stateful(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the trained numbers; None for what this run has not."""
+        named = {"optimizer": self.optimizer, "schedule": self.schedule}
+        return {**named, "scaler": self.accelerator.scaler, "average": self.average}
+
     def _state(self) -> dict[str, Any]:
-        return {
-            "trained": [parameter.detach() for parameter in self.trained],
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
-            "average": self.average.state_dict() if self.average else {},
-            "words_move": self.words_move,
-        }
+        states = {name: one.state_dict() if one else {} for name, one in self._stateful().items()}
+        trained = [parameter.detach() for parameter in self.trained]
+        return {"trained": trained, **states, "words_move": self.words_move}
 
     @torch.no_grad()
     def _take(self, state: Mapping[str, Any]) -> None:
         for parameter, saved in zip(self.trained, state["trained"], strict=True):
             parameter.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        if self.average:
-            self.average.load_state_dict(state["average"])
+        for name, one in self._stateful().items():
+            if one:
+                one.load_state_dict(state[name])
         self.words_move = state["words_move"]
 
     @torch.no_grad()
@@ -284,7 +296,7 @@ class Run:
             self.average.copy_to(self.trained)
         try:
             vectors = self.words().cpu().transpose(0, 1).contiguous().half().float()
-            return Concept(info, vectors, {name: change.finished() for name, change in self.changes.items()})
+            return Concept(info, vectors, {name: adapter.finished() for name, adapter in self.adapters.items()})
         finally:
             if self.average:
                 self.average.restore(self.trained)
@@ -310,5 +322,12 @@ def interrupts_noted() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def make_optimizer(settings: OptimizerSettings, groups: list[dict[str, Any]]) -> Optimizer:
+    """The optimizer over parameter groups, each with its own rate. Raises SettingsError when its library is missing."""
+    module, name = OPTIMIZERS[settings.name]
+    try:
+        optimizer: Callable[..., Optimizer] = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        package = module.split(".", maxsplit=1)[0]
+        raise SettingsError(f"optimizer {name} is not installed: pip install {package}") from error
+    return optimizer(groups, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay)

@@ -41,15 +41,13 @@ class WordSettings(Group):
     )
 
 
-class TextEncoderSettings(Group):
-    """The change of the text encoder."""
+class LoraSettings(Group):
+    """The change of a part of the base."""
 
     rate: float = Field(1e-5, ge=0, le=1, description="Learning rate.")
     rank: int = Field(4, ge=1, le=256, description="Rank of the LoRA; of small layers, as much as they have.")
     alpha: float = Field(1.0, gt=0, le=100, description="Scale of the LoRA: W0 + alpha · up · down (not alpha / rank).")
-    targets: Literal["attention", "layers"] = Field(
-        "attention", description="Attention only, or whole layers (with their feed-forward)."
-    )
+    targets: str
     orthogonal_slice: int | None = Field(
         None,
         ge=0,
@@ -58,12 +56,18 @@ class TextEncoderSettings(Group):
     )
 
 
-class UNetSettings(Group):
+class TextEncoderSettings(LoraSettings):
+    """The change of the text encoder."""
+
+    targets: Literal["attention", "layers"] = Field(
+        "attention", description="Attention only, or whole layers (with their feed-forward)."
+    )
+
+
+class UNetSettings(LoraSettings):
     """The change of the UNet."""
 
     rate: float = Field(1e-4, ge=0, le=1, description="Learning rate.")
-    rank: int = Field(4, ge=1, le=256, description="Rank of the LoRA; of small layers, as much as they have.")
-    alpha: float = Field(1.0, gt=0, le=100, description="Scale of the LoRA: W0 + alpha · up · down (not alpha / rank).")
     targets: Literal["keys-and-values", "attention", "feed-forward", "projections", "convolutions", "all"] = Field(
         "attention",
         description="Attention; or with the feed-forward; or with that and proj_in and proj_out; or with all that and the "
@@ -72,12 +76,6 @@ class UNetSettings(Group):
     )
     drop_kv: float = Field(
         0.0, ge=0, le=1, description="Share of steps without the change of cross-attention's keys and values."
-    )
-    orthogonal_slice: int | None = Field(
-        None,
-        ge=0,
-        description="Fix the down matrices to this slice of the shared orthogonal basis, one per concept; for fusion "
-        "by the method orthogonal.",
     )
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,17 +21,17 @@ from mixofshow.concepts.prompts import layerwise
 from mixofshow.errors import SettingsError
 from mixofshow.outputs import check_outputs
 from mixofshow.progress import Progress, silent
-from mixofshow.tuning.attention import recorded_attention
+from mixofshow.tuning.adapters import METHODS, initial_words, initializers, word_names
+from mixofshow.tuning.batches import make_batches, naming_for
 from mixofshow.tuning.checkpoints import Identity, working_in
 from mixofshow.tuning.conflicts import idle, refuse_impossible, slow_precision, tracker_of
-from mixofshow.tuning.dataset import Example, inputs_of, read_folder
-from mixofshow.tuning.feeds import make_feeds, naming_for
-from mixofshow.tuning.methods import METHODS, initial_words, initializers, word_names
-from mixofshow.tuning.objective import Objective
-from mixofshow.tuning.run import Finished, Preview, Run
+from mixofshow.tuning.dataset import inputs_of, read_folder
+from mixofshow.tuning.losses import TrainingLoss, recorded_attention
+from mixofshow.tuning.run import Callbacks, Finished, Preview, Run
 from mixofshow.tuning.settings import TuningSettings, make_settings, with_presets
 
 logger = logging.getLogger(__name__)
+
 MAX_BASE_NAME: Final = 128
 """Characters that a concept file has room for."""
 
@@ -62,32 +61,38 @@ def tune(
     settings, pipeline = _asked(settings, pipeline, keys)
     family_of(pipeline)  # so that what is no base model is told as that
     place = None if folder is None else Path(folder)
-    refuse_impossible(with_presets(settings, base_name(pipeline)), pipeline.device.type)
+    given, settings = settings, with_presets(settings, base_name(pipeline))
+    refuse_impossible(settings, pipeline.device.type)
     check_outputs(shared=[place], inputs=inputs_of(settings))
-    for notice in (*idle(settings), slow_precision(settings, pipeline.device.type)):
+    for notice in (*idle(given), slow_precision(settings, pipeline.device.type)):
         if notice:
             logger.warning("%s", notice)
-    settings = with_presets(settings, base_name(pipeline))
     refuse_adapters(pipeline, "tuning")
     refuse_hooks(pipeline, "tuning")
     with _own_accelerate():
         accelerator = make_accelerator(settings, pipeline, place)
         with working_in(place if accelerator.is_main_process else None):
-            run = partial(_tune, settings, pipeline, accelerator, place, resume=resume, progress=progress)
-            return run(preview=preview, stopped=stopped, finished=finished)
+            callbacks = Callbacks(progress, preview, stopped, finished)
+            return _tune(settings, pipeline, accelerator, callbacks, place, resume=resume)
+
+
+def _asked(first: Any, second: Any, keys: Mapping[str, Any]) -> tuple[TuningSettings, Any]:
+    """Settings and pipeline of a call in either form. Raises SettingsError."""
+    if not isinstance(first, TuningSettings):
+        return make_settings({**keys, **({} if second is None else {"data": second})}), first
+    if keys:
+        raise SettingsError(f"tune: {', '.join(keys)} beside settings that are made; say it in one of both")
+    return first, second
 
 
 def _tune(
     settings: TuningSettings,
     pipeline: Any,
     accelerator: Accelerator,
+    callbacks: Callbacks,
     folder: Path | None,
     *,
     resume: bool,
-    progress: Progress,
-    preview: Preview | None,
-    stopped: Preview | None,
-    finished: Finished | None,
 ) -> Concept:
     examples = read_folder(
         settings.data,
@@ -102,38 +107,55 @@ def _tune(
         logger.warning("loss.attention_weight does nothing: no picture has a mask")
     words = initial_words(pipeline, settings, torch.Generator().manual_seed(settings.seed))
     info = _describe(settings, pipeline, len(words()))  # before the layers are wrapped: the fingerprint is of the base
-    total = settings.steps_for(len(examples), accelerator.num_processes)
     processes = accelerator.num_processes
-    feeds = make_feeds(settings, pipeline, examples, total=total, processes=processes, progress=progress)
-    method = METHODS[settings.method]
+    total = settings.steps_for(len(examples), processes)
+    count = total * settings.optimizer.accumulate * processes
+    batches = make_batches(settings, pipeline, examples, count=count, progress=callbacks.progress)
     with (
         exclusive(pipeline),
         _seeded(settings.seed),
-        method.changes(pipeline, settings) as changes,
+        METHODS[settings.method].adapters(pipeline, settings) as adapters,
         _recomputing(pipeline, settings.gradient_checkpointing),
         layerwise(pipeline.unet),
         recorded_attention(pipeline.unet) if settings.loss.attention_weight else contextlib.nullcontext() as maps,
     ):
-        objective = Objective(pipeline, words, changes, settings, maps)
-        if (longest := objective.longest_word()) > LARGEST_EMBEDDING:
+        loss = TrainingLoss(pipeline, words, adapters, settings, maps)
+        if (longest := loss.longest_word()) > LARGEST_EMBEDDING:
             raise SettingsError(
                 f"words.sigma: {settings.words.sigma:g} makes words {longest:.3g} times as long as the base's own; a "
                 f"concept file may hold {LARGEST_EMBEDDING:g}"
             )
-        run = Run(settings, objective, feeds, accelerator, info=info, total=total)
+        run = Run(settings, loss, batches, accelerator, callbacks, info=info, total=total)
         if folder:
-            run.keep(folder, _identity(settings, examples, info), resume=resume)
-        run.to_the_end(progress, preview, stopped)
-        return run.handed_over(finished)
+            pictures = {one.name: one.digest for one in examples}
+            run.keep(folder, _identity(settings, pictures, info.base_fingerprint), resume=resume)
+        run.to_the_end()
+        return run.handed_over()
 
 
-def _asked(first: Any, second: Any, keys: Mapping[str, Any]) -> tuple[TuningSettings, Any]:
-    """Settings and pipeline of a call in either form. Raises SettingsError."""
-    if not isinstance(first, TuningSettings):
-        return make_settings({**keys, **({} if second is None else {"data": second})}), first
-    if keys:
-        raise SettingsError(f"tune: {', '.join(keys)} beside settings that are made; say it in one of both")
-    return first, second
+def _describe(settings: TuningSettings, pipeline: Any, layers: int) -> ConceptInfo:
+    return ConceptInfo(
+        name=settings.name,
+        words=word_names(settings),
+        class_word=settings.class_word,
+        initializers=initializers(settings),
+        layers=layers,
+        family=family_of(pipeline).name,
+        base=base_name(pipeline)[:MAX_BASE_NAME],
+        base_fingerprint=fingerprint(pipeline),
+        method=settings.method,
+        rank=settings.unet.rank,
+        alpha=settings.unet.alpha,
+        settings=settings.for_file() | ({CLIP_SKIP: skip} if (skip := text_encoders(pipeline)[0].clip_skip) else {}),
+        license=settings.license,
+        author=settings.author,
+    )
+
+
+def _identity(settings: TuningSettings, pictures: Mapping[str, str], base_fingerprint: str) -> Identity:
+    facts = {**settings.for_file(), "name": settings.name, "class_word": settings.class_word}
+    facts["captions.synonyms"] = settings.captions.synonyms
+    return Identity.of(facts, pictures, base_fingerprint=base_fingerprint)
 
 
 def make_accelerator(settings: TuningSettings, pipeline: Any, folder: Path | None) -> Accelerator:
@@ -156,31 +178,6 @@ def make_accelerator(settings: TuningSettings, pipeline: Any, folder: Path | Non
         )
     except ValueError as error:
         raise SettingsError(f"precision {settings.precision}: {error}") from error
-
-
-def _describe(settings: TuningSettings, pipeline: Any, layers: int) -> ConceptInfo:
-    return ConceptInfo(
-        name=settings.name,
-        words=word_names(settings),
-        class_word=settings.class_word,
-        initializers=initializers(settings),
-        layers=layers,
-        family=family_of(pipeline).name,
-        base=base_name(pipeline)[:MAX_BASE_NAME],
-        base_fingerprint=fingerprint(pipeline),
-        method=settings.method,
-        rank=settings.unet.rank,
-        alpha=settings.unet.alpha,
-        settings=settings.for_file() | ({CLIP_SKIP: skip} if (skip := text_encoders(pipeline)[0].clip_skip) else {}),
-        license=settings.license,
-        author=settings.author,
-    )
-
-
-def _identity(settings: TuningSettings, examples: Sequence[Example], info: ConceptInfo) -> Identity:
-    facts = {**settings.for_file(), "name": settings.name, "class_word": settings.class_word}
-    facts["captions.synonyms"] = settings.captions.synonyms
-    return Identity.of(facts, {one.name: one.digest for one in examples}, base_fingerprint=info.base_fingerprint)
 
 
 @contextlib.contextmanager
