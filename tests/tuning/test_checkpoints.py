@@ -170,13 +170,12 @@ def test_nothing_to_resume(tmp_path, content):
         (changed(steps=200), []),
         (changed(steps=50), ["steps: 100 -> 50"]),
         (changed(steps=None), ["steps: 100 -> None"]),
-        (changed(save_every=7), []),
         (Identity(WHO.facts, {"3.png": "bb", "4.png": "cc"}), ["picture 3.png: changed", "picture 4.png: new"]),
         (Identity(WHO.facts, {}), ["picture 3.png: gone"]),
     ],
 )
 def test_differences(tmp_path, now, lines):
-    allowed = {"may_change": {"save_every"}, "may_grow": {"steps"}}
+    allowed = {"may_grow": {"steps"}}
     assert differences(WHO, now, **allowed) == lines
     save(tmp_path, 1, state(1), WHO)
     if not lines:

@@ -8,12 +8,13 @@ import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.resources import files
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Final
 
 from mixofshow.errors import DatasetError, nearest, shown
 from mixofshow.images import label
-from mixofshow.reading import parse_json
+from mixofshow.reading import parse_json, parse_table
 
 if TYPE_CHECKING:  # reading captions needs neither, and `mixofshow check` does nothing else
     import torch
@@ -29,53 +30,9 @@ ANY_WORD: Final = re.compile(r"<[^<>\s]{1,64}>")
 """What prompts take for a placeholder."""
 _JOINT: Final = r"[\s_-]+"
 
-TEMPLATES: Final[dict[str, tuple[str, ...]]] = {
-    "character": (
-        "a photo of {}",
-        "a portrait of {}",
-        "a close-up of {}'s face",
-        "{} looking at the camera",
-        "a full-length picture of {}",
-        "{} standing in front of a plain wall",
-        "a candid picture of {}",
-        "{} seen from the side",
-        "{} in soft daylight",
-        "an indoor photo of {}",
-    ),
-    "object": (
-        "a photo of a {}",
-        "a close-up photo of a {}",
-        "a {} on a table",
-        "a picture of one {}",
-        "a {} in the middle of the picture",
-        "a {} against a plain background",
-        "a sharp photo of a {}",
-        "a {} in bright light",
-        "a {} seen from a little above",
-        "a rendering of a {}",
-    ),
-    "style": (
-        "a picture in the style of {}",
-        "a painting in the style of {}",
-        "a drawing in the style of {}",
-        "an illustration in the style of {}",
-        "a detailed work in the style of {}",
-        "a sketch in the style of {}",
-        "a colourful picture in the style of {}",
-        "a poster in the style of {}",
-    ),
-    "scene": (
-        "a photo of {}",
-        "a wide view of {}",
-        "{} on a clear day",
-        "a landscape picture of {}",
-        "a quiet view of {}",
-        "{} seen from afar",
-        "{} with nobody in it",
-        "a postcard of {}",
-        "{} in evening light",
-    ),
-}
+TEMPLATES: Final[dict[str, list[str]]] = parse_table(
+    files(__package__).joinpath("templates.yaml").read_text(encoding="utf-8"), "templates.yaml"
+)
 """Captions for a kind of concept; `{}` is its placeholder."""
 
 

@@ -26,7 +26,6 @@ SUFFIX: Final = ".safetensors"
 LISTED: Final = 20
 NAME: Final = re.compile(r"step-(\d{8,})\.pt")
 Fact = str | int | float | bool | None
-Names = Collection[str]
 State = dict[str, Any]
 
 
@@ -47,13 +46,13 @@ class Identity:
         return cls({**settings, **facts}, dict(pictures))
 
 
-def differences(saved: Identity, now: Identity, *, may_change: Names = (), may_grow: Names = ()) -> list[str]:
+def differences(saved: Identity, now: Identity, *, may_grow: Collection[str] = ()) -> list[str]:
     """A line for each fact and picture that is not the same; numbers in `may_grow` may not get smaller."""
     lines = []
     for name in {**saved.facts, **now.facts}:
         old, new = saved.facts.get(name), now.facts.get(name)
         grown = name in may_grow and isinstance(old, int | float) and isinstance(new, int | float) and new >= old
-        if old != new and not grown and name not in may_change:
+        if old != new and not grown:
             lines.append(f"{name}: {shown(old)} -> {shown(new)}")
     for name in sorted({**saved.pictures, **now.pictures}):
         if saved.pictures.get(name) != now.pictures.get(name):
@@ -82,7 +81,7 @@ def save(folder: Path, step: int, state: Mapping[str, Any], identity: Identity) 
 
 def _keep_newest(folder: Path, step: int) -> None:
     """Remove all but the last up to a step; later ones are of another history."""
-    for _, old in sorted(one for one in _found(folder, NAME) if one[0] <= step)[:-KEPT]:
+    for _, old in sorted(one for one in _found(folder) if one[0] <= step)[:-KEPT]:
         _remove(old)
 
 
@@ -113,14 +112,14 @@ def working_in(folder: Path | None) -> Iterator[None]:
 def discard_but_newest(folder: Path) -> None:
     """Make room: of the checkpoints, only the newest that can be read stays."""
     if last := newest(folder):
-        for _, path in _found(folder, NAME):
+        for _, path in _found(folder):
             if path != last:
                 _remove(path)
 
 
 def any_in(folder: Path) -> bool:
     """Whether there is a checkpoint, readable or not."""
-    return bool(_found(folder, NAME))
+    return bool(_found(folder))
 
 
 def newest(folder: Path) -> Path | None:
@@ -128,14 +127,14 @@ def newest(folder: Path) -> Path | None:
     return next((path for path, _ in _readable(folder)), None)
 
 
-def load(folder: Path, identity: Identity, *, may_change: Names = (), may_grow: Names = ()) -> tuple[int, State]:
+def load(folder: Path, identity: Identity, *, may_grow: Collection[str] = ()) -> tuple[int, State]:
     """Step and state (on the CPU) of the newest checkpoint that can be read.
 
     Raises BadInputError when there is none, SettingsError when it is of another run.
     """
     sweep(folder)
     for path, (step, saved, state) in _readable(folder):
-        if lines := differences(saved, identity, may_change=may_change, may_grow=may_grow):
+        if lines := differences(saved, identity, may_grow=may_grow):
             more = [f"and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
             raise SettingsError(f"{path}: cannot be resumed, it is of another run: {'; '.join(lines[:LISTED] + more)}")
         return step, state
@@ -144,7 +143,7 @@ def load(folder: Path, identity: Identity, *, may_change: Names = (), may_grow: 
 
 def _readable(folder: Path) -> Iterator[tuple[Path, tuple[int, Identity, State]]]:
     """Checkpoints and their content, newest first; damaged ones are passed over with a warning."""
-    for _, path in sorted(_found(folder, NAME), reverse=True):
+    for _, path in sorted(_found(folder), reverse=True):
         try:
             yield path, _content(path.read_bytes())
         except Exception as error:  # damage can surface as anything
@@ -165,10 +164,10 @@ def _verify(path: Path, data: bytes, step: int) -> None:
         raise ResourceError(f"{path}: was not read back as it was written")
 
 
-def _found(folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
-    """Files of a pattern with the number in it."""
-    files = {path: pattern.fullmatch(path.name) for path in folder.glob("*") if path.is_file()}
-    return [(int(match.groups()[-1]), path) for path, match in files.items() if match]
+def _found(folder: Path) -> list[tuple[int, Path]]:
+    """Checkpoints with their steps, readable or not."""
+    files = {path: NAME.fullmatch(path.name) for path in folder.glob("*") if path.is_file()}
+    return [(int(match[1]), path) for path, match in files.items() if match]
 
 
 def _remove(path: Path) -> None:

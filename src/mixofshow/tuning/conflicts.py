@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from operator import attrgetter
 from typing import Final
+
+from pydantic import BaseModel
 
 from mixofshow.errors import SettingsError
 from mixofshow.images import colour_of
@@ -86,7 +89,7 @@ def idle(settings: TuningSettings) -> list[str]:
     found = []
     for key, field in dotted_keys():
         group, _, last = key.rpartition(".")
-        owner = getattr(settings, group) if group else settings
+        owner: BaseModel = attrgetter(group)(settings) if group else settings
         given = last in owner.model_fields_set and getattr(owner, last) != field.default
         if key in IDLE and given and IDLE[key][1](settings):
             why = IDLE[key][0].replace("{method}", settings.method).replace("{pictures.fit}", settings.pictures.fit)

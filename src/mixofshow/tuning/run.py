@@ -82,8 +82,8 @@ class Run:
                 groups.append({"params": parameters, "lr": getattr(settings, part).rate})
         self.trained = [parameter for group in groups for parameter in group["params"]]
         self.model, self.optimizer = accelerator.prepare(loss, make_optimizer(settings.optimizer, groups))
-        name, warmup = settings.optimizer.schedule, settings.optimizer.warmup
-        name = "constant_with_warmup" if name == "constant" else name
+        schedule, warmup = settings.optimizer.schedule, settings.optimizer.warmup
+        name = "constant_with_warmup" if schedule == "constant" else schedule
         self.schedule = get_scheduler(name, self.optimizer, num_warmup_steps=warmup, num_training_steps=total)
         decay = settings.optimizer.ema
         self.average = EMAModel(self.trained, decay=decay, use_ema_warmup=True, power=0.75) if decay else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -20,6 +21,11 @@ from mixofshow.tables import Settings
 
 Place = Annotated[Path, AfterValidator(partial(named_in, Path()))]
 """A path as it is named from the working folder."""
+NOT_IN_FILES: Final = {
+    *("name", "class_word", "data", "masks", "base", "instance_prompt", "skip_bad", "license", "author"),
+    *("preview_every", "save_every", "tracker", "prior.data", "prior.prompt", "captions.synonyms"),
+}
+"""Settings that do not stand in a concept file by their dotted names."""
 MAX_GROUPS: Final = 4
 """Dots in a key that count; there are no such depths."""
 
@@ -206,7 +212,7 @@ class TuningSettings(Settings):
     @classmethod
     def known_keys(cls, problem: Mapping[str, Any]) -> Iterable[str]:
         """All keys, with their groups and without."""
-        return _all_names()
+        return {*(key for key, _ in dotted_keys()), *cls.model_fields}
 
     @property
     def placeholder(self) -> str:
@@ -221,11 +227,7 @@ class TuningSettings(Settings):
 
     def for_file(self) -> dict[str, bool | int | float | str | None]:
         """The settings that may stand in a concept file, by dotted name: how it was trained, not where or by whom."""
-        private = {"name", "class_word", "data", "masks", "base", "instance_prompt", "skip_bad", "license", "author"}
-        running = {"preview_every", "save_every", "tracker"}
-        own = {"prior": {"data", "prompt"}, "captions": {"synonyms"}}
-        table = self.model_dump(mode="json", exclude={**dict.fromkeys(private | running, True), **own})
-        return dict(_flat(table))
+        return {key: attrgetter(key)(self) for key, _ in dotted_keys() if key not in NOT_IN_FILES}
 
 
 BASE_PRESETS: Final[dict[str, dict[str, Any]]] = {
@@ -317,19 +319,6 @@ def dotted_keys(model: type[BaseModel] = TuningSettings, prefix: str = "") -> It
             yield from dotted_keys(field.annotation, f"{prefix}{key}.")
         else:
             yield prefix + key, field
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _all_names() -> set[str]:
-    dotted = {key for key, _ in dotted_keys()}
-    return dotted | set(TuningSettings.model_fields)
 
 
 def printed(settings: TuningSettings) -> str:
