@@ -105,7 +105,7 @@ def checked(pipeline: Any, given: dict[str, Any]) -> Asked:
     prompts, negatives = _texts(given["prompt"], given["negative_prompt"])
     each = given["num_images_per_prompt"]
     each = 1 if each is None else each
-    require(isinstance(each, Integral) and each >= 1, "num_images_per_prompt", each, "at least 1")
+    require(isinstance(each, Integral) and int(each) >= 1, "num_images_per_prompt", each, "at least 1")
     require(given["output_type"] in OUTPUTS, "output_type", given["output_type"], "one of " + ", ".join(OUTPUTS))
     require(not drawing.attend or drawing.steps > 2, "attend", drawing.attend, "0 with fewer than 3 steps")
     kind = type(pipeline.scheduler).__name__
@@ -191,7 +191,7 @@ def _generators(seed: Any, given: Any, count: int) -> list[torch.Generator]:
         require(len(given) == count, "generator", f"{len(given)}", f"{count}, one for each picture")
         return list(given)
     seed = int(torch.randint(2**62, ())) if seed is None else seed
-    holds = isinstance(seed, Integral) and not isinstance(seed, bool) and 0 <= seed < MAX_SEED
+    holds = isinstance(seed, Integral) and not isinstance(seed, bool) and 0 <= int(seed) < MAX_SEED
     require(holds, "seed", shown(seed), f"a whole number from 0 to {MAX_SEED - 1}")
     return [torch.Generator().manual_seed(int(seed) + number) for number in range(count)]
 

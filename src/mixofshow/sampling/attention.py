@@ -32,9 +32,7 @@ from mixofshow.sampling.regions import (
     area_coverage,
     bounding_cells,
     coverages,
-    depths,
     levels,
-    visible,
 )
 
 _WITHOUT: Final = (
@@ -159,7 +157,7 @@ def shares(covers: Tensor, regions: Sequence[RegionText], *, together: bool = Fa
     meet inside a cell cover it together.
     """
     found, left = torch.zeros_like(covers), torch.ones_like(covers[0])
-    for here in depths([one.front for one in regions]):
+    for here in _depths([one.front for one in regions]):
         weighted = torch.stack([regions[number].weight * covers[number + 1] for number in here])
         covered = torch.stack([covers[number + 1] for number in here])
         total, taken = weighted.sum(0), covered.sum(0).clamp(max=1) if together else covered.amax(0)
@@ -169,6 +167,23 @@ def shares(covers: Tensor, regions: Sequence[RegionText], *, together: bool = Fa
         left = left * (1 - taken)
     found[0] = left
     return found
+
+
+def visible(covers: Tensor, fronts: Sequence[int]) -> Tensor:
+    """What those in front leave of coverages, (regions, rows, columns) to the same."""
+    found, left = covers.clone(), torch.ones_like(covers[0])
+    for here in _depths(fronts):
+        found[here] *= left
+        left = left * (1 - covers[here].amax(0))
+    return found
+
+
+def _depths(fronts: Sequence[int]) -> list[list[int]]:
+    """The numbers of what lies in each depth, those in front first."""
+    found: dict[int, list[int]] = {}
+    for number, front in enumerate(fronts):
+        found.setdefault(front, []).append(number)
+    return [found[front] for front in sorted(found, reverse=True)]
 
 
 @dataclass(frozen=True)

@@ -249,23 +249,6 @@ def _inside(start: float, end: float, count: int) -> Tensor:
     return (edges[1:].clamp(max=end) - edges[:-1].clamp(min=start)).clamp(min=0) * count
 
 
-def visible(covers: Tensor, fronts: Sequence[int]) -> Tensor:
-    """What those in front leave of coverages, (regions, rows, columns) to the same."""
-    found, left = covers.clone(), torch.ones_like(covers[0])
-    for here in depths(fronts):
-        found[here] *= left
-        left = left * (1 - covers[here].amax(0))
-    return found
-
-
-def depths(fronts: Sequence[int]) -> list[list[int]]:
-    """The numbers of what lies in each depth, those in front first."""
-    found: dict[int, list[int]] = {}
-    for number, front in enumerate(fronts):
-        found.setdefault(front, []).append(number)
-    return [found[front] for front in sorted(found, reverse=True)]
-
-
 def coverages(shape: Shape, grids: Sequence[Grid], *, tiny: str = "nearest") -> list[Tensor]:
     """The shape's coverage of each grid, finest first.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mixofshow.errors import SettingsError, shown
 from mixofshow.reading import named_in
+from mixofshow.sampling.attention import visible
 from mixofshow.sampling.controls import (
     MAX_STRENGTH,
     PictureControl,
@@ -25,7 +26,7 @@ from mixofshow.sampling.controls import (
     network_hash,
 )
 from mixofshow.sampling.pictures import decode_picture, embedded, is_embedded, picture_bytes, read_picture
-from mixofshow.sampling.regions import coverage, entry_region, shape_of, visible
+from mixofshow.sampling.regions import coverage, entry_region, shape_of
 from mixofshow.sampling.settings import Composition, ControlEntry
 
 
