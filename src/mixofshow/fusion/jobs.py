@@ -6,6 +6,7 @@ if so from the start; nothing is added to or subtracted from the old weights, an
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,7 +144,9 @@ def _read_table(source: Path) -> _Listing:
         raise SettingsError(f"{source}: 'base': expected a name or folder, found {shown(base)}")
     beside = named_in(source.parent, base)
     paths = [(named_in(source.parent, file), None) for file in files]
-    return _Listing(paths, FusionSettings.of(table, str(source)), str(beside) if beside.is_dir() else base)
+    return _Listing(
+        paths, FusionSettings.of(table, str(source)), str(beside) if beside.is_dir() else os.path.expanduser(base)
+    )
 
 
 def _job_of_model(

@@ -107,9 +107,8 @@ def denoise(
 ) -> Tensor:
     """Noise to clean latents with the pipeline's own scheduler and classifier-free guidance.
 
-    With clean latents to `start` from, only the last steps are done, a share `strength` of all; these are counted on,
-    so that a region's steps mean the same. Where the `mask`, (rows, columns) of 0 to 1, is 0, it comes back to `start`
-    after every step, as in diffusers' inpainting. Some schedulers draw noise in every step (DDIM as much as `eta` says):
+    With clean latents to `start` from, only the last steps are done, a share `strength` of all; where `mask`, (rows,
+    columns), is 0, `start` comes back after each. Noise that a scheduler draws in its steps (DDIM: as much as `eta`) is
     picture k's from generator k. `isolate` and `tiny` are `regional`'s. Raises MixOfShowError for what is not finite.
     """
     scheduler, timesteps, latents = _begin(pipeline, noise, num_inference_steps, start, strength)
@@ -124,22 +123,30 @@ def denoise(
             if interrupted():
                 return latents
             step = min((skipped + done) // scheduler.order + 1, num_inference_steps)
-            if correct:
-                latents = correct(Moment(predict, timestep, step, num_inference_steps, batched), latents)
-            batch = batched(latents, timestep)
-            seen = (batch, timestep, encoded.text, step, num_inference_steps)
-            steering = added([one.residuals(*seen, told=predict.told) for one in controls])
-            prediction = predict(batch, timestep, step, steering)
+            moment = Moment(predict, timestep, step, num_inference_steps, batched)
+            latents = correct(moment, latents) if correct else latents
+            prediction = _predicted(moment, latents, encoded.text, controls)
             prediction = guided(prediction, guidance_scale, guidance_rescale) if encoded.guided else prediction
             latents = scheduler.step(prediction, timestep, latents, **how, return_dict=False)[0]
             if mask is not None and start is not None:
-                later = timesteps[done + 1 : done + 2]
-                kept = scheduler.add_noise(start, noise, later.expand(len(start))) if len(later) else start
-                latents = torch.lerp(kept, latents, mask)
+                latents = torch.lerp(_noised(scheduler, start, noise, timesteps[done + 1 :]), latents, mask)
             latents = step_end(done, timestep, latents) if step_end else latents
             require_finite(latents, f"step {step} of {num_inference_steps}")
             progress(done + 1, len(timesteps), {})
     return latents
+
+
+def _predicted(moment: Moment, latents: Tensor, text: Tensor, controls: Sequence[Control]) -> Tensor:
+    """The UNet's prediction, steered by the controls: (sides · pictures, channels, height, width)."""
+    seen = (moment.batched(latents, moment.timestep), moment.timestep)
+    told = moment.predict.told
+    steering = added([one.residuals(*seen, text, moment.step, moment.steps, told=told) for one in controls])
+    return moment.predict(*seen, moment.step, steering)
+
+
+def _noised(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Clean latents with the noise that they have before the first of the timesteps; after the last one there is none."""
+    return scheduler.add_noise(latents, noise, timesteps[:1].expand(len(latents))) if len(timesteps) else latents
 
 
 def _for_step(scheduler: Any, generators: Sequence[torch.Generator], eta: float) -> dict[str, Any]:
@@ -163,7 +170,7 @@ def _begin(
         raise SettingsError(f"strength: expected at least 1 of {steps} steps, {1 / steps:.2g}, found {strength}")
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
-    return scheduler, timesteps, scheduler.add_noise(start, noise, timesteps[:1].expand(len(noise)))
+    return scheduler, timesteps, _noised(scheduler, start, noise, timesteps)
 
 
 def guided(prediction: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
