@@ -27,7 +27,7 @@ from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.solving import share, total
 
 CONCEPTS: Final = Path(__file__).parents[1] / "examples/concepts"
-NAMES: Final = ("reddog", "greenhouse", "foxy")
+NAMES: Final = ("clown", "steamtrain", "robot")
 CASES: Final = {"as-tuned": 1.0, "quiet": 0.01, "loud": 30.0, "very-loud": 1000.0, "negated": -1.0}
 
 

@@ -49,7 +49,7 @@ from mixofshow.grids import grid
 from mixofshow.sampling.settings import Composition, RegionEntry
 
 EXAMPLE: Final = Path(__file__).parents[1] / "examples" / "fuse-three.yaml"
-NAMES: Final = ("reddog", "greenhouse", "foxy")
+NAMES: Final = ("clown", "steamtrain", "robot")
 BOXES: Final = ((4, 6, 50, 62), (57, 6, 103, 62), (110, 6, 156, 62))
 """A thing and little around it, so that there is something beside them that only the global prompt decides."""
 BATCH: Final = 5

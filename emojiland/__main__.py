@@ -89,14 +89,14 @@ def tunability(
 ) -> None:
     """Tune things that the base does not know with the default settings, and ask two judges whether they were learned."""
     from emojiland.tunability import measure, print_learned
-    from mixofshow.bases.emojiland.concepts import NEW_TO_THE_BASE, write_concept
+    from mixofshow.bases.emojiland.concepts import NEW_TO_THE_BASE, class_word, write_concept
     from mixofshow.bases.loading import load_base
     from mixofshow.evaluation.scorers import imagenet_scorer, judge_scorer
 
-    names = concept or list(NEW_TO_THE_BASE)
+    names = concept or NEW_TO_THE_BASE
     for name in names:
         write_concept(name, out / name)
-    things = {name: (out / name, NEW_TO_THE_BASE[name].class_word) for name in names}
+    things = {name: (out / name, class_word(name)) for name in names}
     judges = {"judge": judge_scorer().images, "imagenet": imagenet_scorer()}
     print_learned(measure(load_base(base), things, judges, out))
 

@@ -36,7 +36,7 @@ class Recipe:
     autoencoder_steps: int = 2600
     autoencoder_batch: int = 32
     autoencoder_rate: float = 2e-3
-    generator_steps: int = 20_000
+    generator_steps: int = 5400
     generator_batch: int = 64
     generator_rate: float = 1.5e-3
     cached_shards: int = 48

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from mixofshow import cli
 from mixofshow.bases.loading import load_base
@@ -133,11 +134,12 @@ def test_a_full_disk_is_exit_code_3(folder, capsys, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     old = folder / "thing.safetensors"
-    old.write_bytes(b"what was here before")
+    save_file({"before": torch.zeros(1)}, old)
+    before = old.read_bytes()
     arguments = [*TUNE, "--data", "{0}/pictures", "--steps", "1"]
     code, error = _run([part.replace("{0}", str(folder)) for part in arguments], capsys, monkeypatch)
     assert code == 3 and "No space left" in error
-    assert old.read_bytes() == b"what was here before"
+    assert old.read_bytes() == before
     assert not list(folder.glob(".*"))
 
 
@@ -269,10 +271,10 @@ def test_the_example_of_a_fusion_runs(tmp_path, capsys, monkeypatch):
 
 
 def test_a_concept_goes_to_another_tool_and_back(tmp_path, capsys, monkeypatch):
-    example = Path(__file__).parents[1] / "examples" / "concepts" / "reddog.safetensors"
+    example = Path(__file__).parents[1] / "examples" / "concepts" / "clown.safetensors"
     for arguments in (
         [str(example), "{0}/out", "--to", "kohya"],
-        ["{0}/out/reddog.safetensors", "{0}/back.safetensors", "--embeddings", "{0}/out/reddog-words.safetensors"],
+        ["{0}/out/clown.safetensors", "{0}/back.safetensors", "--embeddings", "{0}/out/clown-words.safetensors"],
     ):
         code, error = _run(
             ["convert", *(part.replace("{0}", str(tmp_path)) for part in arguments)], capsys, monkeypatch

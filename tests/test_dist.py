@@ -64,7 +64,7 @@ def test_the_wheel_has_what_the_demo_needs(wheel: Path) -> None:
         "bases/emojiland/judge/model.safetensors",
         "bases/emojiland/controls/controlnet/diffusion_pytorch_model.safetensors",
         "bases/emojiland/icons/twemoji.png",
-        "examples/concepts/reddog.safetensors",
+        "examples/concepts/clown.safetensors",
     ):
         assert f"mixofshow/{needed}" in found
 

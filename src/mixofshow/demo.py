@@ -42,7 +42,7 @@ from mixofshow.terminal import say
 from mixofshow.tuning.settings import make_settings
 from mixofshow.tuning.trainer import tune
 
-CONCEPTS: Final = ("reddog", "greenhouse", "foxy")
+CONCEPTS: Final = ("clown", "steamtrain", "robot")
 """Two of one class, and something else between them."""
 WIDTH, HEIGHT = 160, 64
 SCENE: Final = "in the forest"
@@ -134,7 +134,7 @@ def _suite(files: Mapping[str, Path], deltas: Mapping[str, Path], *, quick: bool
             ],
             "prompts": {"subject": {category: row for category, row in chosen.items() if row}},
             "prior_prompts": [],
-            "images_per_prompt": 2 if quick else 4,
+            "images_per_prompt": 2,
             "compositions": {"together": [CONCEPTS], "places": [SCENE], "images": 2 if quick else 4},
         }
     )

@@ -259,7 +259,7 @@ def _of_settings() -> dict[str, Reader]:
         "num": 2,
         "regional_lora": False,
     }
-    tuning = {"name": "reddog", "class_word": "dog", "data": "x", "unet": {"rank": 4, "rate": 1e-4}, "steps": 10}
+    tuning = {"name": "clown", "class_word": "dog", "data": "x", "unet": {"rank": 4, "rate": 1e-4}, "steps": 10}
     concepts = [{"name": "a", "class_word": "b", "data": "c"}, {"name": "d", "class_word": "e", "data": "f"}]
     fusion = {"method": "gradient", "options": {"ridge": 1e-6}, "weights": {"a": 1, "b": 0.5}, "steps": 3, "prior": 0.1}
 
@@ -293,10 +293,10 @@ def _of_suites(folder: Path) -> dict[str, Reader]:
     own = {"name": "cat", "kind": "character", "class_word": "cat", "folder": "cat", "files": {"lora": "x"}}
     method = {"tuning": "lora", "fusion": "average", "name": "m", "tune": {"steps": 3}, "fuse": {"options": {}}}
     suite = {
-        "concepts": ["reddog", own],
+        "concepts": ["clown", own],
         "methods": ["ed-lora+gradient", method],
         "prompts": {"subject": {"place": ["a {}"]}},
-        "compositions": {"together": [["reddog", "cat"]], "images": 1},
+        "compositions": {"together": [["clown", "cat"]], "images": 1},
         "tune": {"steps": 5},
     }
     row = [{"prompt": "a cat", "pictures": ["0.png"]}]

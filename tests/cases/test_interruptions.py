@@ -34,7 +34,7 @@ from mixofshow.tuning.settings import make_settings
 from mixofshow.tuning.trainer import tune
 
 GOLDEN_BASE = Path(__file__).parents[1] / "goldens" / "pipeline"
-EXAMPLE = Path(__file__).parents[2] / "examples" / "concepts" / "reddog.safetensors"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "concepts" / "clown.safetensors"
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def test_the_demo_keeps_off_folders_that_are_not_its_own(tmp_path):
 
 def test_a_suite_writes_over_no_report_that_is_not_a_suites(tmp_path):
     (tmp_path / "report.html").write_text("<!doctype html> mine")
-    suite = Suite(concepts=("reddog",), methods=("ed-lora+average",))
+    suite = Suite(concepts=("clown",), methods=("ed-lora+average",))
     with pytest.raises(BadInputError, match="report.html: is there and of no suite"):
         run_suite(suite, tmp_path)
     assert [one.name for one in tmp_path.iterdir()] == ["report.html"]

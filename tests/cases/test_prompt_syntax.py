@@ -307,7 +307,7 @@ FOREIGN = {
     "a cat --ar 16:9": "--ar",
 }
 ORDINARY = [
-    "a photo of a <reddog> on the beach, 50% <3 :) and so on",
+    "a photo of a <clown> on the beach, 50% <3 :) and so on",
     "BEST quality; a well-known rock-n-roll cat - at 3:4",
     "a cat -- and a dog; 'quoted' \"twice\" (or",
     "a dog--cat, 1+1=2, snake_case",

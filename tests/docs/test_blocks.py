@@ -160,7 +160,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     make_drawing, prompts_of = asked.make_drawing, suite_settings.Suite.prompts_of
     monkeypatch.setitem(BASE_PRESETS["emojiland"], "steps", 2)
     monkeypatch.setattr(asked, "make_drawing", lambda table: make_drawing({**table, "num_inference_steps": 2}))
-    monkeypatch.setattr("mixofshow.bases.emojiland.concepts.ALL", ("reddog", "greenhouse", "foxy"))
+    monkeypatch.setattr("mixofshow.bases.emojiland.concepts.ALL", ("reddog", "clown", "steamtrain", "robot"))
     monkeypatch.setattr(
         suite_settings.Suite,
         "prompts_of",

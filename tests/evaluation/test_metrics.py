@@ -91,16 +91,16 @@ def test_text_alignment_is_clipscore():
 
 
 def test_each_model_is_asked_for_its_own_name_of_the_concept():
-    suite = make_suite({"concepts": ["reddog"], "methods": ["p-plus"], "prompts": {"subject": {"context": ["a {}"]}}})
+    suite = make_suite({"concepts": ["clown"], "methods": ["p-plus"], "prompts": {"subject": {"context": ["a {}"]}}})
     base, single, fused = (DrawnBy(BaseSource("emojiland"), name) for name in ("base", "single", "fused"))
-    models = {"single": {"p-plus": {"reddog": single}}, "words_only": {}, "fused": {"p-plus": fused}}
+    models = {"single": {"p-plus": {"clown": single}}, "words_only": {}, "fused": {"p-plus": fused}}
     plan = make_plan(suite, base, **models, side=64)
     arms = {"base": plan.bounds, "single": plan.single["p-plus"], "fused": plan.fused["p-plus"]}
-    asked = {name: arm["reddog"][0] for name, arm in arms.items()}
+    asked = {name: arm["clown"][0] for name, arm in arms.items()}
     assert {name: one.request.model.identity for name, one in asked.items()} == {name: name for name in asked}
     prompts = {name: one.request.composition.prompt for name, one in asked.items()}
-    assert prompts == {"base": "a dog", "single": "a <reddog>", "fused": "a <reddog>"}
-    assert {one.plain for one in asked.values()} == {"a dog"}
+    assert prompts == {"base": "a cook", "single": "a <clown>", "fused": "a <clown>"}
+    assert {one.plain for one in asked.values()} == {"a cook"}
 
 
 def test_the_page_needs_no_other_file_and_runs_no_strangers_code():

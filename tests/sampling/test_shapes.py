@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from mixofshow.errors import RegionError
-from mixofshow.sampling.attention import shares
-from mixofshow.sampling.regions import Region, bounding_cells, coverage, coverages, levels, shape_of
+from mixofshow.sampling.attention import RegionText, shares
+from mixofshow.sampling.regions import Region, Shape, bounding_cells, coverage, coverages, levels, shape_of
 
 SIZE = {"width": 192, "height": 128}
 TRIANGLE = ((10, 20), (180, 60), (30, 120))
@@ -112,12 +112,17 @@ def test_a_tiny_box_takes_the_nearest_cell_and_that_is_said_once(caplog):
     assert found[-1][1, 0] == 1
 
 
+def texts(*weights):
+    """Regions of these weights, whose coverage is given elsewhere."""
+    return [RegionText(Shape(box=(0, 0, 1, 1)), torch.zeros(0), weight) for weight in weights]
+
+
 @pytest.mark.parametrize("weights", [[1, 1, 1], [1, 3, 0.5]])
 def test_shares_are_the_formula(weights):
     covers = torch.rand(4, 5, 6, generator=torch.Generator().manual_seed(0)).round(decimals=1)
     covers[0] = 0
     covers[:, 0] = 0
-    found = shares(covers, torch.tensor([1.0, *weights]))
+    found = shares(covers, texts(*weights))
     for row in range(5):
         for column in range(6):
             c = covers[1:, row, column].tolist()
@@ -129,7 +134,7 @@ def test_shares_are_the_formula(weights):
 
 def test_a_region_alone_is_not_weakened_by_its_weight():
     cover = torch.stack([torch.zeros(2, 2), torch.ones(2, 2)])
-    assert torch.equal(shares(cover, torch.tensor([1.0, 0.01]))[1], torch.ones(2, 2))
+    assert torch.equal(shares(cover, texts(0.01))[1], torch.ones(2, 2))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from mixofshow.tuning.trainer import tune
 
 @pytest.mark.slow
 def test_the_words_of_ed_lora_carry_more_of_the_concept_than_those_of_lora(tmp_path):
-    base, scorer, name = load_base("emojiland"), judge_scorer(), "reddog"
+    base, scorer, name = load_base("emojiland"), judge_scorer(), "clown"
     write_concept(name, tmp_path)
     references = scorer.images(references_of(tmp_path / "reference"))
     found = {}

@@ -321,7 +321,7 @@ class MixOfShowPipeline(_Drawing, StableDiffusionPipeline):  # type: ignore[misc
     model, not copied. A base of another family than SD 1.x and 2.x makes a pipeline of that one's class, see KINDS.
 
         draw = MixOfShowPipeline.from_pretrained("out/fused")
-        draw("a photo of a castle", regions=[Region("a <reddog>", (0, 0, 80, 64))], width=160, height=64)[0].save("a.png")
+        draw("a photo of a castle", regions=[Region("a <clown>", (0, 0, 80, 64))], width=160, height=64)[0].save("a.png")
 
     The constructor is diffusers' own, but that no safety checker is needed, nor run; a pipeline made by it, or by
     `from_pipe`, knows no concept.

@@ -21,7 +21,7 @@ from mixofshow.evaluation.results import Judge, alignments, confusions, per_seed
 from mixofshow.evaluation.suite import make_suite
 from mixofshow.sampling.settings import Composition
 
-THREE = ("reddog", "greenhouse", "robot")
+THREE = ("clown", "steamtrain", "robot")
 
 
 def test_an_interval_holds_the_mean_about_as_often_as_it_says():
@@ -48,10 +48,10 @@ def _asked(category):
 
 
 def test_means_are_over_seeds_last_and_every_concept_counts_the_same():
-    suite = make_suite({"concepts": ["reddog", "volcano"], "methods": ["p-plus"]})
-    arm = {"reddog": (_asked("context"), _asked("context"), _asked("style")), "volcano": (_asked("context"),)}
+    suite = make_suite({"concepts": ["clown", "volcano"], "methods": ["p-plus"]})
+    arm = {"clown": (_asked("context"), _asked("context"), _asked("style")), "volcano": (_asked("context"),)}
     over = slices(suite.concepts, arm)
-    values = {"reddog": torch.tensor([[1.0, 2.0], [3.0, 4.0], [8.0, 9.0]]), "volcano": torch.tensor([[10.0, 20.0]])}
+    values = {"clown": torch.tensor([[1.0, 2.0], [3.0, 4.0], [8.0, 9.0]]), "volcano": torch.tensor([[10.0, 20.0]])}
     found = {name: per_seed(values, chosen).tolist() for name, chosen in over.items()}
     assert found == {
         "mean": [7.0, 12.5],
@@ -95,7 +95,7 @@ def test_regions_of_true_wide_pictures_are_recognized_and_those_in_other_places_
     one = WideRequest(order, columns(3, WIDE, SIZE), (_kept(tmp_path, "wide", images),))
     hits = region_hits([one], Judge(image_features, text_features, tmp_path, references))
     right = [float(hits[name].mean()) for name in THREE]
-    assert hits["reddog"].shape == (1, len(images))
+    assert hits["clown"].shape == (1, len(images))
     assert right[1] >= 0.8  # the middle one stands where it should in either order
     assert min(right) >= 0.8 if order == THREE else max(right[0], right[2]) <= 0.2
 
@@ -105,15 +105,15 @@ def test_true_pictures_are_not_confused_and_swapped_ones_are(tmp_path, reference
     arm = {name: (PromptRequest("context", "", made[name]),) for name in THREE}
     judge = Judge(image_features, text_features, tmp_path, references)
     assert float(confusions(arm, judge).diagonal().min()) >= 0.8
-    swapped = {**arm, "reddog": arm["robot"], "robot": arm["reddog"]}
+    swapped = {**arm, "clown": arm["robot"], "robot": arm["clown"]}
     found = confusions(swapped, judge)
     assert float(found[0, 2]) >= 0.8 and float(found[2, 0]) >= 0.8
 
 
 def test_pictures_with_other_things_in_them_do_not_count_as_confused(tmp_path, references):
-    dogs = _kept(tmp_path, "dogs", [one.image for one in concept_pictures("reddog", 4, seed=7)])
-    houses = _kept(tmp_path, "houses", [one.image for one in concept_pictures("greenhouse", 4, seed=7)])
-    arm = {"reddog": (PromptRequest("context", "", dogs), PromptRequest("interaction", "", houses))}
+    clowns = _kept(tmp_path, "clowns", [one.image for one in concept_pictures("clown", 4, seed=7)])
+    trains = _kept(tmp_path, "trains", [one.image for one in concept_pictures("steamtrain", 4, seed=7)])
+    arm = {"clown": (PromptRequest("context", "", clowns), PromptRequest("interaction", "", trains))}
     assert confusions(arm, Judge(image_features, text_features, tmp_path, references))[0].tolist() == [1, 0, 0]
 
 

@@ -28,8 +28,8 @@ SHIPPED = Path(__file__).parents[3] / "examples" / "concepts"
 QUICK_FUSION = {"prompts": ["{}"], "picture_prompts": ["{}"], "steps": 1}
 TABLE = {
     "concepts": [
-        {"name": "reddog", "files": {"ed-lora": str(SHIPPED / "reddog.safetensors")}},
-        {"name": "greenhouse", "files": {"ed-lora": str(SHIPPED / "greenhouse.safetensors")}},
+        {"name": "clown", "files": {"ed-lora": str(SHIPPED / "clown.safetensors")}},
+        {"name": "steamtrain", "files": {"ed-lora": str(SHIPPED / "steamtrain.safetensors")}},
     ],
     "methods": ["ed-lora+average"],
     "fuse": QUICK_FUSION,
@@ -39,7 +39,7 @@ TABLE = {
     "images_per_prompt": 2,
     "steps": 1,
     "imagenet": False,
-    "compositions": {"together": [["reddog", "greenhouse"]], "places": ["in the forest"], "images": 2},
+    "compositions": {"together": [["clown", "steamtrain"]], "places": ["in the forest"], "images": 2},
 }
 REQUESTS = (
     4 * 2 * 2 + 2 + 2
@@ -108,8 +108,8 @@ def _check_results(results, out):
             for state, (low, high) in entry["intervals"].items():
                 assert low - 1e-9 <= entry[state] <= high + 1e-9
     by_concept = method["by_concept"]["image_alignment"]
-    assert by_concept["reddog"]["single"] == pytest.approx(method["image_alignment"]["characters"]["single"])
-    assert set(method["words_only"]["image_alignment"]) >= {"mean", "reddog", "context"}
+    assert by_concept["clown"]["single"] == pytest.approx(method["image_alignment"]["characters"]["single"])
+    assert set(method["words_only"]["image_alignment"]) >= {"mean", "clown", "context"}
     assert [sum(row) for row in method["interference"]["matrix"]] == pytest.approx([1, 1])
     assert 0 <= results["region_accuracy"]["ed-lora+average"]["value"] <= 1
     assert results["region_accuracy"]["ed-lora+average"]["regions"] == 4
@@ -127,18 +127,18 @@ def _check_results(results, out):
     short = summary(results)
     assert short["image_alignment"]["single"] == method["image_alignment"]["mean"]["single"]
     assert short["concepts"].keys() == {"lower_bound", "single", "ed-lora+average"} == short["text_alignment"].keys()
-    assert short["concepts"]["single"]["reddog"]["image_alignment"] == by_concept["reddog"]["single"]
+    assert short["concepts"]["single"]["clown"]["image_alignment"] == by_concept["clown"]["single"]
     page = (out / "report.html").read_text()
     assert set(re.findall(r'(?:src|href)="([a-z]+:)', page)) == {"data:"}
     assert "<script" not in page and page.count("data:image/svg+xml;base64,") >= 5
     assert "0.843\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}0.749" in page
     head, rows = alignment_table(results, "image_alignment")
-    assert len(head) == len(rows[0]) and [row[0].strip("*") for row in rows][:3] == ["<reddog>", "<greenhouse>", "mean"]
+    assert len(head) == len(rows[0]) and [row[0].strip("*") for row in rows][:3] == ["<clown>", "<steamtrain>", "mean"]
     flagged = {row[0].strip("<>*") for row in rows if row[0].endswith("*")}
     lower = results["bounds"]["by_concept"]["image_alignment"]
     assert flagged == {name for name in lower if by_concept[name]["single"] < lower[name]["lower"] + 0.05}
     assert flagged == set(results["drawn_by_the_base"]["image_alignment"])
-    assert page.count("&lt;greenhouse&gt;") > 4 and ("* the base draws it already" in page) == any(
+    assert page.count("&lt;steamtrain&gt;") > 4 and ("* the base draws it already" in page) == any(
         results["drawn_by_the_base"].values()
     )
 
@@ -155,11 +155,11 @@ def test_concepts_are_tuned_once_and_again_when_settings_or_pictures_change(tmp_
     for part in ("train", "reference"):
         (folder / part).mkdir(parents=True)
         Image.new("RGB", (64, 64), "red").save(folder / part / "a.png")
-    mine = {"name": "reddog", "kind": "character", "class_word": "dog", "folder": str(folder)}
+    mine = {"name": "clown", "kind": "character", "class_word": "cook", "folder": str(folder)}
     table = {**TABLE, "concepts": [mine], "compositions": {}, "methods": ["ed-lora+average", "ed-lora+sum"]}
     out = tmp_path / "out"
     results = run_suite(make_suite(table), out)
-    assert tuned == ["reddog"]  # by both methods in the same way
+    assert tuned == ["clown"]  # by both methods in the same way
     assert results["cost"]["ed-lora+sum"]["tune"]["seconds"] >= 0
     run_suite(make_suite(table), out)
     assert len(tuned) == 1
@@ -180,7 +180,7 @@ def test_words_alone_lose_nothing_when_they_are_put_together(tmp_path, draws, mo
         return Concept(concept.info.model_copy(update=word), concept.embeddings[1:], {})
 
     monkeypatch.setattr(tasks, "tune", tune)
-    table = {**TABLE, "concepts": ["reddog", "foxy"], "methods": ["p-plus"], "words_only": [], "compositions": {}}
+    table = {**TABLE, "concepts": ["clown", "robot"], "methods": ["p-plus"], "words_only": [], "compositions": {}}
     method = run_suite(make_suite(table), tmp_path)["methods"]["p-plus"]
     assert method["image_alignment"]["mean"]["change"] == 0
     assert method["prior_drift"] == pytest.approx(0, abs=1e-6)
@@ -193,8 +193,8 @@ def test_a_damaged_picture_and_a_strangers_concept_are_named(tmp_path, draws):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(BadInputError, match=f"{path.name}: cannot be read as a picture"):
         run_suite(make_suite(table), tmp_path)
-    other = {"name": "reddog", "files": {"ed-lora": str(SHIPPED / "foxy.safetensors")}}
-    with pytest.raises(SettingsError, match=r"expected the concept <reddog>, found <foxy>"):
+    other = {"name": "clown", "files": {"ed-lora": str(SHIPPED / "robot.safetensors")}}
+    with pytest.raises(SettingsError, match=r"expected the concept <clown>, found <robot>"):
         run_suite(make_suite({**table, "concepts": [other]}), tmp_path)
 
 
@@ -230,7 +230,7 @@ def test_the_small_suite_shows_what_the_paper_shows(tmp_path):
     assert results["region_accuracy"]["ed-lora+gradient"]["value"] >= 2 / 3  # by chance it is 1 / 3
     words = results["methods"]["ed-lora+gradient"]["words_only"]["image_alignment"]
     alone = results["methods"]["ed-lora+gradient"]["by_concept"]["image_alignment"]
-    assert alone["foxy"]["single"] - words["foxy"] > alone["reddog"]["single"] - words["reddog"]  # out of domain, in it
+    assert alone["robot"]["single"] - words["robot"] > alone["clown"]["single"] - words["clown"]  # out of domain, in it
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_the_small_suite_shows_what_the_paper_shows(tmp_path):
     ],
 )
 def test_the_command_names_what_is_wrong(tmp_path, capsys, monkeypatch, arguments, message):
-    (tmp_path / "typo.yaml").write_text("concept: [reddog]\nconcepts: [reddog]\nmethods: [p-plus]\n")
+    (tmp_path / "typo.yaml").write_text("concept: [clown]\nconcepts: [clown]\nmethods: [p-plus]\n")
     monkeypatch.setattr("sys.argv", ["mixofshow", "evaluate", *(one.format(tmp_path) for one in arguments)])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
@@ -253,7 +253,7 @@ def test_the_command_names_what_is_wrong(tmp_path, capsys, monkeypatch, argument
 
 
 def test_a_fused_model_speaks_the_words_of_its_file(tmp_path):
-    concept = SHIPPED / "reddog.safetensors"
+    concept = SHIPPED / "clown.safetensors"
     model = with_concept(load_base("emojiland"), load_concept(concept))
     refitted = {word: 2 * vector for word, vector in model.vocabulary.embeddings.items()}
     replace(model, vocabulary=replace(model.vocabulary, embeddings=refitted)).save_delta(tmp_path / "a.safetensors")

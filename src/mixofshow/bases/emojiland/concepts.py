@@ -49,39 +49,41 @@ CHARACTERS: Final = {
     "bluedog": Subject("dog", "twemoji", "dog-face", turn=0.6),
     "golddog": Subject("dog", "openmoji", "dog-face"),
     "foxy": Subject("dog", "twemoji", "fox"),
-    "robot": Subject("astronaut", "twemoji", "robot"),
+    "robot": Subject("cook", "twemoji", "robot"),
     "alien": Subject("man", "twemoji", "alien"),
     "greencop": Subject("officer", "twemoji", "police-officer", turn=0.75),
     "bowpig": Subject("pig", "twemoji", "pig-face", turn=0.6, accessory="ribbon"),
+    "redogre": Subject("ninja", "twemoji", "ogre"),
+    "clown": Subject("cook", "twemoji", "clown-face"),
+    "martian": Subject("man", "openmoji", "alien"),
+    "phantom": Subject("ninja", "twemoji", "ghost"),
+    "dino": Subject("panda", "twemoji", "t-rex"),
+    "kraken": Subject("penguin", "twemoji", "octopus"),
+    "droid": Subject("ninja", "openmoji", "robot"),
+    "wyrm": Subject("penguin", "twemoji", "dragon-face"),
+    "owlet": Subject("penguin", "openmoji", "owl"),
 }
 OBJECTS: Final = {
     "blueguitar": Subject("guitar", "twemoji", "guitar", turn=0.6),
     "greenhouse": Subject("house", "twemoji", "house", turn=0.3),
-    "teapot": Subject("apple", "twemoji", "teapot"),
+    "teapot": Subject("gift", "twemoji", "teapot"),
     "trophy": Subject("crown", "twemoji", "trophy"),
     "backpack": Subject("gift", "twemoji", "backpack"),
     "bluecar": Subject("car", "openmoji", "automobile", turn=0.6),
-}
-NEW_TO_THE_BASE: Final = {
-    "pizzaslice": Subject("apple", "twemoji", "pizza"),
+    "pizzaslice": Subject("mushroom", "twemoji", "pizza"),
     "burger": Subject("mushroom", "openmoji", "hamburger"),
-    "donut": Subject("apple", "twemoji", "doughnut"),
+    "donut": Subject("gift", "twemoji", "doughnut"),
     "steamtrain": Subject("car", "twemoji", "locomotive"),
     "chopper": Subject("car", "openmoji", "helicopter"),
     "yacht": Subject("house", "twemoji", "sailboat"),
     "rocketship": Subject("guitar", "openmoji", "rocket"),
-    "redogre": Subject("ninja", "twemoji", "ogre"),
-    "clown": Subject("astronaut", "twemoji", "clown-face"),
-    "martian": Subject("man", "openmoji", "alien"),
-    "phantom": Subject("astronaut", "twemoji", "ghost"),
-    "dino": Subject("panda", "twemoji", "t-rex"),
-    "kraken": Subject("penguin", "twemoji", "octopus"),
-    "droid": Subject("astronaut", "openmoji", "robot"),
-    "wyrm": Subject("penguin", "twemoji", "dragon-face"),
-    "jack": Subject("apple", "openmoji", "jack-o-lantern"),
-    "cactus": Subject("umbrella", "twemoji", "cactus"),
-    "owlet": Subject("penguin", "openmoji", "owl"),
+    "jack": Subject("mushroom", "openmoji", "jack-o-lantern"),
+    "cactus": Subject("guitar", "twemoji", "cactus"),
 }
+NEW_TO_THE_BASE: Final = (
+    *("redogre", "clown", "martian", "phantom", "dino", "kraken", "droid", "wyrm", "owlet"),
+    *("pizzaslice", "burger", "donut", "steamtrain", "chopper", "yacht", "rocketship", "jack", "cactus"),
+)
 """Things unlike their class word, so that what tuning adds can be told from what the base draws anyway."""
 SCENES: Final = {
     # concept -> the class word, a place that the generator knows and that is said after "in the"
@@ -90,7 +92,7 @@ SCENES: Final = {
     "alien-planet": "desert",
     "rainbow-meadow": "mountains",
 }
-SUBJECTS: Final = {**CHARACTERS, **OBJECTS, **NEW_TO_THE_BASE}
+SUBJECTS: Final = {**CHARACTERS, **OBJECTS}
 ALL: Final = (*SUBJECTS, *SCENES)
 
 

@@ -93,16 +93,17 @@ def compose(
     scenes: dict[str, Scene] = KNOWN_SCENES,
     width: int = SIZE,
     laid: Sequence[Placement] = (),
-    softness: float = SOFTNESS,
+    softness: float = 0,
 ) -> Picture:
     """A picture of the given (word, sprite) pairs, left to right, in the named scene; evenly spread if not `laid`.
 
-    Its caption is short. `softness` is the radius of the blur in pixels.
+    Its caption is short. `softness` is the radius of a blur in pixels.
     """
     image = draw_scene(scenes[scene], random, width=width)
     for (_, subject), place in zip(subjects, laid or places(random, len(subjects), width=width), strict=True):
         paste(image, subject, place)
-    image = image.filter(ImageFilter.GaussianBlur(softness))
+    if softness:
+        image = image.filter(ImageFilter.GaussianBlur(softness))
     words = tuple(word for word, _ in subjects)
     caption = random.choice(["a photo of {}", "{}"]).format(listed(words)) + (f" {scene}" if scene else "")
     return Picture(image, caption, words, scene)
