@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from mixofshow.bases.families import autoencoder
 from mixofshow.errors import MixOfShowError
+from mixofshow.sampling.controls import at_level
 
 
 def initial_latents(pipeline: Any, generators: Sequence[torch.Generator], *, width: int, height: int) -> Tensor:
@@ -34,6 +34,11 @@ def require_finite(tensor: Tensor, where: str) -> Tensor:
     return tensor
 
 
+def at_size(images: Sequence[Image.Image], size: tuple[int, int]) -> list[Image.Image]:
+    """Pictures, RGB, enlarged or reduced to (width, height)."""
+    return [one.convert("RGB").resize(size, Image.Resampling.LANCZOS) for one in images]
+
+
 def picture_latents(
     pipeline: Any, images: Sequence[Image.Image], generators: Sequence[torch.Generator], *, width: int, height: int
 ) -> Tensor:
@@ -42,7 +47,7 @@ def picture_latents(
     What the autoencoder leaves to chance in picture k comes from generator k.
     """
     device = pipeline._execution_device
-    pictures = [one.convert("RGB").resize((width, height), Image.Resampling.LANCZOS) for one in images]
+    pictures = at_size(images, (width, height))
     with autoencoder(pipeline) as vae:
         pixels = pipeline.image_processor.preprocess(pictures).to(device, vae.dtype)
         pixels = pixels.expand(len(generators), -1, -1, -1) if len(pixels) == 1 else pixels
@@ -56,8 +61,7 @@ def picture_latents(
 
 def cells_of(mask: Image.Image, like: Tensor) -> Tensor:
     """How much of each cell of latents, (…, rows, columns), a mask (L) covers, 0 to 1: (rows, columns)."""
-    pixels = torch.from_numpy(np.array(mask)).to(like) / 255
-    return F.interpolate(pixels[None, None], size=like.shape[-2:], mode="area")[0, 0]
+    return at_level(torch.from_numpy(np.array(mask)).to(like) / 255, *like.shape[-2:])
 
 
 def decode(pipeline: Any, latents: Tensor, output_type: str = "pil") -> Any:

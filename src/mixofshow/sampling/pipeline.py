@@ -37,7 +37,7 @@ from mixofshow.sampling.asked import Asked, Callback, checked
 from mixofshow.sampling.attend import attend_and_excite
 from mixofshow.sampling.denoising import Control, denoise
 from mixofshow.sampling.encoding import Adapters, EncodedPrompt, OwnText, adapters_of, encode
-from mixofshow.sampling.latents import cells_of, decode, initial_latents, picture_latents
+from mixofshow.sampling.latents import at_size, cells_of, decode, initial_latents, picture_latents
 from mixofshow.sampling.loaders import ConceptLoaderMixin, loading_options
 from mixofshow.sampling.regional_lora import own_texts
 from mixofshow.sampling.regions import Region
@@ -225,7 +225,7 @@ class _Drawing(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
             return latents
         if not asked.mask:
             return decode(self, latents, asked.output_type)
-        begun = [one.convert("RGB").resize(asked.size, Image.Resampling.LANCZOS) for one in asked.images]
+        begun = at_size(asked.images, asked.size)
         begun = begun * len(latents) if len(begun) == 1 else begun
         made = decode(self, latents)
         pictures = [Image.composite(new, old, asked.mask) for new, old in zip(made, begun, strict=True)]
