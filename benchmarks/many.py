@@ -52,7 +52,7 @@ WAYS: Final[dict[str, dict[str, Any]]] = {
     "gradient": PRIOR,
     "gradient-refitted": {**PRIOR, "refit": 100},
     "gradient-no-prior": {},
-    "gradient-no-refinement": {**PRIOR, "refine": 0},
+    "gradient-refined": {**PRIOR, "refine": 1},
     "gradient-independent": {**PRIOR, "mode": "independent"},
     "gradient-paper": {**PAPER, "options": {"ridge": 1e-6, "toward": "base"}},
     "lbfgs": {**PAPER, "method": "lbfgs"},

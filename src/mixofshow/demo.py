@@ -61,9 +61,7 @@ def run_demo(out: Path, *, quick: bool = False) -> None:
             write_concept(name, out / "pictures" / name)
     files = {name: _shipped(name) if quick else _tuned(name, out, base) for name in CONCEPTS}
     concepts = [load_concept(file, base) for file in files.values()]
-    # On this base a second pass over convolutions ruins what the first one fits, and a larger ridge fits best.
-    settings = FusionSettings(steps=8 if quick else 20, refine=0, options={"ridge": 1.0})
-    fuse_exactly = partial(fuse, settings=settings, store=Store(out / "recordings"))
+    fuse_exactly = partial(fuse, settings=FusionSettings(steps=8 if quick else 20), store=Store(out / "recordings"))
     with terminal_bar("fusing") as progress:
         gradient = fuse_exactly(concepts, base, progress=progress)
         average = fuse(concepts, base, FusionSettings(method="average", steps=1), progress=progress)

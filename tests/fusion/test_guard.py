@@ -361,7 +361,7 @@ def test_the_guard_is_on_by_default_and_names_whom_it_turned_down(fuse_few):
     [
         *({"method": method} for method in sorted(METHODS)),
         {"mode": "independent"},
-        {"refine": 2, "refine_order": "all"},
+        {"refine": 2},
         {"prior": 0.5, "leave_one_out": True, "measure": True, "max_memory": 0.001},
         {"refit": 1},
     ],

@@ -79,13 +79,6 @@ def test_orthogonal_fusion_is_for_concepts_tuned_for_it(golden_pipeline, golden_
         fuse(golden_concepts, golden_pipeline, FusionSettings(**PAPER, method="orthogonal", steps=1))
 
 
-def test_lbfgs_does_not_refine(golden_pipeline, golden_concepts, recorded):
-    settings = FusionSettings(**{**PAPER, "refine": 1}, method="lbfgs", options={"iterations": 1}, steps=1)
-    with pytest.raises(SettingsError, match="set refine to 0"):
-        fuse(golden_concepts, golden_pipeline, settings)
-    assert not recorded
-
-
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

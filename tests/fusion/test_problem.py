@@ -32,33 +32,22 @@ CHANGES: list[Change | None] = [
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """Three concepts' rows X_i in their own models and X̃_i in the fused one, each (rows, in)."""
+    """Three concepts' rows X_i, each (rows, in)."""
 
-    own: list[Tensor]
-    drifted: list[Tensor] | None
-
-    @property
-    def reached(self) -> list[Tensor]:
-        """What the fused layer reads."""
-        return self.own if self.drifted is None else self.drifted
+    inputs: list[Tensor]
 
     @property
     def targets(self) -> list[Tensor]:
         """(W0 + ΔW_i) X_i, (rows, out)."""
-        return [rows @ own_weight(change).T for rows, change in zip(self.own, CHANGES, strict=True)]
+        return [rows @ own_weight(change).T for rows, change in zip(self.inputs, CHANGES, strict=True)]
 
     def problem(self) -> LayerProblem:
-        seen = [LayerStatistics(rows.T @ rows, len(rows)) for rows in self.own]
-        if self.drifted is not None:
-            seen = [
-                dataclasses.replace(one, drifted=there.T @ there, cross=here.T @ there)
-                for one, here, there in zip(seen, self.own, self.drifted, strict=True)
-            ]
+        seen = [LayerStatistics(rows.T @ rows, len(rows)) for rows in self.inputs]
         return LayerProblem(BASE, CHANGES, seen.__getitem__, WEIGHTS)
 
     def left(self, number: int, weight: Tensor) -> float:
-        """‖(W0 + ΔW_i) X_i − W X̃_i‖²"""
-        return float((self.targets[number] - self.reached[number] @ weight.T).square().sum())
+        """‖(W0 + ΔW_i) X_i − W X_i‖²"""
+        return float((self.targets[number] - self.inputs[number] @ weight.T).square().sum())
 
 
 def own_weight(change: Change | None) -> Tensor:
@@ -70,15 +59,13 @@ def rows(request) -> int:
     return request.param
 
 
-@pytest.fixture(params=[False, True], ids=["as recorded", "drifted"])
-def truth(rows, request) -> Truth:
-    own = [normal(rows, IN, seed=10 + number) for number in range(3)]
-    drifted = [one + 0.5 * normal(rows, IN, seed=20 + number) for number, one in enumerate(own)]
-    return Truth(own, drifted if request.param else None)
+@pytest.fixture
+def truth(rows) -> Truth:
+    return Truth([normal(rows, IN, seed=10 + number) for number in range(3)])
 
 
 def test_the_least_damped_fusion_toward_the_base_is_least_squares(truth):
-    reached = torch.cat([w**0.5 * one for w, one in zip(WEIGHTS, truth.reached, strict=True)])
+    reached = torch.cat([w**0.5 * one for w, one in zip(WEIGHTS, truth.inputs, strict=True)])
     targets = torch.cat([w**0.5 * one for w, one in zip(WEIGHTS, truth.targets, strict=True)])
     # The pseudo-inverse gives the solution nearest to W0.
     expected = (torch.linalg.pinv(reached) @ (targets - reached @ BASE.T)).T
@@ -88,7 +75,7 @@ def test_the_least_damped_fusion_toward_the_base_is_least_squares(truth):
 
 @pytest.mark.parametrize("ridge", [1e-3, 0.1, 10.0])
 def test_damped_fusion_is_least_squares_with_the_average_as_further_rows(ridge, truth):
-    reached = torch.cat([w**0.5 * one for w, one in zip(WEIGHTS, truth.reached, strict=True)])
+    reached = torch.cat([w**0.5 * one for w, one in zip(WEIGHTS, truth.inputs, strict=True)])
     targets = torch.cat([w**0.5 * one for w, one in zip(WEIGHTS, truth.targets, strict=True)])
     mean = sum(own_weight(change) for change in CHANGES) / len(CHANGES)
     root = (ridge * float(reached.square().sum()) / IN) ** 0.5
@@ -106,15 +93,6 @@ def test_the_objective_is_that_of_all_rows(change, truth):
     wanted = [truth.left(number, BASE) for number in range(3)]
     for found, truly in zip(problem.residuals(change), zip(expected, wanted, strict=True), strict=True):
         assert found == pytest.approx(truly, rel=1e-9, abs=1e-9)
-
-
-def test_what_is_seen_without_drift_is_drift_of_nothing(rows):
-    own = [normal(rows, IN, seed=10 + number) for number in range(3)]
-    still, drifted = Truth(own, None).problem().sums, Truth(own, own).problem().sums
-    torch.testing.assert_close(drifted.moments, still.moments)
-    torch.testing.assert_close(drifted.rhs, still.rhs)
-    assert drifted.energy == pytest.approx(still.energy)
-    assert drifted.rows == still.rows == 3 * rows
 
 
 @pytest.mark.parametrize("gone", [(0,), (1,), (2,), (0, 2), (1, 0)])

@@ -18,16 +18,13 @@ from mixofshow.fusion.statistics import LayerStatistics
 class LeastSquaresTerm:
     """One concept's squared error in a layer, of a change ΔW: energy − 2 ⟨rhs, ΔW⟩ + ⟨ΔWᵀΔW, moments⟩.
 
-    The right-hand side is `delta_rhs` + W0 `drift_correction`. As recorded, moments (in, in) are C_i and delta_rhs is
-    ΔW_i C_i, None where the concept leaves the layer alone. Where inputs drifted, it is (W0 + ΔW_i) X_i that is to be met
-    on X̃_i: moments are X̃ᵀX̃, delta_rhs is ΔW_i XᵀX̃, and the correction (in, in) is XᵀX̃ − X̃ᵀX̃.
+    moments (in, in) are C_i; rhs is ΔW_i C_i, None where the concept leaves the layer alone; energy is its square.
     """
 
     moments: Tensor
     rows: int
     energy: float
-    delta_rhs: Change | None
-    drift_correction: Tensor | None = None
+    rhs: Change | None
 
 
 @dataclass
@@ -69,19 +66,15 @@ class LayerProblem:
         """Over all concepts in their order, then the prior."""
         outputs, inputs = self.base.shape
         zeros = partial(self.base.new_zeros, dtype=torch.float64)
-        sums, shift = LayerSums(zeros(inputs, inputs), zeros(outputs, inputs)), None
+        sums = LayerSums(zeros(inputs, inputs), zeros(outputs, inputs))
         terms = zip(self.weights, self._terms(), strict=True)
         of_prior = [] if self.prior is None else [(self.prior_weight, self._term(None, self.prior))]
         for weight, term in itertools.chain(terms, of_prior):
             sums.moments.add_(term.moments, alpha=weight)
             sums.energy += weight * term.energy
             sums.rows += term.rows
-            if term.delta_rhs is not None:
-                term.delta_rhs.add_to(sums.rhs, weight)
-            if term.drift_correction is not None:
-                shift = (zeros(inputs, inputs) if shift is None else shift).add_(term.drift_correction, alpha=weight)
-        if shift is not None:
-            sums.rhs.addmm_(self.base.double(), shift)
+            if term.rhs is not None:
+                term.rhs.add_to(sums.rhs, weight)
         return sums
 
     def without(self, *numbers: int) -> LayerProblem:
@@ -111,41 +104,26 @@ class LayerProblem:
     def residuals(self, change: Tensor) -> list[tuple[float, float]]:
         """‖(ΔW_i − change) X_i‖² and ‖ΔW_i X_i‖² of each concept: its residual, and its target."""
         change = change.double()
-        gram, aligned = change.T @ change, None
+        gram = change.T @ change
         found = []
         for term in self._terms():
-            pull = 0.0 if term.delta_rhs is None else term.delta_rhs.inner(change)
-            if term.drift_correction is not None:
-                aligned = self.base.double().T @ change if aligned is None else aligned
-                pull += inner(term.drift_correction, aligned)
-            found.append((max(term.energy - 2 * pull + inner(gram, term.moments), 0.0), term.energy))
+            aligned = 0.0 if term.rhs is None else term.rhs.inner(change)
+            found.append((max(term.energy - 2 * aligned + inner(gram, term.moments), 0.0), term.energy))
         return found
 
     def energies_and_outputs(self) -> list[tuple[float, float]]:
         """‖ΔW_i X_i‖² and ‖W0 X_i‖² of each concept: its target, and the base's output on the same inputs."""
-        return [(term.energy, max(inner(self._base_gram, term.moments), 0.0)) for term in self._terms()]
+        base = self.base.double()
+        gram = base.T @ base
+        return [(term.energy, max(inner(gram, term.moments), 0.0)) for term in self._terms()]
 
     def _terms(self) -> Iterator[LeastSquaresTerm]:
         return (self._term(change, self.statistics(number)) for number, change in enumerate(self.changes))
 
     def _term(self, change: Change | None, seen: LayerStatistics) -> LeastSquaresTerm:
-        own = change and change.times(seen.moments)
-        energy = _inner(own, change) if own and change else 0.0
-        if seen.drifted is None or seen.cross is None:
-            return LeastSquaresTerm(seen.moments, seen.rows, max(energy, 0.0), own)
-        shift = seen.cross - seen.drifted
-        energy += inner(self._base_gram, seen.moments - seen.cross - shift)
-        met = change and change.times(seen.cross)
-        if own and met:
-            base = self.base.double()
-            energy += 2 * (own.inner(base) - met.inner(base))
-        return LeastSquaresTerm(seen.drifted, seen.rows, max(energy, 0.0), met, shift)
-
-    @cached_property
-    def _base_gram(self) -> Tensor:
-        """W0ᵀ W0, (in, in)."""
-        base = self.base.double()
-        return base.T @ base
+        rhs = change and change.times(seen.moments)
+        energy = _inner(rhs, change) if rhs and change else 0.0
+        return LeastSquaresTerm(seen.moments, seen.rows, max(energy, 0.0), rhs)
 
 
 def _inner(one: Change, other: Change) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal, get_args
@@ -35,10 +35,12 @@ from mixofshow.concepts.prompts import (
 from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import BadInputError
 from mixofshow.fusion.settings import FusionSettings, RecordingSettings
-from mixofshow.fusion.statistics import LayerStatistics, MomentAccumulator, holding, input_of
+from mixofshow.fusion.statistics import LayerStatistics, MomentAccumulator, input_of
 
 Stage = Literal["text", "keys-and-values", "picture"]
 STAGES: Final[tuple[Stage, ...]] = get_args(Stage)
+CELLS: Final = 4 * 64**2
+"""Cells of latents that are drawn at once, where pictures are smaller: four pictures of Stable Diffusion 1.5."""
 _KEYS_AND_VALUES: Final = re.compile(r"attn2\.to_[kv]$")
 
 
@@ -97,15 +99,14 @@ def record(
     settings: RecordingSettings,
     *,
     own: Collection[str] | None = None,
-    fused: Mapping[str, Tensor] | None = None,
     keep_inputs: bool = False,
+    exact: bool = True,
 ) -> dict[str, LayerStatistics]:
     """What the named layers see while the source's own model draws its prompts, by input name.
 
-    Layers that are not in `own` (None: all are) stay as the pipeline has them. With `fused`, weights by layer, what
-    the fused model sees on the same latents and time steps is recorded beside it, row by row (drift refinement).
+    Layers that are not in `own` (None: all are) stay as the pipeline has them. `exact`: see MomentAccumulator.
     """
-    recorder = _Recorder(pipeline, source, settings, names, MomentAccumulator(keep_inputs=keep_inputs), fused)
+    recorder = _Recorder(pipeline, source, settings, names, MomentAccumulator(keep_inputs=keep_inputs, exact=exact))
     try:
         with replaced(pipeline, source.weights(pipeline, own)):
             recorder.run()
@@ -123,7 +124,6 @@ class _Recorder:
     settings: RecordingSettings
     names: Sequence[str]
     moments: MomentAccumulator
-    fused: Mapping[str, Tensor] | None
 
     def run(self) -> None:
         for stage, record_stage in zip(STAGES, (self._text, self._keys_and_values, self._pictures), strict=True):
@@ -151,26 +151,28 @@ class _Recorder:
             rows = (ids[0][0] == encoder.tokenizer.eos_token_id) | (ids[0][0] >= encoder.first_id)
             if self.source.concept is None:
                 rows = torch.ones_like(rows)
-            own, drifted = self._encode(ids).hidden[0], self._in_fused(partial(self._encode, ids))
+            hidden = self._encode(ids).hidden[0]
             for name, group in groups.items():
                 if name in wanted:
-                    pair = None if drifted is None else drifted.hidden[0][group, rows]
-                    self.moments.add(name, own[group, rows], pair)
+                    self.moments.add(name, hidden[group, rows])
 
     def _pictures(self) -> None:
-        """The rest of the UNet, on each picture at every step."""
+        """The rest of the UNet, on each picture at every step; small pictures are drawn side by side."""
+        at_once = max(1, CELLS // self.pipeline.unet.config.sample_size**2)
         with layerwise(self.pipeline.unet):
-            for seed, prompt in enumerate(self.source.pictures, self.settings.seed):
-                predict = partial(self._predict, self._texts(prompt), self._in_fused(partial(self._texts, prompt)))
-                draw(self.pipeline, predict, steps=self.settings.steps, seed=seed)
+            for start in range(0, len(self.source.pictures), at_once):
+                texts = [self._texts(prompt) for prompt in self.source.pictures[start : start + at_once]]
+                seeds = [self.settings.seed + start + number for number in range(len(texts))]
+                draw(self.pipeline, partial(self._predict, joined(texts)), steps=self.settings.steps, seeds=seeds)
 
-    def _predict(self, own: EncodedText, fused: EncodedText | None, noisy: Tensor, timestep: Tensor) -> Tensor:
-        """What the source's own model predicts, while inputs are counted; with guidance if there are two texts."""
-        call = partial(predicted, self.pipeline, noisy.expand(len(own.hidden), -1, -1, -1), timestep)
-        made = self._observe("picture", partial(call, own), partial(call, fused) if fused else None)
-        if len(made) == 1:
+    def _predict(self, texts: EncodedText, noisy: Tensor, timestep: Tensor) -> Tensor:
+        """What the source's own model predicts, while inputs are counted; with guidance if there are two texts each."""
+        each = len(texts.hidden) // len(noisy)
+        latents = noisy.repeat_interleave(each, 0)
+        made = self._observe("picture", partial(predicted, self.pipeline, latents, timestep, texts))
+        if each == 1:
             return made
-        empty, text = made.chunk(2)
+        empty, text = made[::2], made[1::2]
         return empty + self.settings.guidance_scale * (text - empty)
 
     def _texts(self, prompt: str) -> EncodedText:
@@ -180,21 +182,10 @@ class _Recorder:
             return text
         return joined([unprompted(self.pipeline, "", self._encode(self._ids(""))), text])
 
-    def _observe(self, stage: Stage, call: Callable[[], Any], in_fused: Callable[[], Any] | None = None) -> Any:
-        """The call's result, while what the stage's layers see is counted, in pairs if there is a fused model."""
+    def _observe(self, stage: Stage, call: Callable[[], Any]) -> Any:
+        """The call's result, while what the stage's layers see is counted."""
         layers = {name: layer(self.pipeline, name) for name in self.names if stage_of(name) == stage}
-        drifted = None
-        if self.fused is not None:
-            with replaced(self.pipeline, self.fused), holding(layers) as drifted:
-                (in_fused or call)()
-        with self.moments.recording(layers, drifted):
-            return call()
-
-    def _in_fused(self, call: Callable[[], EncodedText]) -> EncodedText | None:
-        """What the call gives in the fused model, if there is one."""
-        if self.fused is None:
-            return None
-        with replaced(self.pipeline, self.fused):
+        with self.moments.recording(layers):
             return call()
 
     def _ids(self, text: str, *, padded: bool = True) -> Ids:
@@ -215,15 +206,14 @@ def predicted(pipeline: Any, latents: Tensor, timestep: Tensor, text: EncodedTex
     return made
 
 
-def draw(
-    pipeline: Any, predict: Callable[[Tensor, Tensor], Tensor], *, steps: int, seed: int, pictures: int = 1
-) -> None:
-    """Draw pictures from noise; in each step `predict` is given their latents, (pictures, …), and the time step."""
-    scheduler, generator = copy.deepcopy(pipeline.scheduler), torch.Generator().manual_seed(seed)
+def draw(pipeline: Any, predict: Callable[[Tensor, Tensor], Tensor], *, steps: int, seeds: Sequence[int]) -> None:
+    """Draw a picture from each seed's noise; in each step `predict` is given their latents, (pictures, …), and the time."""
+    scheduler = copy.deepcopy(pipeline.scheduler)
     scheduler.set_timesteps(steps, device=pipeline.unet.device)
-    latents = _noise(pipeline, pictures, generator) * scheduler.init_noise_sigma
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    latents = torch.cat([_noise(pipeline, 1, one) for one in generators]) * scheduler.init_noise_sigma
     # Some schedulers draw noise in every step.
-    source = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    source = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for timestep in scheduler.timesteps:
         made = predict(scheduler.scale_model_input(latents, timestep), timestep)
         latents = scheduler.step(made, timestep, latents, **source).prev_sample

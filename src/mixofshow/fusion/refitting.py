@@ -124,7 +124,7 @@ def _samples_of(
         )
         return made
 
-    draw(pipeline, predict, steps=steps, seed=seed, pictures=pictures)
+    draw(pipeline, predict, steps=steps, seeds=range(seed, seed + pictures))
     return lessons
 
 

@@ -15,13 +15,14 @@ PAPER: Final[dict[str, Any]] = {
     "prompts": ("photo of a {}", "{}"),
     "picture_prompts": ("photo of a {}",),
     "weights": "equal",
-    "refine": 0,
     "guard": False,
 }
 """How the paper fuses (Mix-of-Show §4.1)."""
 PROMPTS: Final = ("photo of a {}", "{}", "a photo of a {} on a red background", "a {} on a blue background")
 PICTURE_PROMPTS: Final = (PROMPTS[0], *PROMPTS[2:])
 """More than the paper's, so that what is kept is the concept and not one picture of it (docs/how-it-works.md)."""
+DAMPED: Final = 1e-3
+"""The ridge from which on products in single precision change a weight by less than .3 % (docs/benchmarks.md)."""
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 
 
@@ -78,14 +79,9 @@ class FusionSettings(RecordingSettings):
     )
     prior: float = Field(0.0, ge=0, le=1e6, description="How much the base's own prompts count, against a concept's 1.")
     prior_prompts: tuple[str, ...] = Field(("", "a photo"), min_length=1, description="What they are.")
-    refine: int | None = Field(
-        None,
-        ge=0,
-        le=100,
-        description="Passes that correct for what fused layers hand to later ones. Default: 1 for gradient fusion, "
-        "0 for the others.",
+    refine: int = Field(
+        0, ge=0, le=100, description="Passes that solve all layers again, for what they see in the fused model."
     )
-    refine_order: Literal["stages", "all"] = Field("stages", description="Stage after stage, or all layers at once.")
     refit: int = Field(
         0,
         ge=0,
@@ -119,14 +115,15 @@ class FusionSettings(RecordingSettings):
         return method
 
     @property
+    def exact(self) -> bool:
+        """Whether moments must be exact to the last digit: where no ridge damps them, or later fusions use them too."""
+        ridges = [float(value) for name, value in self.options.items() if name.rpartition(".")[2] == "ridge"]
+        return self.mode == "independent" or self.method != "gradient" or min(ridges, default=1.0) < DAMPED
+
+    @property
     def counting(self) -> Literal["equal", "energy"] | dict[str, float]:
         """The weights, as given or as they suit the method."""
         return self.weights or ("energy" if self.method == "gradient" else "equal")
-
-    @property
-    def passes(self) -> int:
-        """Passes of refinement, as given or as they suit the method."""
-        return self.refine if self.refine is not None else int(self.method == "gradient")
 
 
 def asked(settings: FusionSettings | None, keys: Mapping[str, Any]) -> FusionSettings:

@@ -10,8 +10,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from mixofshow.concepts.concept import Concept
-from mixofshow.errors import SettingsError
-from mixofshow.fusion.methods import KEEPS_INPUTS, METHODS, NEEDS_STATISTICS, STAGE_DEFAULTS, mean, method_settings
+from mixofshow.fusion.methods import METHODS, NEEDS_STATISTICS, STAGE_DEFAULTS, mean, method_settings
 from mixofshow.fusion.problem import LayerProblem
 from mixofshow.fusion.recording import STAGES, Stage
 from mixofshow.fusion.settings import FusionSettings
@@ -88,9 +87,7 @@ def solver_for(settings: FusionSettings, stage: Stage) -> Solver:
 
 
 def check_method(settings: FusionSettings) -> None:
-    """Raise SettingsError for an unknown method, or settings that do not go together, before anything is recorded."""
-    if settings.method in KEEPS_INPUTS and settings.passes:
-        raise SettingsError(f"refine: method '{settings.method}' has no use for drifted inputs; set refine to 0")
+    """Raise SettingsError for an unknown method or settings that it does not have, before anything is recorded."""
     for stage in STAGES:
         solver_for(settings, stage)
 

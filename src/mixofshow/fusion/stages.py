@@ -1,17 +1,16 @@
-"""Fusion from concepts to a model: record stage by stage, solve layer by layer, correct for drift if asked to.
+"""Fusion from concepts to a model: record stage by stage, solve layer by layer, and again in the fused model if asked to.
 
 Concepts are taken in the order of their hashes, so that the order of the files does not matter.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
@@ -42,7 +41,7 @@ from mixofshow.fusion.solving import (
     solver_for,
 )
 from mixofshow.fusion.statistics import LayerStatistics, input_of, parts
-from mixofshow.fusion.store import Recording, StatisticsReader, Store
+from mixofshow.fusion.store import ROOM, HeldRecording, Recording, Scratch, StatisticsReader, Store
 from mixofshow.outputs import scratch
 from mixofshow.progress import Progress, silent
 
@@ -108,10 +107,12 @@ def fuse(
         raise SettingsError("refit: does not work in fp16; load the base in bf16 or fp32, or take refit 0")
     base = fingerprint(pipeline)
     ordered = [fitted(concept, pipeline, f"concept <{concept.info.name}>", base=base) for concept in ordered]
-    kept = scratch() if store is None else contextlib.nullcontext(store.folder)
-    with exclusive(pipeline), kept as folder:
+    room = 0 if settings.max_memory else ROOM
+    with exclusive(pipeline), scratch() as folder:
         told = _verdicts(pipeline, ordered, settings)
-        fusion = _Fusion(pipeline, base, as_judged(ordered, told), told, settings, store or Store(folder), progress)
+        fusion = _Fusion(
+            pipeline, base, as_judged(ordered, told), told, settings, store or Scratch(folder, room), progress
+        )
         fusion.run()
         pupils = [one for k, one in enumerate(fusion.concepts) if k not in told or not told[k].excluded]
         found = refit(pipeline, pupils, fusion.weights, settings, progress=progress)
@@ -145,7 +146,8 @@ def record_concept(concept: Concept, pipeline: Any, settings: RecordingSettings,
     """
     names = _with_attention(pipeline, concept.deltas)
     source = Source.of(concept, settings)
-    return _recorded(pipeline, source, names, settings, store, base=fingerprint(pipeline), how=INDEPENDENT)
+    found = _recorded(pipeline, source, names, settings, store, base=fingerprint(pipeline), how=INDEPENDENT)
+    return cast(Recording, found)  # a store has nothing else
 
 
 def _with_attention(pipeline: Any, changed: Collection[str]) -> list[str]:
@@ -159,16 +161,18 @@ def _recorded(
     source: Source,
     names: Sequence[str],
     settings: RecordingSettings,
-    store: Store,
+    store: Store | Scratch,
     *,
     base: str,
     how: Mapping[str, Any],
     keep_inputs: bool = False,
-    **options: Any,
-) -> Recording:
-    """What a source's layers see, from the store, or recorded into it; `options` are those of `record`.
+    exact: bool = True,
+    own: Collection[str] | None = None,
+) -> Recording | HeldRecording:
+    """What a source's layers see, from the store, or recorded into it.
 
     `base` is the fingerprint of the pipeline with its own weights, and `how` is what a recording depends on beside it.
+    The rest are options of `record`.
     """
     key = {
         "source": source.concept.hash if source.concept else "base",
@@ -180,13 +184,15 @@ def _recorded(
         "pictures": source.pictures,
         "settings": settings.recording(),
         "inputs": keep_inputs,
+        **({} if exact else {"products": "single"}),
         **how,
     }
     name = source.name.replace(" ", "-")
     found = store.find(key, name, {input_of(layer_name) for layer_name in names})
     if found is not None:
         return found
-    return store.save(key, name, record(pipeline, source, names, settings, keep_inputs=keep_inputs, **options))
+    seen = record(pipeline, source, names, settings, own=own, keep_inputs=keep_inputs, exact=exact)
+    return store.save(key, name, seen)
 
 
 @dataclass
@@ -201,7 +207,7 @@ class _Fusion:
     concepts: Sequence[Concept]
     verdicts: Mapping[int, Verdict]
     settings: FusionSettings
-    store: Store
+    store: Store | Scratch
     progress: Progress
     weights: dict[str, Tensor] = field(default_factory=dict)
     reports: dict[str, LayerReport] = field(default_factory=dict)
@@ -219,22 +225,14 @@ class _Fusion:
                 own = self._names([stage])
                 # The text encoder comes first: nothing before it is fused, whoever the other concepts are.
                 behind = None if stage == "text" else [stage, self.identity]
-                with replaced(self.pipeline, self.weights):
-                    self._in_parts(own, {"mode": "staged", "behind": behind}, moments=1, own=set(own))
+                self._in_parts(own, {"mode": "staged", "behind": behind}, own=set(own))
         for number in range(self._passes):
-            for stages in self._orders:
-                how: dict[str, Any] = {"mode": "drifted", "behind": [number, stages, self.identity]}
-                self._in_parts(self._names(stages), how, moments=3, fused=dict(self.weights))
+            self._in_parts(names, {"mode": "refined", "behind": [number, self.identity]}, own=set())
 
     @property
     def _passes(self) -> int:
-        """One concept alone is kept as it is: nothing drifts."""
-        return self.settings.passes if len(self.counted) > 1 and looks_at_inputs(self.settings) else 0
-
-    @property
-    def _orders(self) -> Sequence[Sequence[Stage]]:
-        """The stages that a pass of refinement solves together."""
-        return [STAGES] if self.settings.refine_order == "all" else [[stage] for stage in STAGES]
+        """One concept alone is kept as it is."""
+        return self.settings.refine if len(self.counted) > 1 and looks_at_inputs(self.settings) else 0
 
     @cached_property
     def counted(self) -> list[Concept]:
@@ -247,14 +245,20 @@ class _Fusion:
         uncounted = {number for number, verdict in self.verdicts.items() if not verdict.counted}
         return [number for number in range(len(self.concepts) + 1) if number not in uncounted]
 
-    def _in_parts(self, names: Sequence[str], how: Mapping[str, Any], *, moments: int, **options: Any) -> None:
-        """Record and solve layers: at once, or so many at a time that their moments fit into the memory allowed."""
+    def _in_parts(self, names: Sequence[str], how: Mapping[str, Any], *, own: set[str]) -> None:
+        """Record and solve layers: at once, or so many at a time that their moments fit into the memory allowed.
+
+        While recording, layers in `own` have the concept's weights, and all others those that are fused so far.
+        """
+        fused = dict(self.weights)
         widths = {name: matrix(layer(self.pipeline, name)).shape[1] for name in names}
-        allowed = self.settings.max_memory and self.settings.max_memory * 2**30 / moments
+        allowed = self.settings.max_memory and self.settings.max_memory * 2**30
         groups = parts(names, widths, allowed)
         for group in groups:
             of_group = how if len(groups) == 1 else {**how, "behind": [how["behind"], group]}
-            self._solve(group, self._record(group, of_group, counts=group is groups[-1], **options))
+            with replaced(self.pipeline, fused):
+                recordings = self._record(group, of_group, counts=group is groups[-1], own=own)
+            self._solve(group, recordings)
 
     @cached_property
     def identity(self) -> list[Any]:
@@ -269,20 +273,25 @@ class _Fusion:
 
     def _record(
         self, names: Sequence[str], how: Mapping[str, Any], *, counts: bool = True, **options: Any
-    ) -> list[Recording]:
+    ) -> list[Recording | HeldRecording]:
         """Of the concepts, and last of the base if its own prompts count."""
         settings, recordings = self.settings, []
         of_base = [Source.of_base(settings)] if settings.prior else []
         sources = [*(Source.of(concept, settings) for concept in self.concepts), *of_base]
-        rounds = (1 if settings.mode == "independent" else len(STAGES)) + self._passes * len(self._orders)
-        options |= {"base": self.base, "how": how, "keep_inputs": settings.method in KEEPS_INPUTS}
+        rounds = (1 if settings.mode == "independent" else len(STAGES)) + self._passes
+        options |= {
+            "base": self.base,
+            "how": how,
+            "keep_inputs": settings.method in KEEPS_INPUTS,
+            "exact": settings.exact,
+        }
         for source in sources:
             recordings.append(_recorded(self.pipeline, source, names, settings, self.store, **options))
             self.recorded += counts
             self.progress(self.recorded, rounds * len(sources), {})
         return recordings
 
-    def _solve(self, names: Sequence[str], recordings: Sequence[Recording] = ()) -> None:
+    def _solve(self, names: Sequence[str], recordings: Sequence[Recording | HeldRecording] = ()) -> None:
         """One layer after another, those with one input together.
 
         Without recordings changes are measured as they are, as if all inputs came equally often.

@@ -11,7 +11,7 @@ import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,11 @@ from torch.nn import functional
 from mixofshow.errors import BadInputError, BaseModelError
 
 _SHARED_INPUT: Final = re.compile(r"(attn1\.to_[qkv]|attn2\.to_[kv]|self_attn\.[qkv]_proj)$")
-TENSORS: Final = ("moments", "drifted", "cross", "inputs")
+TENSORS: Final = ("moments", "inputs")
 CHUNK: Final = 8192
-"""Rows that are turned to double precision at a time."""
+"""Rows that are multiplied at a time."""
+BLOCK: Final = 256
+"""Columns from which on half of the products are left out, as the other half is the same."""
 
 
 def input_of(layer: str) -> str:
@@ -34,15 +36,12 @@ def input_of(layer: str) -> str:
 class LayerStatistics:
     """What a layer saw of one concept.
 
-    moments C = XᵀX, (in, in), of `rows` rows. In drift refinement X are the inputs in the concept's own model and X̃
-    those in the fused model on the same pictures, row by row: drifted X̃ᵀX̃ and cross XᵀX̃, (in, in). `inputs` is X
-    itself, (rows, in), kept only for methods that cannot do without.
+    moments C = XᵀX, (in, in), of `rows` rows; `inputs` is X itself, (rows, in), kept only for methods that cannot do
+    without.
     """
 
     moments: Tensor
     rows: int
-    drifted: Tensor | None = None
-    cross: Tensor | None = None
     inputs: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
@@ -51,71 +50,54 @@ class LayerStatistics:
 
 
 class MomentAccumulator:
-    """Second moments of the inputs of some layers, by input name, while they are counted."""
+    """Second moments of the inputs of some layers, by input name, while they are counted.
 
-    def __init__(self, *, keep_inputs: bool = False) -> None:
+    Sums are in double precision, and products too if they are to be `exact`; else products are in single at least,
+    which is two to sixty times as fast and good enough where a ridge damps what it loses.
+    """
+
+    def __init__(self, *, keep_inputs: bool = False, exact: bool = True) -> None:
         self.keep_inputs = keep_inputs
-        self._sums: dict[str, dict[str, Tensor]] = {}
+        # Where torch was allowed to round single precision further, it is not single any more.
+        self.exact = exact or torch.get_float32_matmul_precision() != "highest"
+        self._moments: dict[str, Tensor] = {}
         self._inputs: dict[str, list[Tensor]] = {}
         self._rows: dict[str, int] = {}
 
-    def add(self, name: str, inputs: Tensor, drifted: Tensor | None = None) -> None:
-        """Count in some rows, (..., in) or, from a 1×1 convolution, (batch, in, height, width); and their drifted pairs."""
-        own, other = _flat(inputs), None if drifted is None else _flat(drifted)
-        sums = self._sums.setdefault(name, {})
-        for start in range(0, len(own), CHUNK):
-            x = _double(name, own[start : start + CHUNK])
-            _count(sums, "moments", x, x)
-            if other is not None:
-                y = _double(name, other[start : start + CHUNK])
-                _count(sums, "drifted", y, y)
-                _count(sums, "cross", x, y)
+    def add(self, name: str, inputs: Tensor) -> None:
+        """Count in some rows, (..., in) or, from a 1×1 convolution, (batch, in, height, width)."""
+        rows = (inputs.movedim(1, -1) if inputs.ndim == 4 else inputs).flatten(0, -2)
+        kind = torch.float64 if self.exact else torch.promote_types(rows.dtype, torch.float32)
+        for chunk in rows.split(CHUNK):
+            _count(self._moments, name, _finite(name, chunk, kind))
         if self.keep_inputs:
-            self._inputs.setdefault(name, []).append(own.clone())
-        self._rows[name] = self._rows.get(name, 0) + len(own)
+            self._inputs.setdefault(name, []).append(rows.clone())
+        self._rows[name] = self._rows.get(name, 0) + len(rows)
 
     def seen(self) -> dict[str, LayerStatistics]:
         """What was counted, by input name."""
         return {
             name: LayerStatistics(
-                **sums, rows=self._rows[name], inputs=torch.cat(self._inputs[name]) if self.keep_inputs else None
+                _whole(half), self._rows[name], inputs=torch.cat(self._inputs[name]) if self.keep_inputs else None
             )
-            for name, sums in self._sums.items()
+            for name, half in self._moments.items()
         }
 
     @contextlib.contextmanager
-    def recording(self, layers: Mapping[str, nn.Module], drifted: dict[str, Tensor] | None = None) -> Iterator[None]:
-        """Inside, every call of these layers is counted in, with its pair taken out of `drifted`."""
-
-        def count(name: str, module: nn.Module, inputs: Tensor) -> None:
-            pair = None if drifted is None else rows_of(module, drifted.pop(name))
-            self.add(name, rows_of(module, inputs), pair)
-
-        with _reading(layers, count):
+    def recording(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Inside, every call of these layers is counted in; once where several share an input."""
+        first_reader = {input_of(name): module for name, module in reversed(list(layers.items()))}
+        handles = [
+            module.register_forward_pre_hook(
+                lambda module, args, name=name: self.add(name, rows_of(module, args[0].detach()))
+            )
+            for name, module in first_reader.items()
+        ]
+        try:
             yield
-
-
-@contextlib.contextmanager
-def holding(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Inside, the inputs of one call of each of these layers are kept, by input name."""
-    held: dict[str, Tensor] = {}
-    with _reading(layers, lambda name, module, inputs: held.__setitem__(name, inputs)):
-        yield held
-
-
-@contextlib.contextmanager
-def _reading(layers: Mapping[str, nn.Module], read: Any) -> Iterator[None]:
-    """Inside, `read(input name, module, inputs)` is called whenever a layer is; once where several share an input."""
-    first_reader = {input_of(name): module for name, module in reversed(list(layers.items()))}
-    handles = [
-        module.register_forward_pre_hook(lambda module, args, name=name: read(name, module, args[0].detach()))
-        for name, module in first_reader.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def rows_of(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -135,23 +117,34 @@ def rows_of(module: nn.Module, inputs: Tensor) -> Tensor:
     return unfolded.transpose(1, 2)
 
 
-def _flat(inputs: Tensor) -> Tensor:
-    return (inputs.movedim(1, -1) if inputs.ndim == 4 else inputs).flatten(0, -2)
-
-
-def _double(name: str, rows: Tensor) -> Tensor:
-    """Rows in double precision. Raises BadInputError as soon as a sum would be spoilt."""
-    rows = (rows.cpu() if rows.device.type == "mps" else rows).double()  # Apple's GPUs have no double precision
+def _finite(name: str, rows: Tensor, kind: torch.dtype) -> Tensor:
+    """Rows in the precision that they are multiplied in. Raises BadInputError as soon as a sum would be spoilt."""
+    rows = (rows.cpu() if rows.device.type == "mps" else rows).to(kind)  # Apple's GPUs have no double precision
     if not torch.isfinite(rows.sum()):  # the sum of what is not finite is not
         raise BadInputError(f"in its own model, {name} has values that are not finite; leave it out")
     return rows
 
 
-def _count(sums: dict[str, Tensor], name: str, left: Tensor, right: Tensor) -> None:
-    if name in sums:
-        sums[name].addmm_(left.T, right)
-    else:
-        sums[name] = left.T @ right
+def _count(halves: dict[str, Tensor], name: str, rows: Tensor) -> None:
+    """Add XᵀX to the upper half of a sum; the other half is the same, and so are most products below the diagonal."""
+    width = rows.shape[1]
+    if name not in halves:
+        halves[name] = rows.new_zeros(width, width, dtype=torch.float64)
+    for block in _blocks(width):
+        halves[name][block, block.start :] += rows[:, block].T @ rows[:, block.start :]
+
+
+def _whole(half: Tensor) -> Tensor:
+    """The upper half, mirrored in place."""
+    for block in _blocks(len(half)):
+        half[block.stop :, block] = half[block, block.stop :].T
+    return half
+
+
+def _blocks(width: int) -> list[slice]:
+    """Columns, in quarters where they are many."""
+    step = max(BLOCK, -(-width // 4))
+    return [slice(start, start + step) for start in range(0, width, step)]
 
 
 def parts(layers: Iterable[str], widths: Mapping[str, int], budget: float | None) -> list[list[str]]:

@@ -31,6 +31,8 @@ METADATA_KEY: Final = "mixofshow_recording"
 DIGEST_KEY: Final = "sha256"
 FORMAT_VERSION: Final = 1
 KEPT: Final = 2**28
+ROOM: Final = 2**32
+"""Bytes that a fusion's own recordings may take in memory, where it was not told what it may."""
 RANK_SHARE: Final = 8
 """Low-rank storage keeps the largest eighth of the eigenvalues, and of the rest the diagonal."""
 
@@ -88,13 +90,26 @@ class Recording:
         return LayerStatistics(**found, rows=self.info.rows[name])
 
 
+@dataclass(frozen=True)
+class HeldRecording:
+    """A recording that is in memory only; see `Recording`."""
+
+    seen: Mapping[str, LayerStatistics]
+
+    def statistics(self, name: str, device: Any = "cpu", width: int | None = None) -> LayerStatistics:
+        """What was recorded under an input name."""
+        return self.seen[name]
+
+
 class StatisticsReader:
     """What was recorded of several concepts under one input name, read once for all layers with this input.
 
     Kept in memory as far as it fits into `KEPT` bytes, so that the number of concepts does not matter.
     """
 
-    def __init__(self, recordings: Sequence[Recording], name: str, device: Any, width: int | None = None) -> None:
+    def __init__(
+        self, recordings: Sequence[Recording | HeldRecording], name: str, device: Any, width: int | None = None
+    ) -> None:
         self._recordings, self._name, self._device, self._width = recordings, name, device, width
         self._kept: dict[int, LayerStatistics] = {}
         self._room = KEPT
@@ -151,10 +166,9 @@ class Store:
                 raise BadInputError(
                     f"{name}: in its own model, {input_name} has values that are not finite; leave it out"
                 )
-            if one.drifted is None:
-                packed = pack(found.pop("moments"), self.storage)
-                errors.append(float((unpack(packed) - one.moments).norm() / one.moments.norm().clamp(min=1e-300)))
-                found |= packed
+            packed = pack(found.pop("moments"), self.storage)
+            errors.append(float((unpack(packed) - one.moments).norm() / one.moments.norm().clamp(min=1e-300)))
+            found |= packed
             found = {kind: value.cpu() for kind, value in found.items()}
             digests[input_name] = _digest(found)
             tensors |= {f"{kind}:{input_name}": value for kind, value in found.items()}
@@ -169,6 +183,24 @@ class Store:
         path = self.path(key, name)
         write_tensors(path, tensors, _metadata(json.dumps(info.model_dump(), sort_keys=True)), limit=None)
         return open_recording(path)
+
+
+class Scratch:
+    """In place of a store, for one fusion: nothing is found again, and what fits into `room` bytes is kept in memory."""
+
+    def __init__(self, folder: Path, room: int) -> None:
+        self._store, self._room = Store(folder), room
+
+    def find(self, key: Mapping[str, Any], name: str, inputs: set[str]) -> None:
+        """Nothing, whatever was recorded."""
+
+    def save(self, key: Mapping[str, Any], name: str, seen: Mapping[str, LayerStatistics]) -> Recording | HeldRecording:
+        """As it is, or in a file if there is no room left."""
+        size = sum(tensor.nbytes for one in seen.values() for tensor in one.tensors().values())
+        if size > self._room:
+            return self._store.save(key, name, seen)
+        self._room -= size
+        return HeldRecording(seen)
 
 
 @functools.cache
@@ -240,7 +272,5 @@ def _check_moments(found: Mapping[str, Tensor], rows: int, width: int | None, wh
         expected = (rows, width) if kind == "inputs" else (width, width)
         if tuple(tensor.shape) != expected:
             raise ConceptFileError(f"{where}: {kind}: expected {expected}, found {tuple(tensor.shape)}")
-        if kind in ("moments", "drifted") and ((own := tensor.diagonal()) < 0).any():
+        if kind == "moments" and ((own := tensor.diagonal()) < 0).any():
             raise ConceptFileError(f"{where}: {kind}: sums of squares that are negative ({own.min():.3g})")
-    if ("drifted" in found) != ("cross" in found):
-        raise ConceptFileError(f"{where}: one of drifted and cross is missing; delete it to record again")
