@@ -119,8 +119,8 @@ def _refuse_over_outputs(path: Path, others: Iterable[Path], *, whole: bool) -> 
 def _refuse_over_another_kind(path: Path, kind: str | None) -> None:
     if is_another_kind(path, kind):
         raise BadInputError(
-            f"{shown(path, 100)}: there is a file of another kind than {kind or 'this'}, which would be lost; choose another "
-            "name, or remove it"
+            f"{shown(path, 100)}: there is a file of another kind than {f'the {kind}' if kind else 'what'} this "
+            "program writes, which would be lost; choose another name, or remove it"
         )
 
 
@@ -163,6 +163,8 @@ def _check(path: Path, kind: str, *, within: bool = False) -> None:
 
 def _probe(path: Path) -> None:
     """Raise OSError unless there is room for something new of this name; nothing stays, not even its folder."""
+    if "\0" in str(path):  # which some calls refuse, and others take for a name that is not there
+        raise ValueError("its name holds a NUL character")
     above = path.parent
     while not os.path.lexists(above):
         above = above.parent

@@ -1,4 +1,4 @@
-"""What may be replaced: files of the kind that takes their place, and folders that hold nothing but what we wrote."""
+"""What may be replaced: our files of the kind that takes their place, and folders that hold nothing but what we wrote."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Final
 
 KINDS: Final = {
-    "safetensors": rb".{3}\0{5}\{",  # a header of at most 8 MB
+    "safetensors": rb'.{3}\0{5}\{"__metadata__":\{"format":"pt","mixofshow',  # a header of at most 8 MB
     "PNG": rb"\x89PNG",
     "HTML": rb"(?i)\s*<!doctype html",
-    "JSON": rb"\s*(\{\s*[\"}]|\[\s*[{\]])",
+    "JSON": rb'\s*(\{\s*(\}|"(findings|image_alignment|schema|references)":)|\[\s*(\]|\{\s*"pair":))',
     "CSV": rb"\w+(,\w+)+\r?\n",
 }
-"""Kinds of files that we write, and how those of each begin."""
+"""Kinds of files that we write, and how those of each begin; of those that others write too, only ours."""
 LONGEST_START: Final = 200
 LISTING: Final = ".mixofshow-files.json"
 """In a folder that we wrote: its files with their sizes in bytes."""

@@ -97,7 +97,10 @@ SAMPLE = f"sample --model {GOLDEN_BASE} --size 64x64"
         (f"evaluate {A}=train --json {A}", "is read"),
         (f"evaluate {A}=train --json train/findings.json", "which is read"),
         ("check train --json train/00.png", "which is read"),
-        (f"convert {A} start.png --base {GOLDEN_BASE}", "start.png: there is a file of another kind than safetensors"),
+        (
+            f"convert {A} start.png --base {GOLDEN_BASE}",
+            "start.png: there is a file of another kind than the safetensors",
+        ),
         (f"{TUNE} --out mask.png", "mask.png: there is a file of another kind"),
         (f"fuse {A} --as-delta start.png --base {GOLDEN_BASE}", "start.png: there is a file of another kind"),
         (f"evaluate {A}=train --json start.png", "start.png: there is a file of another kind"),
@@ -121,24 +124,28 @@ OTHER_KINDS = {
     "toml": b"[tool]",
     "rtf": b"{\\rtf1",
     "zip": b"PK\x03\x04",
+    "another tool's LoRA": safetensors.torch.save({"lora_up": torch.zeros(1)}, {"format": "pt", "ss_network_dim": "4"}),
+    "another tool's JSON": b'{"name": "a project", "version": 1}',
+    "another tool's list": b'[{"lora_path": "a.safetensors"}]',
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_file_is_replaced_by_one_of_another_kind(kind, tmp_path):
     """By what a file is, whatever it is called; what is empty, or of the same kind, may be written anew."""
+    path = tmp_path / "it"
+    write_tensors(path, {"a": torch.zeros(1)}, {"format": "pt", "mixofshow": "{}"})
     ours = {
-        "safetensors": safetensors.torch.save({"a": torch.zeros(1)}),
+        "safetensors": path.read_bytes(),
         "PNG": b"\x89PNG\r\n\x1a\n",
         "HTML": b"<!DOCTYPE html>",
-        "JSON": b'{\n "a": 1}',
+        "JSON": b'{\n "findings": []}',
         "CSV": b"method,measure\n",
     }
-    path = tmp_path / "it"
     for other in [*OTHER_KINDS.values(), *(start for name, start in ours.items() if name != kind)]:
         path.write_bytes(other)
         with pytest.raises(
-            BadInputError, match=f"it: there is a file of another kind than {kind}, .*choose another name"
+            BadInputError, match=f"it: there is a file of another kind than the {kind} this .*choose another name"
         ):
             check_outputs(files={kind: [path]})
         with pytest.raises(BadInputError, match="another kind"), writing(path) as temporary:
@@ -149,6 +156,19 @@ def test_no_file_is_replaced_by_one_of_another_kind(kind, tmp_path):
         check_outputs(files={kind: [path]})
         with writing(path) as temporary:
             temporary.write_bytes(ours[kind])
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\0b/c", "a\0b.png"])
+def test_a_name_with_a_nul_is_no_name(name, tmp_path):
+    """Some calls of the system's refuse it, others take it for one that is not there."""
+    path = tmp_path / name
+    for where in ({"files": {"PNG": [path]}}, {"folders": [path]}, {"shared": [path]}):
+        with pytest.raises(BadInputError, match=r"a\\x00b.*: cannot be written \(its name holds a NUL character\)"):
+            check_outputs(**where)
+    for writes in (writing, writing_folder):
+        with pytest.raises(BadInputError, match="NUL"), writes(path):
+            pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_concept_is_saved_over_no_picture_in_python_too(golden_concepts, place):
