@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from mixofshow.sampling.composition import from_options, make_composition
 from mixofshow.sampling.drawing import draw_pictures
 from mixofshow.sampling.encoding import concept_places, concepts_in, encode, without_concepts
 from mixofshow.sampling.replay import PNG_KEY, replay
+from mixofshow.tuning.captions import Naming
 from mixofshow.tuning.check import check_folder
 from mixofshow.tuning.dataset import read_folder
 
@@ -347,6 +350,51 @@ def test_marks_are_said_once(draw, caplog):
 def test_a_web_uis_lora_says_what_to_do(draw):
     with pytest.raises(TokenError, match="'<lora:detail:0.8>' in the prompt loads nothing here; `mixofshow convert`"):
         draw("a castle <lora:detail:0.8>", **ASKED)
+
+
+@pytest.mark.parametrize("prompt", ["(a <dogx:1.2>)", "<lora:dogx:0.8> a castle", "<dogx:1.2> on a beach"])
+@pytest.mark.parametrize("way", ["plain", "a1111"])
+def test_a_weight_within_a_concepts_brackets_says_where_it_goes(prompt, way, draw):
+    with pytest.raises(
+        TokenError, match=r"in the prompt: write <dogx>; with a weight, \(<dogx>:1\.2\), where `prompt_syntax`"
+    ):
+        draw(prompt, prompt_syntax=way, **ASKED)
+
+
+HALF = {
+    "<dogx on the beach": "<dogx on the beach",
+    "a < dogx> there": "< dogx> there",
+    "a <dogx1 > there": "<dogx1 > there",
+    "a dogx> on the beach": "dogx> on the beach",
+    "a <dog x> there": "<dog x> there",
+    "(a <DOGX:1.2)": "<DOGX:1.2)",
+    "<dogx> and <manx": "<manx",
+    "<dogg": "<dogg",
+}
+
+
+@pytest.mark.parametrize("prompt", HALF)
+def test_a_concept_that_lacks_a_bracket_is_said(prompt, model):
+    """It was ordinary text, and the concept was missing from the picture."""
+    named = re.escape(HALF[prompt])
+    with pytest.raises(TokenError, match=f"'{named}': expected a concept's name .* did you mean '<(dog|man)x1?>'"):
+        replace(model.vocabulary, syntax="plain").split(prompt)
+
+
+@pytest.mark.parametrize("prompt", ["we <3 cats", "a<b and c>d", "->", "x < 3 > 1", "<", "a dogx, a man", "5 <= 6"])
+def test_other_brackets_are_ordinary_text(prompt, model):
+    assert "".join(replace(model.vocabulary, syntax="plain").split(prompt)) == prompt
+
+
+def test_a_caption_whose_concept_lacks_a_bracket_is_named(tmp_path):
+    """Its class word was taken for the concept, and what was left of the name for text."""
+    Image.new("RGB", (16, 16)).save(tmp_path / "0.png")
+    (tmp_path / "0.txt").write_text("a <mydog a dog in the snow")
+    naming = Naming("<mydog>", ["<mydog1>", "<mydog2>"], "dog")
+    (found,) = (one for one in check_folder(tmp_path, naming=naming) if one.level == "error")
+    assert "'<mydog a dog in the snow': expected a concept's name" in found.message
+    (tmp_path / "0.txt").write_text("a dog, 50% <3")
+    assert not any(one.level == "error" for one in check_folder(tmp_path, naming=naming))
 
 
 def test_marks_in_captions_are_said_once(tmp_path, caplog):

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from decimal import Decimal
 from functools import cache
 from itertools import groupby
 from typing import Final, Literal
 
-from mixofshow.errors import LISTED, TokenError, shown
+from mixofshow.errors import LISTED, TokenError, nearest, shown
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +24,10 @@ Syntax = Literal["plain", "a1111"]
 Pieces = list[tuple[str, float]]
 """A prompt's texts in order, each with its weight."""
 
+ANY_WORD: Final = re.compile(r"<[^<>\s]{1,64}>")
+"""What prompts take for a placeholder."""
+_HALF_WORD: Final = re.compile(r"<\s*([\w-]{1,64})|([\w-]{1,64})\s*>")
+_BEGUN: Final = re.compile(r"(?<!\w)<[a-z]", re.IGNORECASE)
 MORE, LESS = 1.1, 1 / 1.1
 LARGEST: Final = 100.0
 """The largest weight that makes sense, either way."""
@@ -42,6 +46,20 @@ OTHERS: Final = {
 """Marks of other tools that nothing here reads, by what they are."""
 WEIGHTS: Final = r"\({1,9}[^()]{1,200}\){1,9}|\[{1,9}[^\[\]]{1,200}\]{1,9}|\\[()\[\]]"
 """Marks that A1111's grammar reads."""
+
+
+def require_brackets(text: str, known: Collection[str]) -> None:
+    """Raise TokenError for a placeholder that lacks one of its brackets, or has blanks between them.
+
+    That is one of the `known` words, or what nobody writes but for a placeholder: `<name`, unlike `<3` or `a<b`.
+    """
+    for half in _HALF_WORD.finditer(plain := ANY_WORD.sub("|", text)):
+        word = f"<{(half[1] or half[2]).lower()}>"
+        if word in known or _BEGUN.match(plain, half.start()):
+            found = shown(plain[half.start() :].strip(), 24)
+            raise TokenError(
+                f"'{found}': expected a concept's name in two brackets without blanks{nearest(word, known)}"
+            )
 
 
 def read_prompt(prompt: str, syntax: Syntax) -> Pieces:

@@ -15,13 +15,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from mixofshow.concepts.syntax import Pieces, Syntax, read_prompt
+from mixofshow.concepts.syntax import ANY_WORD, Pieces, Syntax, read_prompt, require_brackets
 from mixofshow.errors import TokenError, nearest, shown
 
 logger = logging.getLogger(__name__)
 
 WORD: Final = re.compile(r"<[a-z0-9][a-z0-9_-]{0,31}>")
-_ANY_WORD: Final = re.compile(r"<[^<>\s]{1,64}>")
 
 
 def check_word(word: str) -> str:
@@ -63,10 +62,11 @@ class Vocabulary:
     def _split(self, text: str) -> list[str]:
         pieces: list[str] = []
         position = 0
-        for match in _ANY_WORD.finditer(text):
+        for match in ANY_WORD.finditer(text):
             pieces.append(text[position : match.start()])
             pieces.extend(self._words(match.group()))
             position = match.end()
+        require_brackets(text, [*self.aliases, *self.embeddings])
         return [piece for piece in (*pieces, text[position:]) if piece.strip()]
 
     def _words(self, word: str) -> tuple[str, ...]:
@@ -76,6 +76,10 @@ class Vocabulary:
         if word in self.embeddings:
             return (word,)
         known = [*self.aliases, *self.embeddings]
+        if given := [one for part in word[1:-1].split(":") if (one := f"<{part}>") in known]:
+            raise TokenError(
+                f"'{shown(word)}' in the prompt: write {given[0]}; with a weight, ({given[0]}:1.2), where `prompt_syntax` is a1111"
+            )
         if ":" in word:  # as a web UI loads a LoRA
             raise TokenError(
                 f"'{shown(word)}' in the prompt loads nothing here; `mixofshow convert` makes a LoRA a concept"

@@ -12,7 +12,8 @@ from importlib.resources import files
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Final
 
-from mixofshow.errors import DatasetError, nearest, shown
+from mixofshow.concepts.syntax import ANY_WORD, require_brackets
+from mixofshow.errors import DatasetError, TokenError, nearest, shown
 from mixofshow.images import label
 from mixofshow.reading import parse_json, parse_table
 
@@ -26,8 +27,6 @@ METADATA: Final = ("metadata.jsonl", "metadata.csv")
 MAX_CAPTION_BYTES: Final = 10_000
 MAX_METADATA_BYTES: Final = 100_000_000
 BOM: Final = b"\xef\xbb\xbf"
-ANY_WORD: Final = re.compile(r"<[^<>\s]{1,64}>")
-"""What prompts take for a placeholder."""
 _JOINT: Final = r"[\s_-]+"
 
 TEMPLATES: Final[dict[str, list[str]]] = parse_table(
@@ -61,6 +60,10 @@ class Naming:
     def named(self, caption: str) -> str:
         """The caption, naming the concept: as it is if it does, else with the class word replaced. Raises DatasetError."""
         own = {self.placeholder, *self.words}
+        try:
+            require_brackets(caption, own)
+        except TokenError as error:
+            raise DatasetError(f"caption '{shown(caption)}': {error}") from error
         there = {word.lower() for word in ANY_WORD.findall(caption)}
         if strange := sorted(there - own):
             raise DatasetError(f"caption '{shown(caption)}' names {strange[0]}, which is no word of {self.placeholder}")

@@ -12,12 +12,12 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Final, Self, Unpack
 
+from mixofshow.concepts.syntax import ANY_WORD
 from mixofshow.errors import DatasetError, ResourceError, shown
 from mixofshow.images import label
 from mixofshow.outputs import write_text
 from mixofshow.processes import end_with_parent, limit_memory
 from mixofshow.terminal import print_table, say
-from mixofshow.tuning.captions import ANY_WORD
 from mixofshow.tuning.dataset import Beside, FolderOptions, Reading, read_one, readings
 from mixofshow.tuning.folder import Finding
 
