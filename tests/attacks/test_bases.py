@@ -48,7 +48,7 @@ def test_a_hub_name_that_is_not_in_the_cache_fails_at_once(monkeypatch, tmp_path
     start = time.monotonic()
     with pytest.raises(
         BaseModelError,
-        match="nobody/nothing-of-this-name: not in the local cache, or not whole; --download fetches it$",
+        match="nobody/nothing-of-this-name: not in the local cache, or not whole; `download` fetches it$",
     ):
         load_base("nobody/nothing-of-this-name")
     assert time.monotonic() - start < 10

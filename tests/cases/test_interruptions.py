@@ -158,7 +158,7 @@ def test_a_result_without_room_is_tried_again_with_that_of_an_old_checkpoint(gol
 
 def test_a_run_whose_result_finds_no_room_is_kept_and_says_where(golden_pipeline, make, tmp_path):
     run = {"folder": tmp_path / "run", "finished": _room(tmp_path / "thing.safetensors", False, False, True)}
-    with pytest.raises(ResourceError, match=r"No space left.*kept: .*step-00000005\.pt; make room.*--resume"):
+    with pytest.raises(ResourceError, match=r"No space left.*kept: .*step-00000005\.pt; make room.*`resume`"):
         tune(make(steps=5), golden_pipeline, **run)
     again = tune(make(steps=5), golden_pipeline, **run, resume=True, progress=lambda *_: pytest.fail("it is done"))
     assert load_concept(tmp_path / "thing.safetensors").hash == again.hash

@@ -111,7 +111,7 @@ def test_the_metadata_is_kept_and_said(anime, golden_pipeline, tmp_path, caplog)
     again = (tmp_path / "anime.safetensors").rename(tmp_path / "again.safetensors")  # of each file it is said once
     open_concept(again, golden_pipeline, ImportSettings(words="dog"))
     assert anime.info.settings["clip_skip"] == 1
-    assert "made with clip skip 1, this base has 0; --clip-skip sets it" in caplog.text
+    assert "made with clip skip 1, this base has 0; `clip_skip` sets it" in caplog.text
 
 
 @pytest.mark.parametrize("given", [{}, {"clip_skip": 0}])
@@ -152,7 +152,7 @@ def test_a_picture_of_another_layer_is_of_another_model(own):
 
 def test_a_concept_of_another_base_says_how_it_is_taken(golden_concepts, sister, tmp_path):
     golden_concepts[0].save(tmp_path / "dogx.safetensors")
-    with pytest.raises(ConceptFileError, match=r"nothing was changed \(--allow-base sister takes it all the same\)"):
+    with pytest.raises(ConceptFileError, match=r"nothing was changed \(`allow_base` sister takes it all the same\)"):
         load_concept(tmp_path / "dogx.safetensors", load_base(sister))
     with pytest.raises(SettingsError, match="allow_base: expected sister, found 'brother'"):
         load_base(sister, allow_base="brother")

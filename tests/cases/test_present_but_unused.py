@@ -95,7 +95,7 @@ def test_masks_from_outside_are_counted(folder, caplog):
     _masks(folder.parent / "masks", "01.png", "02.png", "11.png")
     read_folder(folder, instance_prompt=PROMPT)
     assert "masks/: 1 masks belong to no picture: 11.png" in caplog.text
-    assert "masks/: 2 of 2 pictures have masks, of the folder beside theirs; --masks names another" in caplog.text
+    assert "masks/: 2 of 2 pictures have masks, of the folder beside theirs; `masks` names another" in caplog.text
 
 
 def test_a_folder_of_masks_of_other_pictures_alone_is_not_used(folder, caplog):
@@ -137,7 +137,7 @@ def test_a_class_word_has_several_spellings():
     [
         (
             "1dog, solo, snow",
-            "names neither <mydog> nor its class word 'dog'; '1dog' counts with --captions.synonyms 1dog",
+            "names neither <mydog> nor its class word 'dog'; '1dog' counts with `captions.synonyms` 1dog",
         ),
         ("a cat", "names neither <mydog> nor its class word 'dog'; write one of them into it"),
         ("a <cat> and a dog", "names <cat>, which is no word of <mydog>"),

@@ -339,7 +339,7 @@ def test_marks_are_said_once(draw, caplog):
     (line,) = _said(caplog)
     assert line == (
         "prompt: '(castle:1.4)', '{red|blue}', 'BREAK': another tool's marks, read as ordinary text here; "
-        "prompt_syntax a1111 (--prompt-syntax a1111) reads weights"
+        "`prompt_syntax` a1111 reads weights"
     )
     assert len(line) <= 300
     caplog.clear()

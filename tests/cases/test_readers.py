@@ -6,11 +6,13 @@ F9 and F13 (foreign errors at the door), and the length of messages.
 
 from __future__ import annotations
 
+import ast
 import errno
 import io
 import json
 import logging
 import os
+import re
 import struct
 import sys
 import time
@@ -22,6 +24,7 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
+import mixofshow
 from mixofshow import cli
 from mixofshow.bases.loading import load_base
 from mixofshow.cli.options import assignments
@@ -35,6 +38,9 @@ from mixofshow.tables import Settings
 from mixofshow.terminal import print_table, say
 from mixofshow.tuning.settings import make_settings
 
+SOURCE = Path(mixofshow.__file__).parent
+BELOW = sorted({*SOURCE.rglob("*.py")} - {*SOURCE.glob("cli/*"), SOURCE / "demo.py"})
+"""What people use from Python."""
 MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{k}: &a{k} {{<<: [*a{k - 1}, *a{k - 1}]}}\n" for k in range(1, 26))
 ALIASES = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 8)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
@@ -282,6 +288,36 @@ def test_long_messages_are_cut_in_the_middle_unless_asked_for(monkeypatch, capsy
         *above, line = capsys.readouterr().err.splitlines()
         assert line.endswith(": not a regular file")
         assert (len(line) > length, bool(above)) == ("--debug" in arguments,) * 2
+
+
+@pytest.mark.parametrize("speaks", ["error", "notice"])
+def test_settings_are_named_as_who_reads_writes_them(speaks, monkeypatch, capsys):
+    """As Python has them below the command line, and there as options."""
+
+    def broken() -> None:
+        if speaks == "notice":
+            logging.getLogger("mixofshow").warning("%s", "`clip_skip` sets it, `captions.synonyms` too; `mixofshow it`")
+        raise SettingsError("`skip_bad` leaves it out")
+
+    monkeypatch.setattr(cli, "app", broken)
+    monkeypatch.setattr(sys, "argv", ["mixofshow"])
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    with pytest.raises(SystemExit):
+        cli.main()
+    notices = ["--clip-skip sets it, --captions.synonyms too; `mixofshow it`"] if speaks == "notice" else []
+    assert capsys.readouterr().err.splitlines() == [*notices, "error: --skip-bad leaves it out"]
+
+
+@pytest.mark.parametrize("path", BELOW, ids=str)
+def test_nothing_below_the_command_line_speaks_of_its_options(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    docs = {
+        node.value.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    assert [text for text in texts - docs if re.search(r"(?<![\w-])--[a-z]+", text)] == []
 
 
 def test_a_table_keeps_what_json_can_hold():

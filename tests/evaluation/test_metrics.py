@@ -116,7 +116,7 @@ def test_the_page_needs_no_other_file_and_runs_no_strangers_code():
 def test_what_cannot_be_evaluated_is_named(tmp_path):
     with pytest.raises(SettingsError, match="expected FILE=FOLDER"):
         suite_of_files(["cat.safetensors"])
-    with pytest.raises(SettingsError, match="--clip"):
+    with pytest.raises(SettingsError, match="`clip`"):
         scorer_for("some/base", None)
     with pytest.raises(DatasetError, match="no such folder"):
         references_of(tmp_path / "missing")

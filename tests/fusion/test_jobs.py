@@ -123,9 +123,9 @@ def test_lists_that_cannot_be(text, message, folder):
 
 def test_only_a_fused_model_is_edited(folder):
     file = folder / "files" / "dogx.safetensors"
-    with pytest.raises(SettingsError, match="--model"):
+    with pytest.raises(SettingsError, match="`model`"):
         make_job([], {}, add=[file])
-    with pytest.raises(SettingsError, match="--add"):
+    with pytest.raises(SettingsError, match="`add`"):
         make_job([file], {}, model=folder)
 
 

@@ -125,7 +125,7 @@ def test_a_bad_line_of_metadata_is_named_and_cannot_be_left_out(pictures, line, 
         with pytest.raises(DatasetError) as raised:
             read_folder(pictures, instance_prompt=PROMPT, skip_bad=skip_bad)
         assert str(raised.value).startswith("metadata.jsonl: line 2: ") and message in str(raised.value)
-        assert "--skip-bad" not in str(raised.value)
+        assert "skip_bad" not in str(raised.value)
 
 
 def test_a_caption_in_both_places_is_refused(pictures):

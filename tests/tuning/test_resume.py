@@ -95,7 +95,7 @@ def test_another_configuration_or_data_set_is_refused_and_named(golden_pipeline,
 
 def test_a_new_run_does_not_mix_with_an_old_one(golden_pipeline, make, tmp_path):
     tune(make(), golden_pipeline, folder=tmp_path / "run", progress=_stopping(2), resume=True)
-    with pytest.raises(BadInputError, match="--resume"):
+    with pytest.raises(BadInputError, match="`resume`"):
         tune(make(), golden_pipeline, folder=tmp_path / "run")
 
 

@@ -57,7 +57,7 @@ def _require_weights(folder: Path, name: str | Path, variant: str | None) -> Non
         return
     where = f"{name}: {folder.name}: "
     if found:
-        way_out = f"give --variant {shown(found[0], 20)}"
+        way_out = f"give `variant` {shown(found[0], 20)}"
         raise BaseModelError(f"{where}there are only weights of the variant {shown(', '.join(found), 60)}; {way_out}")
     if pickles := sorted(path for path in folder.iterdir() if path.suffix in PICKLES):
         raise BaseModelError(
@@ -131,7 +131,7 @@ def _config_folder(path: Path, config: str | Path, *, download: bool) -> Path:
     except (OSError, ValueError) as error:
         raise BaseModelError(
             f"{path}: a file of weights alone, and the configuration and tokenizer of {config} are not here; give a "
-            f"diffusers folder of its kind as config, or put one beside the file as {path.with_suffix('').name}/"
+            f"diffusers folder of its kind as `config`, or put one beside the file as {path.with_suffix('').name}/"
         ) from error
 
 

@@ -135,7 +135,7 @@ def _from_hub(name: str, which: dict[str, Any]) -> Path:
         except (OSError, ValueError) as error:
             if not which["local_files_only"]:
                 raise
-            raise BaseModelError(f"{name}: not in the local cache, or not whole; --download fetches it") from error
+            raise BaseModelError(f"{name}: not in the local cache, or not whole; `download` fetches it") from error
 
 
 def _require_whole(pipeline: Any, name: str | Path) -> None:

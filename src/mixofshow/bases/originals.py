@@ -84,7 +84,7 @@ def follow(pipeline: Any, file: TensorFile, source: str) -> None:
     noted = file.metadata.get("modelspec.prediction_type")
     found = "v_prediction" if "v_pred" in file else PREDICTIONS.get(str(noted))
     if found is None and noted is not None:
-        logger.warning("%s: its prediction type '%s' is not known; --prediction sets it", source, shown(noted, 40))
+        logger.warning("%s: its prediction type '%s' is not known; `prediction` sets it", source, shown(noted, 40))
     predict(pipeline, found, source, zero_snr="ztsnr" in file)
 
 

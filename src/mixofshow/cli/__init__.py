@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -29,7 +30,7 @@ class _OneLine(logging.Formatter):
     """Notices in one line, whatever stands in the names that they mention."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(record.getMessage())
+        return printable(as_options(record.getMessage()))
 
 
 class _Few(logging.Filter):
@@ -56,6 +57,7 @@ class _Few(logging.Filter):
 
 NOTICES: Final = 3
 """Of a kind, without --debug."""
+_SETTING: Final = re.compile(r"`([a-z][a-z_]*(?:\.[a-z_]+)?)`")
 INTERRUPTED: Final = 130
 TERMINATED: Final = 143
 """Exit codes as shells give them: 128 and the number of the signal."""
@@ -104,7 +106,8 @@ def _run() -> Any:
             raise
         if debug:
             traceback.print_exception(error)
-        sys.stderr.write(f"error: {str(known) if debug else shortened(str(known))}\n")
+        line = as_options(str(known))
+        sys.stderr.write(f"error: {line if debug else shortened(line)}\n")
         return known.exit_code
     return 0
 
@@ -130,6 +133,11 @@ def _terminated_in_good_order() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def as_options(message: str) -> str:
+    """The message with settings, which it names as Python does (`skip_bad`), named as options (--skip-bad)."""
+    return _SETTING.sub(lambda found: f"--{found[1].replace('_', '-')}", message)
 
 
 def shortened(message: str) -> str:

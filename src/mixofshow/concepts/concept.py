@@ -250,7 +250,7 @@ def fitted(concept: Concept, pipeline: Any, name: str, *, base: str | None = Non
     check_fits(concept, pipeline, name, base=found)
     said, own = info.settings.get(CLIP_SKIP, 0), text_encoders(pipeline)[0].clip_skip
     if said != own and not quiet:
-        _say(f"{name}: made with clip skip {shown(said, 20)}, this base has {own}; --clip-skip sets it")
+        _say(f"{name}: made with clip skip {shown(said, 20)}, this base has {own}; `clip_skip` sets it")
     return concept
 
 
@@ -282,7 +282,7 @@ def check_fits(concept: Concept, pipeline: Any, name: str, *, base: str | None =
     if info.base_fingerprint != (found := base or fingerprint(pipeline)):
         raise ConceptFileError(
             f"{name}: made for base '{shown(info.base)}' ({shown(info.base_fingerprint)}), this base is {found}; nothing "
-            f"was changed (--allow-base {SISTER} takes it all the same)"
+            f"was changed (`allow_base` {SISTER} takes it all the same)"
         )
 
 

@@ -151,7 +151,7 @@ def _read(tensors: dict[str, Tensor], metadata: Mapping[str, str], name: str) ->
 def _read_info(metadata: Mapping[str, str], name: str) -> DeltaInfo:
     text = metadata.get(METADATA_KEY)
     if text is None and CONCEPT_KEY in metadata:
-        raise ConceptFileError(f"{name}: a concept, not a model; put it on a base as --concept, or fuse it")
+        raise ConceptFileError(f"{name}: a concept, not a model; draw it on a base, as its `concept`, or fuse it")
     if text is None:
         raise ConceptFileError(f"{name}: not a delta file, its metadata has no '{METADATA_KEY}'")
     try:

@@ -135,7 +135,7 @@ def tell_of_marks(prompts: Iterable[str], syntax: Syntax) -> None:
     """Say, once for each, which marks of other tools in these prompts are read as ordinary text."""
     marks = dict.fromkeys(mark for prompt in prompts for mark in foreign_marks(prompt, syntax))
     weights = any(re.search(WEIGHTS, mark) for mark in marks)
-    way_out = "; prompt_syntax a1111 (--prompt-syntax a1111) reads weights" if syntax == "plain" and weights else ""
+    way_out = "; `prompt_syntax` a1111 reads weights" if syntax == "plain" and weights else ""
     if marks:
         _say(f"prompt: {quoted(marks)}: another tool's marks, read as ordinary text here{way_out}")
 

@@ -133,5 +133,5 @@ def scorer_for(base: str, clip: str | Path | None, *, device: str = "cpu") -> Sc
     if clip:
         return clip_scorer(clip, device=device)
     if base != "emojiland":
-        raise SettingsError(f"base '{shown(base)}' has no judge of its own; name a CLIP (--clip, or clip: in a suite)")
+        raise SettingsError(f"base '{shown(base)}' has no judge of its own; name a CLIP with `clip`")
     return judge_scorer()

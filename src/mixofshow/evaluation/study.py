@@ -127,7 +127,7 @@ def _inside(folder: Path, path: Path, *, outside: bool) -> Path:
         raise BadInputError(f"{folder / INDEX}: '{shown(path)}' leads nowhere ({reason})") from error
     if not (lies_within or outside):
         raise BadInputError(
-            f"{folder / INDEX}: '{shown(path)}' lies outside of the folder; --outside shows it all the same"
+            f"{folder / INDEX}: '{shown(path)}' lies outside of the folder; `outside` shows it all the same"
         )
     return found
 

@@ -120,7 +120,7 @@ def _check_outputs(suite: Suite, out: Path, cache: Path) -> None:
     check_outputs(files=files, shared=[cache], inputs=suite.inputs)
     if there := [] if cache.is_dir() else [path for some in files.values() for path in some if path.exists()]:
         raise BadInputError(
-            f"{shown(there[0], 100)}: is there and of no suite, for there is no cache; choose another --out"
+            f"{shown(there[0], 100)}: is there and of no suite, for there is no cache; choose another folder"
         )
 
 

@@ -59,10 +59,10 @@ def make_job(
     """
     if model is not None:
         if files:
-            raise SettingsError(f"{files[0]}: to be added to {model} it must be given with --add")
+            raise SettingsError(f"{files[0]}: to be added to {model} it must be given with `add`")
         return _job_of_model(model, given, add=add, remove=remove, base=base, **loading)
     if remove or add:
-        raise SettingsError("add and remove change a model that was fused; name its folder with --model")
+        raise SettingsError("`add` and `remove` change a model that was fused; name its folder with `model`")
     listing = _listing(files)
     settings = on_top(listing.settings, given)
     check_method(settings)  # before anything large is read

@@ -74,7 +74,7 @@ class Naming:
             return named
         nearly = re.search(rf"\w*(?:{'|'.join(map(re.escape, self._class_words))})\w*", caption, re.IGNORECASE)
         way_out = (
-            f"'{nearly[0]}' counts with --captions.synonyms {nearly[0]}" if nearly else "write one of them into it"
+            f"'{nearly[0]}' counts with `captions.synonyms` {nearly[0]}" if nearly else "write one of them into it"
         )
         raise DatasetError(
             f"caption '{shown(caption)}' names neither {self.placeholder} nor its class word '{self.class_word}'; {way_out}"

@@ -41,7 +41,7 @@ def check_folder(folder: Path, **options: Unpack[FolderOptions]) -> list[Finding
     if unnamed and options.get("naming") is None:
         what = (
             f"no <name> in {len(unnamed)} of them, such as '{shown(unnamed[0])}': it takes the place of the class word; "
-            "--name and --class-word tell whether that is there"
+            "give `name` and `class_word` to see whether that is there"
         )
         found.append(Finding("captions", "note", what))
     return found
@@ -112,4 +112,4 @@ def report(findings: Sequence[Finding], json_file: Path | None = None) -> None:
         write_text(json_file, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
     if bad := sorted({finding.file for finding in findings if finding.level == "error"}):
         count = f"{len(bad)} files cannot be used" if len(bad) > 1 else f"{bad[0]} cannot be used"
-        raise DatasetError(f"{count}; repair what the table names, or leave it out with --skip-bad")
+        raise DatasetError(f"{count}; repair what the table names, or leave it out with `skip_bad`")

@@ -102,7 +102,7 @@ def read_folder(folder: Path, *, skip_bad: bool = False, **options: Unpack[Folde
     # A bad line of metadata is no bad picture: leaving it out would train its picture with another caption.
     whole = any(error.file in METADATA for error in errors)
     if errors and (not skip_bad or not examples or whole):
-        raise DatasetError(_some_of(errors) + ("" if skip_bad or whole else "; --skip-bad leaves them out"))
+        raise DatasetError(_some_of(errors) + ("" if skip_bad or whole else "; `skip_bad` leaves them out"))
     if errors:
         bad = sum(any(finding.level == "error" for finding in reading.findings) for reading in every)
         logger.warning("%d of %d pictures are used; left out: %s", len(examples), len(examples) + bad, _some_of(errors))

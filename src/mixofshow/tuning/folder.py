@@ -82,7 +82,7 @@ def look_into(folder: Path, masks: Path | None = None, *, with_masks: bool = Tru
         for stem in own:
             in_place[stem] = [*in_place.get(stem, []), labels[stem]]
     if place and masks is None:
-        what = f"{_share(stems & set(in_place), stems)} masks, of the folder beside theirs; --masks names another"
+        what = f"{_share(stems & set(in_place), stems)} masks, of the folder beside theirs; `masks` names another"
         found.append(Finding(f"{label(place)}/", "warning", what))
     return Folder(pictures, captions, in_place, place, tuple(found))
 

@@ -101,7 +101,7 @@ class Run:
             self._take(state)
             logger.warning("going on from step %d of %d", self.step, self.total)
         elif found := newest(self.folder):
-            raise BadInputError(f"{found}: left by an earlier run; --resume goes on from it, removing it starts anew")
+            raise BadInputError(f"{found}: left by an earlier run; `resume` goes on from it, removing it starts anew")
         config = {key: value for key, value in self.info.settings.items() if value is not None}
         self.accelerator.init_trackers("curves", config)
 
@@ -258,9 +258,7 @@ class Run:
             except ResourceError:
                 with contextlib.suppress(ResourceError):
                     self._save()
-                what = (
-                    f"kept: {newest(self.folder) or 'no checkpoint'}; make room, and repeat the command with --resume"
-                )
+                what = f"kept: {newest(self.folder) or 'no checkpoint'}; make room, and go on with `resume`"
                 raise ResourceError(f"{error}; {what}") from error
         return concept
 

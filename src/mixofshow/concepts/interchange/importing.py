@@ -145,8 +145,8 @@ def _say_scale(parts: set[str], texts: Mapping[str, str], file: str, settings: I
     scaled_parts = parts - NO_WEIGHTS - {"alpha", "diff"}
     if scaled_parts and "alpha" not in parts and not scales_of(file, texts).said and not settings.says_scale:
         logger.warning(
-            "%s: no alpha in it nor beside it: its changes are read at scale 1; --unet-alpha and --text-encoder-alpha "
-            "set others",
+            "%s: no alpha in it nor beside it: its changes are read at scale 1; `unet_alpha` and "
+            "`text_encoder_alpha` set others",
             file,
         )
 
