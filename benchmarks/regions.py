@@ -46,7 +46,7 @@ from mixofshow.evaluation.tasks import draw
 from mixofshow.fusion.jobs import make_job
 from mixofshow.fusion.stages import fuse
 from mixofshow.grids import grid
-from mixofshow.sampling.settings import Composition, RegionEntry
+from mixofshow.sampling.settings import Composition, Region
 
 EXAMPLE: Final = Path(__file__).parents[1] / "examples" / "fuse-three.yaml"
 NAMES: Final = ("clown", "steamtrain", "robot")
@@ -130,8 +130,7 @@ def composition(wide: Wide, *, regions: bool = True, concept_from: int | None = 
     Without regions, one prompt that names the concepts.
     """
     entries = tuple(
-        RegionEntry(box=box, prompt=region_prompt(wide, place), concept_from=concept_from)
-        for place, box in enumerate(BOXES)
+        Region(region_prompt(wide, place), box, concept_from=concept_from) for place, box in enumerate(BOXES)
     )
     return Composition(
         prompt=caption([class_word(name) for name in wide.names], wide.scene) if regions else one_prompt(wide),

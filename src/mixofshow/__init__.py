@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mixofshow.fusion.settings import FusionSettings
     from mixofshow.fusion.stages import fuse
     from mixofshow.sampling.pipeline import MixOfShowPipeline
-    from mixofshow.sampling.regions import Region
+    from mixofshow.sampling.settings import Region
     from mixofshow.tuning.settings import TuningSettings, make_settings
     from mixofshow.tuning.trainer import tune
 
@@ -49,7 +49,7 @@ _HOMES: Final = {
     "FusionSettings": "fusion.settings",
     "fuse": "fusion.stages",
     "MixOfShowPipeline": "sampling.pipeline",
-    "Region": "sampling.regions",
+    "Region": "sampling.settings",
     "TuningSettings": "tuning.settings",
     "make_settings": "tuning.settings",
     "tune": "tuning.trainer",

@@ -10,10 +10,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mixofshow.errors import SettingsError, field_problem, listed, shown
 
 
-class Settings(BaseModel):
-    """A table of settings. Made from keyword arguments, or by `of`; raises SettingsError naming field and nearest key."""
+class Group(BaseModel):
+    """A frozen table that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Settings(Group):
+    """A table of settings. Made from keyword arguments, or by `of`; raises SettingsError naming field and nearest key."""
 
     def __init__(self, /, **values: Any) -> None:
         try:

@@ -50,7 +50,6 @@ from mixofshow.fusion.statistics import LayerStatistics
 from mixofshow.reading import read_table
 from mixofshow.sampling.composition import from_options
 from mixofshow.sampling.composition import inputs_of as composition_inputs
-from mixofshow.sampling.regions import entry_region
 from mixofshow.sampling.replay import PNG_KEY, read_note
 from mixofshow.tuning.captions import read_caption, read_metadata
 from mixofshow.tuning.settings import several
@@ -270,8 +269,7 @@ def _of_settings() -> dict[str, Reader]:
 
     def compose(path: Path) -> None:
         composition_inputs(path, {})
-        for entry in from_options(path, {}).regions:
-            entry_region(entry)
+        from_options(path, {})
 
     return {
         "composition": Reader(composition, as_yaml, compose),

@@ -65,5 +65,5 @@ def test_units_are_said():
     assert feather(0.25, "px") == 0.25 / 512
     with pytest.raises(RegionError, match="outside"):
         as_shares(Region("", (0, 0, 2, 2), units="share"), **size)
-    with pytest.raises(RegionError, match="units: expected px or share"):
+    with pytest.raises(RegionError, match="'units': input should be 'px' or 'share'"):
         Region("", (0, 0, 2, 2), units="cm")

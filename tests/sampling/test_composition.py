@@ -160,10 +160,18 @@ def test_pictures_without_a_note_are_refused(tmp_path):
     ("change", "error", "message"),
     [
         ({"promt": "a"}, SettingsError, "unknown key 'promt'; did you mean 'prompt'"),
-        ({"regions": [{"prompt": "a", "maks": "x"}]}, SettingsError, "unknown key 'regions.0.maks'"),
+        (
+            {"regions": [{"prompt": "a", "maks": "x"}]},
+            SettingsError,
+            "unknown key 'regions.0.maks'; did you mean 'mask'",
+        ),
         ({"regions": [{"prompt": "a"}]}, RegionError, "a box, a polygon or a mask"),
         ({"regions": [{"prompt": "a", "mask": "none.png"}]}, BadInputError, "none.png: cannot be read"),
-        ({"regions": [{"prompt": "a", "box": [0, 0, 1, 1], "weight": -1}]}, RegionError, "weight"),
+        (
+            {"regions": [{"prompt": "a", "box": [0, 0, 1, 1], "weight": -1}]},
+            SettingsError,
+            "'regions.0.weight': .*found -1",
+        ),
         ({"attend": 7}, SettingsError, "attend"),
         ({"image": "none.png"}, BadInputError, "none.png: cannot be read"),
     ],

@@ -382,8 +382,8 @@ def test_regions_that_meet_inside_a_cell_cover_it_together():
         (lambda pipe, one: pipe.set_concepts(["dogx"], None), "set_concepts: expected finite numbers"),
         (lambda pipe, one: pipe.set_concepts(["dogx", "dogx"]), "each name once"),
         (lambda pipe, one: pipe(**ASKED, regional_lora=one), "regional_lora: expected True, False, or a list"),
-        (lambda pipe, one: Region("a", LEFT, adapters={"a": "1"}), "adapters: a: expected a finite number"),
-        (lambda pipe, one: Region("a", LEFT, adapters=["a"]), "adapters: expected a table"),
+        (lambda pipe, one: Region("a", LEFT, adapters={"a": "x"}), "'adapters.a': input should be a valid number"),
+        (lambda pipe, one: Region("a", LEFT, adapters=["a"]), "'adapters': input should be a valid mapping"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_one_line(call, message, golden_pipeline, concepts):

@@ -20,7 +20,7 @@ from PIL import Image
 from mixofshow.bases.loading import load_base
 from mixofshow.errors import BadInputError
 from mixofshow.evaluation.suite_settings import ConceptEntry, Suite
-from mixofshow.sampling.settings import Composition, RegionEntry
+from mixofshow.sampling.settings import Composition, Region
 
 VERSION: Final = 2
 """Of how things are made, as far as no setting tells; another one makes everything anew."""
@@ -190,10 +190,7 @@ def _together(suite: Suite, model: DrawnBy, side: int) -> Iterator[WideRequest]:
         place = suite.compositions.places[number % len(suite.compositions.places)]
         concepts, boxes = [known[name] for name in names], columns(len(names), width, height)
         prompt = _listed([one.noun for one in concepts], place)
-        regions = tuple(
-            RegionEntry(box=box, prompt=_region_prompt(suite.base, concepts, own, place))
-            for own, box in enumerate(boxes)
-        )
+        regions = tuple(Region(_region_prompt(suite.base, concepts, own, place), box) for own, box in enumerate(boxes))
         wide = {"regions": regions, "width": width, "height": height, "num": 1}
         seeds = range(suite.seed, suite.seed + suite.compositions.images)
         yield WideRequest(names, boxes, tuple(_request(suite, model, prompt, **wide, seed=seed) for seed in seeds))

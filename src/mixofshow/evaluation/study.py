@@ -33,7 +33,7 @@ from mixofshow.images import label, read_image
 from mixofshow.outputs import write_text
 from mixofshow.reading import read_json
 from mixofshow.sampling.pictures import embedded
-from mixofshow.tuning.settings import Group
+from mixofshow.tables import Group
 
 INDEX: Final = "pictures.json"
 REFERENCES: Final = 4

@@ -20,8 +20,9 @@ from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.solving import check_method
 from mixofshow.reading import named_in, parse_table, read_table
 from mixofshow.sampling.settings import STEPS
+from mixofshow.tables import Group
 from mixofshow.tuning.adapters import METHODS
-from mixofshow.tuning.settings import Group, TuningSettings, make_settings, merged, nested
+from mixofshow.tuning.settings import TuningSettings, make_settings, merged, nested
 
 GROUPS: Final = {"character": "characters", "object": "objects", "scene": "scenes"}
 """What results call the concepts of a kind together."""

@@ -32,8 +32,8 @@ from mixofshow.fusion.stages import fuse
 from mixofshow.fusion.store import Store
 from mixofshow.outputs import write_text
 from mixofshow.processes import end_with_parent
+from mixofshow.sampling import regions
 from mixofshow.sampling.pipeline import MixOfShowPipeline
-from mixofshow.sampling.regions import entry_region
 from mixofshow.sampling.replay import maker_of, resolved, save_picture
 from mixofshow.sampling.settings import Composition
 from mixofshow.tuning.settings import TuningSettings
@@ -90,7 +90,7 @@ class DrawTask:
         model = _model(self.model)
         pipeline = MixOfShowPipeline.of(model)
         maker = maker_of(pipeline)
-        with _without_notices(entry_region.__module__):
+        with _without_notices(regions.__name__):
             for request in self.requests:
                 images, paths = draw(model, request.composition), request.paths(self.folder)
                 for number, (image, path) in enumerate(zip(images, paths, strict=True)):
@@ -116,7 +116,7 @@ def draw(model: ConceptModel, wanted: Composition) -> list[Image.Image]:
     """A composition's pictures in one batch; picture k is made from seed + k."""
     return MixOfShowPipeline.of(model)(
         wanted.prompt,
-        regions=[entry_region(entry) for entry in wanted.regions],
+        regions=wanted.regions,
         negative_prompt=wanted.negative_prompt,
         num_images_per_prompt=wanted.num,
         seed=wanted.seed,

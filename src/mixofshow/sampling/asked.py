@@ -20,8 +20,7 @@ from mixofshow.errors import RegionError, SettingsError, shown
 from mixofshow.progress import Progress
 from mixofshow.sampling.controls import require_all_fit
 from mixofshow.sampling.denoising import Control
-from mixofshow.sampling.regions import Region
-from mixofshow.sampling.settings import Drawing, make_drawing
+from mixofshow.sampling.settings import Drawing, Region, make_drawing
 
 logger = logging.getLogger(__name__)
 

@@ -50,8 +50,8 @@ class RegionText:
     """A region's place and its text, (sides, layers, tokens, dim): with guidance, the negative one comes first.
 
     It counts by its weight, from `first_step` to `last_step` (from 1, both included), in front of those whose `front` is
-    smaller. `words` are the places of its concepts' words among its tokens, `concepts` their names, and `changes` what
-    these change of the UNet's layers there.
+    smaller. `words` are the places of its concepts' words among its tokens, and `changes` what these concepts change of the
+    UNet's layers there.
     """
 
     shape: Shape
@@ -61,7 +61,6 @@ class RegionText:
     first_step: int = 1
     last_step: int | None = None
     words: tuple[int, ...] = ()
-    concepts: tuple[str, ...] = ()
     changes: Mapping[str, Sequence[Change]] = field(default_factory=dict)
 
     def holds(self, step: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final
@@ -13,10 +14,9 @@ from PIL import Image
 from mixofshow.errors import RegionError, SettingsError, nearest, shown
 from mixofshow.progress import Progress, silent
 from mixofshow.reading import named_in, parse_table, read_table
-from mixofshow.sampling.pictures import embedded, is_embedded, read_picture
+from mixofshow.sampling.pictures import Source, embedded, is_embedded, read_picture
 from mixofshow.sampling.pipeline import MixOfShowPipeline
-from mixofshow.sampling.regions import Region, entry_region
-from mixofshow.sampling.settings import ENTRIES, Composition
+from mixofshow.sampling.settings import ENTRIES, Composition, Region
 from mixofshow.sampling.steering import open_controls, with_known_controls
 
 _SIZE: Final = re.compile(r"([0-9]{1,5})[xX]([0-9]{1,5})")
@@ -32,22 +32,22 @@ def make_composition(table: Mapping[str, Any], source: str = "composition", fold
     field and the nearest known one, RegionError, BadInputError for a picture.
     """
     made = _with_pictures(Composition.of(table, source), source, folder)
-    for entry in made.regions:
-        entry_region(entry)
     return with_known_controls(made, source, folder)
 
 
 def _with_pictures(composition: Composition, source: str, folder: Path | None) -> Composition:
     """The composition with the pictures that it names in the place of their names."""
 
-    def read(name: str | None, mode: str) -> str | None:
-        if name is None or is_embedded(name):
+    def read(name: Source | None, mode: str) -> str | None:
+        if name is None or (isinstance(name, str) and is_embedded(name)):
             return name
+        if isinstance(name, Image.Image):
+            return embedded(name)
         if folder is None:
             raise SettingsError(f"{source}: expected the picture itself, found a file's name, '{shown(name)}'")
         return embedded(read_picture(named_in(folder, name), mode))
 
-    regions = tuple(entry.model_copy(update={"mask": read(entry.mask, "L")}) for entry in composition.regions)
+    regions = tuple(replace(one, mask=read(one.mask, "L")) for one in composition.regions)
     pictures = {"image": read(composition.image, "RGB"), "mask": read(composition.mask, "L")}
     return composition.model_copy(update={"regions": regions, **pictures})
 
@@ -133,7 +133,7 @@ def compose(pipeline: MixOfShowPipeline, composition: Composition, *, progress: 
         # One at a time: in a batch, rounding depends on how many pictures are drawn together.
         images += pipeline(
             composition.prompt,
-            regions=[entry_region(entry) for entry in composition.regions],
+            regions=composition.regions,
             negative_prompt=composition.negative_prompt,
             image=start,
             mask_image=read_picture(composition.mask, "L") if composition.mask else None,

@@ -19,7 +19,6 @@ from mixofshow.progress import Progress, silent
 from mixofshow.sampling.composition import as_part, compose, variations
 from mixofshow.sampling.layout import draw_layout
 from mixofshow.sampling.pipeline import MixOfShowPipeline
-from mixofshow.sampling.regions import entry_region
 from mixofshow.sampling.replay import maker_of, resolved, save_picture
 from mixofshow.sampling.settings import Composition
 
@@ -66,7 +65,7 @@ def draw_pictures(
     for number, (image, target) in enumerate(zip(images, targets, strict=True)):
         save_picture(image, target, composition, maker, number)
     if layout is not None:
-        _write(draw_layout(images[0], [entry_region(entry) for entry in composition.regions]), layout)
+        _write(draw_layout(images[0], composition.regions), layout)
 
 
 def draw_grid(

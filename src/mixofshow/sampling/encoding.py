@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -16,7 +17,8 @@ from mixofshow.concepts.syntax import write_prompt
 from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import SettingsError, shown
 from mixofshow.sampling.attention import RegionText
-from mixofshow.sampling.regions import Region, require_a_cell, shape_of
+from mixofshow.sampling.regions import require_a_cell, shape_of
+from mixofshow.sampling.settings import Region
 
 
 @dataclass(frozen=True)
@@ -90,44 +92,36 @@ def encode(
     texts = []
     for region, shape in zip(regions, shapes, strict=True):
         without = negatives if region.negative_prompt is None else [region.negative_prompt]
-        for one in _stages(region, model):
+        for one, tuned in _stages(region, model):
+            how = known.get(adapters_of(model, region), plain) if tuned else plain
+            with replaced(model.pipeline, how.weights):
+                text = sides([one.prompt] * len(without), without, how.vocabulary).hidden
+            when = (one.first_step or 1, one.last_step)
             words = concept_places(model, one.prompt)
-            concepts = concepts_in(model, one.prompt)
-            tuned = known.get(adapters_of(model, region), plain) if one.tuned else plain
-            with replaced(model.pipeline, tuned.weights):
-                text = sides([one.prompt] * len(without), without, tuned.vocabulary).hidden
-            when = (one.first_step, one.last_step)
-            texts.append(RegionText(shape, text, one.weight, region.front, *when, words, concepts, tuned.changes))
+            texts.append(RegionText(shape, text, one.weight, region.front, *when, words, how.changes))
     whole = sides(prompts, negatives * (len(prompts) // len(negatives)))
     return EncodedPrompt(whole.hidden, tuple(texts), guided, whole.pooled)
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """A prompt that a region has, with a weight and for some steps."""
+def _stages(region: Region, model: ConceptModel) -> Iterator[tuple[Region, bool]]:
+    """What a region reads, and whether its concepts are there.
 
-    prompt: str
-    weight: float
-    first_step: int
-    last_step: int | None
-    tuned: bool = False
-    """Whether its concepts are there."""
+    It is its prompt, and the same with class words, for as much and as long as it asks for these.
+    """
 
+    def plain(**changes: Any) -> tuple[Region, bool]:
+        return replace(region, prompt=without_concepts(model, region.prompt), **changes), False
 
-def _stages(region: Region, model: ConceptModel) -> Iterator[_Stage]:
-    """What a region reads: its prompt, and the same with class words, for as much and as long as it asks for these."""
     first, last, start = region.first_step or 1, region.last_step, region.concept_from or 1
     if start > first:
-        until = start - 1 if last is None else min(start - 1, last)
-        yield _Stage(without_concepts(model, region.prompt), region.weight, first, until)
+        yield plain(last_step=start - 1 if last is None else min(start - 1, last))
         first = start
     if last is not None and first > last:
         return
     if region.strength < 1:
-        plain = without_concepts(model, region.prompt)
-        yield _Stage(plain, region.weight * (1 - region.strength), first, last)
+        yield plain(first_step=first, weight=region.weight * (1 - region.strength))
     if region.strength > 0:
-        yield _Stage(region.prompt, region.weight * region.strength, first, last, tuned=True)
+        yield replace(region, first_step=first, weight=region.weight * region.strength), True
 
 
 def adapters_of(model: ConceptModel, region: Region) -> Adapters:

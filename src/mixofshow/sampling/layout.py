@@ -9,7 +9,8 @@ from typing import Final
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mixofshow.sampling.regions import Region, bounding_cells, coverage, shape_of
+from mixofshow.sampling.regions import bounding_cells, coverage, shape_of
+from mixofshow.sampling.settings import Region
 
 TINT: Final = 0.35
 SMALLEST_SIDE: Final = 512

@@ -40,7 +40,7 @@ from mixofshow.sampling.encoding import Adapters, EncodedPrompt, OwnText, adapte
 from mixofshow.sampling.latents import at_size, cells_of, decode, initial_latents, picture_latents
 from mixofshow.sampling.loaders import ConceptLoaderMixin, loading_options
 from mixofshow.sampling.regional_lora import own_texts
-from mixofshow.sampling.regions import Region
+from mixofshow.sampling.settings import Region
 
 
 class Pictures(list[Any]):

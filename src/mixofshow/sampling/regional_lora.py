@@ -32,7 +32,7 @@ from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import BadInputError, BaseModelError, SettingsError, shown
 from mixofshow.sampling.attention import RegionalAttention
 from mixofshow.sampling.encoding import Adapters, OwnText, adapters_of
-from mixofshow.sampling.regions import Region
+from mixofshow.sampling.settings import Region
 
 _TEXT_SIDE = (".attn2.to_k", ".attn2.to_v")
 _OF_TIME = ("time_embedding", "add_embedding")

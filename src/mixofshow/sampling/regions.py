@@ -5,24 +5,21 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
-from typing import Final, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mixofshow.errors import BadInputError, RegionError, shown
-from mixofshow.sampling.pictures import Source, read_picture
-from mixofshow.sampling.settings import Box, Points, RegionEntry, Units
+from mixofshow.errors import BadInputError, RegionError
+from mixofshow.sampling.pictures import read_picture
+from mixofshow.sampling.settings import Box, Region, point
 
 logger = logging.getLogger(__name__)
 
-_REGION: Final = re.compile(r"\s*([^:]*?)\s*:\s*(.*)", re.DOTALL)
 MAX_POINTS: Final = 1000
-MAX_WEIGHT: Final = 1e6
 WHOLE: Final[Box] = (0.0, 0.0, 1.0, 1.0)
 _SMALLEST_AREA: Final = 1e-9
 """Below this share of the picture a polygon is a line."""
@@ -33,98 +30,6 @@ Cells = tuple[int, int, int, int]
 """(left, top, right, bottom) in whole cells of a feature map; right and bottom are not included."""
 Grid = tuple[int, int]
 """(columns, rows) of a feature map."""
-
-
-@dataclass(frozen=True)
-class Region:
-    """A part of the picture with a prompt of its own: a box, a polygon, or a mask picture (white is inside).
-
-    `units` says what the box, polygon and feather are in: "px", or "share" of the picture (a feather: of its shorter
-    side). None is pixels, unless no number of the box or polygon is over 1, and for a feather, unless it is at most 1. A
-    mask is stretched over the whole picture; grey is partly inside. `negative_prompt` None means the one of the whole
-    picture. Where regions overlap, the one with the largest `front` hides the others; of those in one depth each counts by
-    its `weight`. `first_step` and `last_step` count from 1 and are included; None is the first or last there is.
-    `strength` 0 to 1 is how much of the prompt's concepts is there (0: only their class words), and before
-    `concept_from`, a step, none of it is. `feather` is the width over which the region fades in, half of it on either
-    side of its edge. `adapters` are the LoRAs by which it is drawn, concepts by name or those that were loaded as
-    adapters, and how much of each; None: with `regional_lora`, the concepts in its prompt.
-    """
-
-    prompt: str
-    box: Box | None = None
-    negative_prompt: str | None = None
-    _: KW_ONLY
-    polygon: Points | None = None
-    mask: Source | None = None
-    weight: float = 1.0
-    front: int = 0
-    first_step: int | None = None
-    last_step: int | None = None
-    strength: float = 1.0
-    concept_from: int | None = None
-    feather: float = 0.0
-    units: Units | None = None
-    adapters: Mapping[str, float] | None = None
-
-    def __post_init__(self) -> None:
-        if sum(one is not None for one in (self.box, self.polygon, self.mask)) != 1:
-            raise RegionError(f"{self.title}: expected a box, a polygon or a mask, and only one of them")
-        if self.mask is not None and not isinstance(self.mask, get_args(Source)):
-            found = type(self.mask).__name__
-            raise RegionError(f"{self.title}: mask: expected a picture (PIL.Image.Image) or a file, found {found}")
-        self._require(0 < self.weight <= MAX_WEIGHT, "weight", f"above 0 and at most {MAX_WEIGHT:g}")
-        self._require(isinstance(self.front, int), "front", "a whole number, larger in front")
-        self._require(0 <= self.strength <= 1, "strength", "0 to 1")
-        self._require(0 <= self.feather < math.inf, "feather", "a finite number, at least 0")
-        self._require(self.units in (None, *get_args(Units)), "units", " or ".join(get_args(Units)))
-        for name in ("first_step", "last_step", "concept_from"):
-            step = getattr(self, name)
-            self._require(step is None or step >= 1, name, "a step, counted from 1")
-        named = self.adapters is None or isinstance(self.adapters, Mapping)
-        self._require(named, "adapters", "a table of names and strengths")
-        for name, strength in (self.adapters or {}).items():
-            if not isinstance(strength, int | float) or not math.isfinite(strength):
-                found = shown(strength)
-                raise RegionError(f"{self.title}: adapters: {shown(name)}: expected a finite number, found {found}")
-        ends = self.last_step is None or (self.first_step or 1) <= self.last_step
-        self._require(ends, "last_step", f"at least first_step, {self.first_step}")
-
-    def in_shares(self, largest: float) -> bool:
-        """Whether numbers of which this is the largest are shares of the picture, not pixels."""
-        return largest <= 1 if self.units is None else self.units == "share"
-
-    def require_its_steps(self, first: int, last: int) -> None:
-        """Raise RegionError unless the region is there in a step that is done, and its concept may begin in one."""
-        expected = f"a step from {first} to {last}, which are done"
-        self._require((self.first_step or 1) <= last, "first_step", expected)
-        self._require(self.last_step is None or self.last_step >= first, "last_step", expected)
-        self._require((self.concept_from or 1) <= last, "concept_from", expected)
-
-    def _require(self, holds: bool, name: str, expected: str) -> None:
-        if not holds:
-            raise RegionError(f"{self.title}: {name}: expected {expected}, found {getattr(self, name)}")
-
-    @property
-    def title(self) -> str:
-        """What messages call it."""
-        place = tuple(self.box) if self.box is not None else "polygon" if self.polygon is not None else "mask"
-        return f"region {place} of '{shown(self.prompt, 40)}'"
-
-    @classmethod
-    def parse(cls, text: str) -> Region:
-        """From "left,top,right,bottom: prompt". Raises RegionError."""
-        match = _REGION.fullmatch(text)
-        numbers = match.group(1).split(",") if match else []
-        try:
-            left, top, right, bottom = (float(number) for number in numbers)
-        except ValueError as error:
-            raise RegionError(f"region '{shown(text)}': expected \"left,top,right,bottom: prompt\"") from error
-        return cls(match.group(2) if match else "", (left, top, right, bottom))
-
-
-def entry_region(entry: RegionEntry) -> Region:
-    """The region that an entry describes. Raises RegionError."""
-    return Region(**dict(entry))
 
 
 @dataclass(frozen=True)
@@ -170,7 +75,7 @@ def as_shares(region: Region, *, width: int, height: int) -> Box:
 def _corners(region: Region, width: int, height: int) -> Tensor:
     """The polygon's corners in shares, (corners, 2), checked."""
     points = region.polygon or ()
-    if not 3 <= len(points) <= MAX_POINTS or any(len(point) != 2 for point in points):
+    if not 3 <= len(points) <= MAX_POINTS:
         raise RegionError(f"{region.title}: expected 3 to {MAX_POINTS} points (x, y), found {len(points)}")
     corners = torch.tensor(points, dtype=torch.float64)
     if not corners.isfinite().all():
@@ -179,10 +84,9 @@ def _corners(region: Region, width: int, height: int) -> Tensor:
         corners = corners / torch.tensor([width, height], dtype=torch.float64)
     outside = ((corners < 0) | (corners > 1)).any(1)
     if outside.any():
-        point = points[int(outside.nonzero()[0])]
-        raise RegionError(f"{region.title}: {tuple(point)} lies outside the picture of {width} x {height} pixels")
-    crossing = _crossing(corners)
-    if crossing is not None:
+        corner = point(points[int(outside.nonzero()[0])])
+        raise RegionError(f"{region.title}: {corner} lies outside the picture of {width} x {height} pixels")
+    if crossing := _crossing(corners):
         first, second = crossing
         raise RegionError(f"{region.title}: crosses itself, the sides from points {first + 1} and {second + 1} meet")
     if _area_before(corners, 1.0, 1.0).abs() < _SMALLEST_AREA:

@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
 from mixofshow.bases.families import family_of, text_encoders
@@ -29,6 +29,7 @@ from mixofshow.sampling.composition import compose, make_composition
 from mixofshow.sampling.pictures import picture_bytes, read_picture
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.settings import Composition
+from mixofshow.tables import Group
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +37,8 @@ PNG_KEY: Final = "mixofshow"
 PACKAGES: Final = ("mixofshow", "torch", "diffusers", "transformers")
 
 
-class Maker(BaseModel):
+class Maker(Group):
     """What drew a picture. There is no place in it for a path, a host or a user."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     base: str
     hash: str

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Final, Literal
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import KW_ONLY
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import (
+    AliasChoices,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    SkipValidation,
+    ValidationError,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 
 from mixofshow.concepts.syntax import Syntax
-from mixofshow.errors import SettingsError
-from mixofshow.tables import Settings
+from mixofshow.errors import RegionError, SettingsError, field_problem, shown
+from mixofshow.sampling.pictures import Source
+from mixofshow.tables import Group, Settings
 
 Box = tuple[float, float, float, float]
 """(left, top, right, bottom)."""
@@ -18,8 +31,13 @@ Points = tuple[tuple[float, float], ...]
 Units = Literal["px", "share"]
 """Of a region's lengths: pixels, or shares of the picture."""
 
+Step = Annotated[int, Field(ge=1)]
+"""A step, counted from 1."""
+
 STEPS: Final = 25
 MAX_PIXELS: Final = 2**24
+MAX_WEIGHT: Final = 1e6
+_REGION: Final = re.compile(r"\s*([^:]*?)\s*:\s*(.*)", re.DOTALL)
 ALSO: Final = {"num_inference_steps": "steps", "strength": "image_strength"}
 """What diffusers' pipelines call some of the settings."""
 
@@ -53,8 +71,7 @@ class Drawing(Settings):
     @classmethod
     def known_keys(cls, problem: Mapping[str, Any]) -> Iterable[str]:
         """The keys, and what diffusers calls some of them; in a list, those of its entries."""
-        entry = ENTRIES.get(problem["loc"][0]) if len(problem["loc"]) > 1 else None
-        return entry.model_fields if entry else [*cls.model_fields, *ALSO]
+        return ENTRIES[problem["loc"][0]] if len(problem["loc"]) > 1 else [*cls.model_fields, *ALSO]
 
     @property
     def isolated_steps(self) -> int:
@@ -86,36 +103,104 @@ class Drawing(Settings):
         return wide, high
 
 
-class RegionEntry(BaseModel):
-    """A region as written in YAML; see Region. `mask` is a file beside the YAML, and in here the picture itself."""
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))
+class Region:
+    """A part of the picture with a prompt of its own: a box, a polygon, or a mask picture (white is inside).
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    `units` says what the box, polygon and feather are in: "px", or "share" of the picture (a feather: of its shorter
+    side). None is pixels, unless no number of the box or polygon is over 1, and for a feather, unless it is at most 1. A
+    mask is stretched over the whole picture; grey is partly inside. `negative_prompt` None means the one of the whole
+    picture. Where regions overlap, the one with the largest `front` hides the others; of those in one depth each counts by
+    its `weight`. `first_step` and `last_step` count from 1 and are included; None is the first or last there is.
+    `strength` 0 to 1 is how much of the prompt's concepts is there (0: only their class words), and before
+    `concept_from`, a step, none of it is. `feather` is the width over which the region fades in, half of it on either
+    side of its edge. `adapters` are the LoRAs by which it is drawn, concepts by name or those that were loaded as
+    adapters, and how much of each; None: with `regional_lora`, the concepts in its prompt.
+    """
 
     prompt: str
     box: Box | None = None
-    polygon: Points | None = None
-    mask: str | None = None
     negative_prompt: str | None = None
-    weight: float = 1.0
+    _: KW_ONLY
+    polygon: Points | None = None
+    mask: SkipValidation[Source | None] = None
+    weight: Annotated[float, Field(gt=0, le=MAX_WEIGHT)] = 1.0
     front: int = 0
-    first_step: int | None = None
-    last_step: int | None = None
-    strength: float = 1.0
-    concept_from: int | None = None
-    feather: float = 0.0
+    first_step: Step | None = None
+    last_step: Step | None = None
+    strength: Annotated[float, Field(ge=0, le=1)] = 1.0
+    concept_from: Step | None = None
+    feather: Annotated[FiniteFloat, Field(ge=0)] = 0.0
     units: Units | None = None
-    adapters: dict[str, float] | None = None
+    adapters: Mapping[str, FiniteFloat] | None = None
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _named(cls, given: Any, make: Callable[[Any], Self]) -> Self:
+        """Problems of a region that is made by itself are RegionErrors; in a composition they are the composition's."""
+        try:
+            return make(given)
+        except ValidationError as error:
+            if not isinstance(given, ArgsKwargs):
+                raise
+            prompt = next(iter(given.args), (given.kwargs or {}).get("prompt"))
+            problem = field_problem(error.errors()[0], cls.__dataclass_fields__)
+            raise RegionError(f"region of '{shown(prompt, 40)}': {problem}") from error
+
+    def __post_init__(self) -> None:
+        if sum(one is not None for one in (self.box, self.polygon, self.mask)) != 1:
+            raise RegionError(f"{self.title}: expected a box, a polygon or a mask, and only one of them")
+        if not isinstance(self.mask, Source | None):
+            found = type(self.mask).__name__
+            raise RegionError(f"{self.title}: mask: expected a picture (PIL.Image.Image) or a file, found {found}")
+        ends = self.last_step is None or (self.first_step or 1) <= self.last_step
+        self._require(ends, "last_step", f"at least first_step, {self.first_step}")
+
+    def in_shares(self, largest: float) -> bool:
+        """Whether numbers of which this is the largest are shares of the picture, not pixels."""
+        return largest <= 1 if self.units is None else self.units == "share"
+
+    def require_its_steps(self, first: int, last: int) -> None:
+        """Raise RegionError unless the region is there in a step that is done, and its concept may begin in one."""
+        expected = f"a step from {first} to {last}, which are done"
+        self._require((self.first_step or 1) <= last, "first_step", expected)
+        self._require(self.last_step is None or self.last_step >= first, "last_step", expected)
+        self._require((self.concept_from or 1) <= last, "concept_from", expected)
+
+    def _require(self, holds: bool, name: str, expected: str) -> None:
+        if not holds:
+            raise RegionError(f"{self.title}: {name}: expected {expected}, found {getattr(self, name)}")
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        place = point(self.box) if self.box is not None else "polygon" if self.polygon is not None else "mask"
+        return f"region {place} of '{shown(self.prompt, 40)}'"
+
+    @classmethod
+    def parse(cls, text: str) -> Region:
+        """From "left,top,right,bottom: prompt". Raises RegionError."""
+        match = _REGION.fullmatch(text)
+        numbers = match.group(1).split(",") if match else []
+        try:
+            left, top, right, bottom = (float(number) for number in numbers)
+        except ValueError as error:
+            raise RegionError(f"region '{shown(text)}': expected \"left,top,right,bottom: prompt\"") from error
+        return cls(match.group(2) if match else "", (left, top, right, bottom))
 
 
-class ControlEntry(BaseModel):
+def point(numbers: Iterable[float]) -> str:
+    """Numbers as messages show them: 8 is 8, not 8.0."""
+    return f"({', '.join(f'{number:g}' for number in numbers)})"
+
+
+class ControlEntry(Group):
     """A control as written in YAML; see PictureControl.
 
     `network` is a folder or an embedded name, `picture` a file. `strength_map` is a file beside the YAML, and in here the
     picture itself; instead, `regions` has a strength for each region in turn, and `outside` the one beside them. The
     hashes are found when the composition is made; where they are given, nothing else is taken.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     network: str
     picture: str
@@ -129,8 +214,11 @@ class ControlEntry(BaseModel):
     picture_hash: str | None = None
 
 
-ENTRIES: Final[dict[Any, type[BaseModel]]] = {"regions": RegionEntry, "controls": ControlEntry}
-"""What the lists in a composition are made of."""
+ENTRIES: Final[dict[Any, Iterable[str]]] = {
+    "regions": Region.__dataclass_fields__,
+    "controls": ControlEntry.model_fields,
+}
+"""The keys of what the lists in a composition are made of."""
 
 
 class Composition(Drawing):
@@ -138,7 +226,7 @@ class Composition(Drawing):
 
     prompt: str = Field(description="What the whole picture shows.")
     negative_prompt: str = Field("", description="What it does not show.")
-    regions: tuple[RegionEntry, ...] = ()
+    regions: tuple[Region, ...] = ()
     controls: tuple[ControlEntry, ...] = ()
     image: str | None = None
     mask: str | None = None

@@ -26,7 +26,7 @@ from mixofshow.sampling.controls import (
     network_hash,
 )
 from mixofshow.sampling.pictures import decode_picture, embedded, is_embedded, picture_bytes, read_picture
-from mixofshow.sampling.regions import coverage, entry_region, shape_of
+from mixofshow.sampling.regions import coverage, shape_of
 from mixofshow.sampling.settings import Composition, ControlEntry
 
 
@@ -121,7 +121,7 @@ def _strengths(
     if not entry.regions:
         return entry.strength_map
     width, height = size
-    shapes = [shape_of(entry_region(region), width=width, height=height) for region in composition.regions]
+    shapes = [shape_of(region, width=width, height=height) for region in composition.regions]
     covers = [coverage(shape, columns=width // factor, rows=height // factor) for shape in shapes]
     seen = visible(torch.stack(covers), [region.front for region in composition.regions])
     return map_of_regions(list(zip(seen, entry.regions, strict=True)), outside=entry.outside)

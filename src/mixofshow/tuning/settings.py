@@ -13,11 +13,11 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from mixofshow.errors import SettingsError, shown
 from mixofshow.reading import named_in
-from mixofshow.tables import Settings
+from mixofshow.tables import Group, Settings
 
 Place = Annotated[Path, AfterValidator(partial(named_in, Path()))]
 """A path as it is named from the working folder."""
@@ -28,12 +28,6 @@ NOT_IN_FILES: Final = {
 """Settings that do not stand in a concept file by their dotted names."""
 MAX_GROUPS: Final = 4
 """Dots in a key that count; there are no such depths."""
-
-
-class Group(BaseModel):
-    """A frozen table that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class WordSettings(Group):
