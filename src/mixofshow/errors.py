@@ -113,7 +113,7 @@ def field_problem(error: Mapping[str, Any], known: Iterable[str]) -> str:
     """What pydantic found wrong with a field, in one line; for a key that nobody knows, the nearest of the known."""
     field = ".".join(map(str, error["loc"]))
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"unknown key '{shown(field)}'{nearest(str(error['loc'][-1]), known)}"
+        return f"unknown key '{shown(field)}'{nearest(field, known) or nearest(str(error['loc'][-1]), known)}"
     return f"'{shown(field)}': {shown(error['msg'].lower(), 200)}, found {shown(error.get('input'))}"
 
 

@@ -24,7 +24,7 @@ from mixofshow import MixOfShowPipeline, Region
 from mixofshow.concepts.concept import vocabulary
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.errors import MixOfShowError, RegionError, SettingsError
-from mixofshow.sampling.asked import REFUSED
+from mixofshow.sampling.inputs import REFUSED
 from mixofshow.sampling.latents import decode, initial_latents
 from mixofshow.sampling.pipeline import MixOfShowXLPipeline
 

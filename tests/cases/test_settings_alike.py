@@ -11,7 +11,7 @@ from mixofshow import FusionSettings, TuningSettings, make_settings
 from mixofshow.concepts.interchange.settings import ConvertSettings
 from mixofshow.errors import SettingsError
 from mixofshow.fusion.settings import RecordingSettings
-from mixofshow.sampling.settings import Composition, Drawing, make_drawing
+from mixofshow.sampling.settings import Composition, SamplingSettings
 
 NEEDED = {"name": "cat", "data": "pictures", "class_word": "cat"}
 
@@ -26,7 +26,7 @@ NEEDED = {"name": "cat", "data": "pictures", "class_word": "cat"}
         (FusionSettings, {"method": "nonsense"}, "unknown fusion method 'nonsense'"),
         (FusionSettings, {"method": "averge"}, "did you mean 'average'"),
         (RecordingSettings, {"steps": 0}, "'steps': .*found 0"),
-        (Drawing, {"num_inference_stepz": 3}, "did you mean 'num_inference_steps'"),
+        (SamplingSettings, {"num_inference_stepz": 3}, "did you mean 'num_inference_steps'"),
         (Composition, {"prompt": "", "regions": [{"prompt": "", "bxo": 1}]}, "unknown key 'regions.0.bxo'"),
         (ConvertSettings, {"rnk": 1}, "did you mean 'rank'"),
     ],
@@ -46,4 +46,3 @@ def test_good_ones_are_as_ever():
     assert made.model_fields_set == {*NEEDED, "unet"}
     assert pickle.loads(pickle.dumps(made)) == copy.deepcopy(made) == made.model_copy() == made
     assert FusionSettings.of({"method": "average"}) == FusionSettings(method="average")
-    assert make_drawing({"num_inference_steps": 3, "strength": 0.5}) == Drawing(steps=3, image_strength=0.5)

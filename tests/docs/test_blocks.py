@@ -34,7 +34,7 @@ from mixofshow.bases.emojiland.concepts import write_concept
 from mixofshow.evaluation import suite_settings, tasks
 from mixofshow.fusion.methods import METHODS
 from mixofshow.fusion.settings import FusionSettings
-from mixofshow.sampling import asked
+from mixofshow.sampling import inputs
 from mixofshow.tuning.settings import BASE_PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -157,9 +157,9 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     Of Emojiland's concepts only those that the pages name are written; they are drawn on one prompt of each category.
     """
     few = {"steps": 2, "refine": 0}
-    make_drawing, prompts_of = asked.make_drawing, suite_settings.Suite.prompts_of
+    settings, prompts_of = inputs.SamplingSettings, suite_settings.Suite.prompts_of
     monkeypatch.setitem(BASE_PRESETS["emojiland"], "steps", 2)
-    monkeypatch.setattr(asked, "make_drawing", lambda table: make_drawing({**table, "num_inference_steps": 2}))
+    monkeypatch.setattr(inputs, "SamplingSettings", lambda **table: settings(**{**table, "steps": 2}))
     monkeypatch.setattr("mixofshow.bases.emojiland.concepts.ALL", ("reddog", "clown", "steamtrain", "robot"))
     monkeypatch.setattr(
         suite_settings.Suite,

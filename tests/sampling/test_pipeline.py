@@ -323,6 +323,14 @@ def test_refused_settings(asked, message, draw):
     assert "\n" not in str(error.value)
 
 
+def test_a_composition_s_name_for_a_setting_goes_before_diffusers(draw):
+    totals = []
+    draw("a castle", **SIZE, steps=2, progress=lambda step, total, _: totals.append(total))
+    assert totals == [2, 2]
+    with pytest.raises(SettingsError, match="'image_strength': .*found 7"):
+        draw("a castle", **SIZE, image_strength=7)
+
+
 def test_pictures_are_encoded_at_the_size_that_is_asked_for(draw):
     made = picture_latents(draw, [picture(size=(100, 30))], generators(1, 2), width=64, height=48)
     assert made.shape == (2, 4, *(side // draw.vae_scale_factor for side in (48, 64)))

@@ -121,7 +121,7 @@ def draw(model: ConceptModel, wanted: Composition) -> list[Image.Image]:
         num_images_per_prompt=wanted.num,
         seed=wanted.seed,
         regional_lora=wanted.regional_lora,
-        **wanted.drawing,
+        **wanted.settings,
     )
 
 

@@ -141,7 +141,7 @@ def compose(pipeline: MixOfShowPipeline, composition: Composition, *, progress: 
             regional_lora=composition.regional_lora,
             controls=controls,
             progress=as_part(progress, number, composition.num),
-            **composition.drawing,
+            **composition.settings,
         )
     return images
 

@@ -19,12 +19,8 @@ def initial_latents(pipeline: Any, generators: Sequence[torch.Generator], *, wid
     """Noise, one picture per generator: (pictures, channels, height, width) of the latents."""
     factor = pipeline.vae_scale_factor
     shape = (pipeline.unet.config.in_channels, height // factor, width // factor)
-    return noise(generators, shape).to(pipeline._execution_device, pipeline.unet.dtype)
-
-
-def noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
-    """Normal numbers, each picture's from its own generator: (pictures, *shape), on the generators' device."""
-    return torch.stack([torch.randn(*shape, generator=one, device=one.device) for one in generators])
+    noise = torch.stack([torch.randn(*shape, generator=one, device=one.device) for one in generators])
+    return noise.to(pipeline._execution_device, pipeline.unet.dtype)
 
 
 def require_finite(tensor: Tensor, where: str) -> Tensor:

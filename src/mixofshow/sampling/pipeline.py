@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Final, Protocol, Self
 
@@ -33,10 +32,10 @@ from mixofshow.concepts.interchange.importing import as_concept
 from mixofshow.concepts.model import ConceptModel, load_model, with_concept
 from mixofshow.errors import BadInputError, SettingsError, shown
 from mixofshow.progress import Progress, silent
-from mixofshow.sampling.asked import Asked, Callback, checked
 from mixofshow.sampling.attend import attend_and_excite
 from mixofshow.sampling.denoising import Control, denoise
 from mixofshow.sampling.encoding import Adapters, EncodedPrompt, OwnText, adapters_of, encode
+from mixofshow.sampling.inputs import Callback, Inputs, check_inputs
 from mixofshow.sampling.latents import at_size, cells_of, decode, initial_latents, picture_latents
 from mixofshow.sampling.loaders import ConceptLoaderMixin, loading_options
 from mixofshow.sampling.regional_lora import own_texts
@@ -62,7 +61,7 @@ class HasModel(Protocol):
         """The fused model."""
 
 
-class _Drawing(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
+class _Pipeline(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
     """What a pipeline of diffusers' becomes when its model knows concepts."""
 
     base_class: ClassVar[str]
@@ -193,127 +192,109 @@ class _Drawing(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
         progress: Progress = silent,
         **settings: Any,
     ) -> Any:
-        """Pictures of each prompt in turn, RGB; see `Asked` and docs/sampling.md. What diffusers has too is as there.
+        """Pictures of each prompt in turn, RGB; see `Inputs` and docs/sampling.md. What diffusers has too is as there.
 
         But `guidance_scale` None is what suits the base. With `regions` prompts hold in places. With a `seed`, picture k
         is the one that `seed + k` gives alone (up to rounding). From an `image`, drawing goes as far as `strength` says,
         and with a `mask_image` only where that is white; what is black there stays bit for bit.
-        `settings` are those of Drawing. Raises RegionError, TokenError, SettingsError, BadInputError.
+        `settings` are those of SamplingSettings. Raises RegionError, TokenError, SettingsError, BadInputError.
         """
         given = {name: value for name, value in locals().items() if name not in ("self", "return_dict")}
-        pictures = self._draw(checked(self, given))
+        pictures = self._draw(check_inputs(self, given))
         return pictures if return_dict else (pictures.images, pictures.nsfw_content_detected)
 
-    def _draw(self, asked: Asked) -> Pictures:
-        """All that is asked for."""
+    def _draw(self, inputs: Inputs) -> Pictures:
+        """The picture, and if asked for, the same enlarged and drawn over."""
+        settings, (width, height) = inputs.settings, inputs.size
         self._interrupt = False
-        self._guidance_scale, self._guidance_rescale = asked.guidance_scale, asked.drawing.guidance_rescale
+        self._guidance_scale, self._guidance_rescale = inputs.guidance_scale, settings.guidance_rescale
         with contextlib.ExitStack() as stack, exclusive(self):
-            stack.enter_context(clip_skipped(self, asked.drawing.clip_skip))
-            model = self._model_for(asked)
-            own = self._own_texts(model, asked)
+            stack.enter_context(clip_skipped(self, settings.clip_skip))
+            model, own = self._model_for(inputs)
             stack.enter_context(silenced(self, [name for one in own for name, _ in one]))
             stack.enter_context(model.active())
-            run = partial(self._denoise, self._encode(model, asked, own), asked)
-            pictures = self._decoded(self._passes(run, asked), asked)
+            how: dict[str, Any] = {"width": width, "height": height, "guided": inputs.guided, "steps": inputs.steps}
+            encoded = encode(model, inputs.prompts, inputs.negatives, inputs.regions, own=own, **how)
+            start = self._latents_of(inputs.images, inputs, inputs.size) if inputs.images else None
+            noise = self._noise(inputs, inputs.size) if inputs.latents is None else inputs.latents
+            latents = self._denoise(encoded, inputs, noise, start, settings.image_strength)
+            if settings.upscale > 1 and not self._interrupt:
+                larger = settings.enlarged(self, width, height)
+                start = self._latents_of(decode(self, latents), inputs, larger)
+                latents = self._denoise(encoded, inputs, self._noise(inputs, larger), start, settings.upscale_strength)
+            pictures = self._decoded(latents, inputs)
         self.maybe_free_model_hooks()
         return Pictures(pictures)
 
-    def _decoded(self, latents: Tensor, asked: Asked) -> Any:
-        """Pictures as they are asked for; with a mask, those that they began from where it is black."""
-        if asked.output_type == "latent":
-            return latents
-        if not asked.mask:
-            return decode(self, latents, asked.output_type)
-        begun = at_size(asked.images, asked.size)
-        begun = begun * len(latents) if len(begun) == 1 else begun
-        made = decode(self, latents)
-        pictures = [Image.composite(new, old, asked.mask) for new, old in zip(made, begun, strict=True)]
-        if asked.output_type == "pil":
-            return pictures
-        values = self.image_processor.pil_to_numpy(pictures)
-        return values if asked.output_type == "np" else self.image_processor.numpy_to_pt(values)
-
-    def _model_for(self, asked: Asked) -> ConceptModel:
-        """The model that draws the whole picture: loaded concepts that regions draw by themselves are not in it."""
-        words = replace(self.model.vocabulary, syntax=asked.drawing.prompt_syntax)
+    def _model_for(self, inputs: Inputs) -> tuple[ConceptModel, Mapping[Adapters, OwnText]]:
+        """The model that draws the whole picture, without the loaded concepts that regions draw by themselves; and those."""
+        words = replace(self.model.vocabulary, syntax=inputs.settings.prompt_syntax)
         model = replace(self.model, vocabulary=words)
-        there = {name for region in asked.regions for name, _ in adapters_of(model, region)} if asked.regional else ()
-        return self._without(model, there)
+        if not inputs.regional:
+            return model, {}
+        there = {name for region in inputs.regions for name, _ in adapters_of(model, region)}
+        concepts = model.concepts if isinstance(inputs.regional_lora, bool) else inputs.regional_lora
+        return self._without(model, there), own_texts(model, concepts, inputs.regions)
 
-    def _own_texts(self, model: ConceptModel, asked: Asked) -> Mapping[Adapters, OwnText]:
-        if not asked.regional:
-            return {}
-        concepts = model.concepts if isinstance(asked.regional_lora, bool) else asked.regional_lora
-        return own_texts(model, concepts, asked.regions)
+    def _noise(self, inputs: Inputs, size: tuple[int, int]) -> Tensor:
+        return initial_latents(self, inputs.generators, width=size[0], height=size[1])
 
-    def _encode(self, model: ConceptModel, asked: Asked, own: Mapping[Adapters, OwnText]) -> EncodedPrompt:
-        width, height = asked.size
-        how: dict[str, Any] = {"width": width, "height": height, "guided": asked.guided, "steps": asked.steps}
-        return encode(model, asked.prompts, asked.negatives, asked.regions, own=own, **how)
-
-    def _passes(self, run: Callable[..., Tensor], asked: Asked) -> Tensor:
-        """The picture, and if asked for, the same enlarged and drawn over."""
-        (width, height), drawing = asked.size, asked.drawing
-        start = self._latents_of(asked.images, asked, (width, height)) if asked.images else None
-        first: dict[str, Any] = {"noise": asked.latents, "strength": drawing.image_strength, "mask": asked.mask}
-        latents = run((width, height), start=start, **first)
-        if drawing.upscale > 1 and not self._interrupt:
-            larger = drawing.enlarged(self, width, height)
-            start = self._latents_of(decode(self, latents), asked, larger)
-            latents = run(larger, noise=None, start=start, strength=drawing.upscale_strength)
-        return latents
-
-    def _latents_of(self, images: Sequence[Image.Image], asked: Asked, size: tuple[int, int]) -> Tensor:
-        return picture_latents(self, images, asked.generators, width=size[0], height=size[1])
+    def _latents_of(self, images: Sequence[Image.Image], inputs: Inputs, size: tuple[int, int]) -> Tensor:
+        return picture_latents(self, images, inputs.generators, width=size[0], height=size[1])
 
     def _denoise(
-        self,
-        encoded: EncodedPrompt,
-        asked: Asked,
-        size: tuple[int, int],
-        *,
-        noise: Tensor | None,
-        start: Tensor | None,
-        strength: float,
-        mask: Image.Image | None = None,
+        self, encoded: EncodedPrompt, inputs: Inputs, noise: Tensor, start: Tensor | None, strength: float
     ) -> Tensor:
-        drawing = asked.drawing
-        if noise is None:
-            noise = initial_latents(self, asked.generators, width=size[0], height=size[1])
-        with self.progress_bar(total=drawing.steps) as bar:
+        settings = inputs.settings
 
-            def told(step: int, total: int, info: Any) -> None:
+        def step_end(step: int, timestep: Tensor, latents: Tensor) -> Tensor:
+            changed = inputs.callback(self, step, timestep, {"latents": latents}) if inputs.callback else None
+            return (changed or {}).get("latents", latents)
+
+        with self.progress_bar(total=settings.steps) as bar:
+
+            def progress(step: int, total: int, info: Any) -> None:
                 bar.total = self._num_timesteps = total
                 bar.update()
-                asked.progress(step, total, info)
+                inputs.progress(step, total, info)
 
             return denoise(
                 self,
                 noise,
                 encoded,
-                num_inference_steps=drawing.steps,
-                guidance_scale=asked.guidance_scale,
-                guidance_rescale=drawing.guidance_rescale,
-                eta=asked.eta,
+                num_inference_steps=settings.steps,
+                guidance_scale=inputs.guidance_scale,
+                guidance_rescale=settings.guidance_rescale,
+                eta=inputs.eta,
                 start=start,
                 strength=strength,
-                mask=None if mask is None else cells_of(mask, noise),
-                generators=asked.generators,
-                controls=asked.controls,
-                isolate=drawing.isolated_steps,
-                correct=attend_and_excite(drawing.attend) if drawing.attend else None,
-                step_end=partial(self._step_end, asked.callback),
+                mask=None if inputs.mask is None else cells_of(inputs.mask, noise),
+                generators=inputs.generators,
+                controls=inputs.controls,
+                isolate=settings.isolated_steps,
+                correct=attend_and_excite(settings.attend) if settings.attend else None,
+                step_end=step_end,
                 interrupted=lambda: self._interrupt,
-                progress=told,
+                progress=progress,
             )
 
-    def _step_end(self, callback: Callback | None, step: int, timestep: Tensor, latents: Tensor) -> Tensor:
-        changed = callback(self, step, timestep, {"latents": latents}) if callback else {}
-        return (changed or {}).get("latents", latents)
+    def _decoded(self, latents: Tensor, inputs: Inputs) -> Any:
+        """Pictures as they are asked for; with a mask, those that they began from where it is black."""
+        if inputs.output_type == "latent":
+            return latents
+        if not inputs.mask:
+            return decode(self, latents, inputs.output_type)
+        begun = at_size(inputs.images, inputs.size)
+        begun = begun * len(latents) if len(begun) == 1 else begun
+        made = decode(self, latents)
+        pictures = [Image.composite(new, old, inputs.mask) for new, old in zip(made, begun, strict=True)]
+        if inputs.output_type == "pil":
+            return pictures
+        values = self.image_processor.pil_to_numpy(pictures)
+        return values if inputs.output_type == "np" else self.image_processor.numpy_to_pt(values)
 
 
-class MixOfShowPipeline(_Drawing, StableDiffusionPipeline):  # type: ignore[misc]
+class MixOfShowPipeline(_Pipeline, StableDiffusionPipeline):  # type: ignore[misc]
     """Draws pictures with a model that knows concepts; in all else a pipeline of diffusers.
 
     `MixOfShowPipeline.of(model)` takes a ConceptModel; `.from_pretrained(name)` an embedded base, a base folder, a
@@ -347,7 +328,7 @@ class MixOfShowPipeline(_Drawing, StableDiffusionPipeline):  # type: ignore[misc
         self._is_unet_config_sample_size_int = isinstance(unet.config.sample_size, int)
 
 
-class MixOfShowXLPipeline(_Drawing, StableDiffusionXLPipeline):  # type: ignore[misc]
+class MixOfShowXLPipeline(_Pipeline, StableDiffusionXLPipeline):  # type: ignore[misc]
     """The same for bases of the SDXL family."""
 
     base_class: ClassVar = "StableDiffusionXLPipeline"

@@ -42,7 +42,7 @@ ALSO: Final = {"num_inference_steps": "steps", "strength": "image_strength"}
 """What diffusers' pipelines call some of the settings."""
 
 
-class Drawing(Settings):
+class SamplingSettings(Settings):
     """Size, steps, guidance, and what is done beside them."""
 
     width: int | None = Field(None, ge=1)
@@ -221,7 +221,7 @@ ENTRIES: Final[dict[Any, Iterable[str]]] = {
 """The keys of what the lists in a composition are made of."""
 
 
-class Composition(Drawing):
+class Composition(SamplingSettings):
     """Prompts, places, size and seed. Two equal compositions give equal pictures on one machine."""
 
     prompt: str = Field(description="What the whole picture shows.")
@@ -239,11 +239,6 @@ class Composition(Drawing):
     )
 
     @property
-    def drawing(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """The settings that a pipeline takes."""
-        return self.model_dump(include=set(Drawing.model_fields))
-
-
-def make_drawing(table: Mapping[str, Any]) -> Drawing:
-    """Checked settings, under our names or diffusers'. Raises SettingsError naming the field and the nearest known one."""
-    return Drawing(**{ALSO.get(key, key): value for key, value in table.items()})
+        return self.model_dump(include=set(SamplingSettings.model_fields))

@@ -20,7 +20,7 @@ from mixofshow.errors import RegionError, SettingsError, shown
 from mixofshow.progress import Progress
 from mixofshow.sampling.controls import require_all_fit
 from mixofshow.sampling.denoising import Control
-from mixofshow.sampling.settings import Drawing, Region, make_drawing
+from mixofshow.sampling.settings import ALSO, Region, SamplingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +50,13 @@ Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Asked:
+class Inputs:
     """A call, checked. `images` are those to start from, `mask` what of them is drawn anew, `latents` the noise, where given."""
 
     prompts: Sequence[str]
     negatives: Sequence[str]
     regions: Sequence[Region]
-    drawing: Drawing
+    settings: SamplingSettings
     guidance_scale: float
     generators: Sequence[torch.Generator]
     images: Sequence[Image.Image]
@@ -73,8 +73,8 @@ class Asked:
     @property
     def steps(self) -> tuple[int, int]:
         """The first and last step that are done, from 1: those from a picture begin later."""
-        steps = self.drawing.steps
-        share = self.drawing.image_strength if self.images else 1.0
+        steps = self.settings.steps
+        share = self.settings.image_strength if self.images else 1.0
         return min(steps - min(int(steps * share), steps) + 1, steps), steps
 
     @property
@@ -88,41 +88,41 @@ class Asked:
         return self.guidance_scale != 1.0
 
 
-def checked(pipeline: Any, given: dict[str, Any]) -> Asked:
+def check_inputs(pipeline: Any, given: dict[str, Any]) -> Inputs:
     """A call's arguments, by name, as they are meant. Raises SettingsError, RegionError."""
-    settings = given.pop("settings")
-    own = given["regional_lora"] = settings.pop("own_weights", given["regional_lora"])  # its name before
+    more = given.pop("settings")
+    own = given["regional_lora"] = more.pop("own_weights", given["regional_lora"])  # its name before
     holds = isinstance(own, bool) or (isinstance(own, list | tuple) and all(isinstance(one, Concept) for one in own))
     require(holds, "regional_lora", shown(own), "True, False, or a list of concepts (load_concept reads them)")
     for name, way_out in REFUSED.items():
-        value = settings.pop(name, None) if name in settings else given.pop(name, None)
+        value = more.pop(name, None) if name in more else given.pop(name, None)
         empty = value is None or (isinstance(value, tuple | list | dict) and not any(value))
         require(empty, name, type(value).__name__, f"None here; {way_out}")
     chosen = {"num_inference_steps", "guidance_scale", "guidance_rescale", "width", "height", "strength", "clip_skip"}
-    named = {name: given.pop(name) for name in chosen}
-    drawing = make_drawing({name: value for name, value in named.items() if value is not None} | settings)
+    named = {name: value for name in chosen if (value := given.pop(name)) is not None}
+    settings = SamplingSettings(**{ALSO.get(name, name): value for name, value in (named | more).items()})
     prompts, negatives = _texts(given["prompt"], given["negative_prompt"])
     each = given["num_images_per_prompt"]
     each = 1 if each is None else each
     require(isinstance(each, Integral) and int(each) >= 1, "num_images_per_prompt", each, "at least 1")
     require(given["output_type"] in OUTPUTS, "output_type", given["output_type"], "one of " + ", ".join(OUTPUTS))
-    require(not drawing.attend or drawing.steps > 2, "attend", drawing.attend, "0 with fewer than 3 steps")
+    require(not settings.attend or settings.steps > 2, "attend", settings.attend, "0 with fewer than 3 steps")
     kind = type(pipeline.scheduler).__name__
     fits = hasattr(pipeline.scheduler, "init_noise_sigma")  # which schedulers of flow matching lack
     require(fits, "scheduler", kind, "one for Stable Diffusion, such as DPMSolverMultistepScheduler")
-    require_all_fit(given["controls"], pipeline.unet, drawing.steps)
+    require_all_fit(given["controls"], pipeline.unet, settings.steps)
     count = each * len(prompts)
     images = _pictures(given["image"], count)
-    width, height = drawing.size(pipeline, images[0] if images else None)
+    width, height = settings.size(pipeline, images[0] if images else None)
     mask = _mask(given["mask_image"], images, (width, height))
-    require(mask is None or drawing.upscale == 1, "upscale", drawing.upscale, "1 with a mask")
+    require(mask is None or settings.upscale == 1, "upscale", settings.upscale, "1 with a mask")
     require(not images or given["latents"] is None, "latents", "latents and an image", "one of the two")
-    asked = Asked(
+    inputs = Inputs(
         prompts=prompts,
         negatives=negatives,
         regions=_regions(given["regions"]),
-        drawing=drawing,
-        guidance_scale=pipeline.model.usual_guidance if drawing.guidance_scale is None else drawing.guidance_scale,
+        settings=settings,
+        guidance_scale=pipeline.model.usual_guidance if settings.guidance_scale is None else settings.guidance_scale,
         generators=_generators(given["seed"], given["generator"], count),
         images=images,
         mask=mask,
@@ -135,8 +135,8 @@ def checked(pipeline: Any, given: dict[str, Any]) -> Asked:
         callback=_callback(given["callback_on_step_end"], given["callback_on_step_end_tensor_inputs"]),
         progress=given["progress"],
     )
-    _say_unused(asked, pipeline.model.concepts)
-    return asked
+    _say_unused(inputs, pipeline.model.concepts)
+    return inputs
 
 
 def _texts(prompt: Any, negative: Any) -> tuple[list[str], list[str]]:
@@ -222,23 +222,23 @@ def _callback(callback: Any, names: Sequence[str]) -> Callback | None:
     return lambda pipeline, step, timestep, _: callback(pipeline, step, timestep, {})
 
 
-def _say_unused(asked: Asked, concepts: Sequence[Concept]) -> None:
+def _say_unused(inputs: Inputs, concepts: Sequence[Concept]) -> None:
     """Warn of what is asked for and changes nothing in this call, or is read as something else."""
-    drawing = asked.drawing
-    known = concepts if asked.regional_lora is True else asked.regional_lora
-    idle = "without regions" if not asked.regions else "without concepts" if not known else ""
+    settings = inputs.settings
+    known = concepts if inputs.regional_lora is True else inputs.regional_lora
+    idle = "without regions" if not inputs.regions else "without concepts" if not known else ""
     unused = {
-        "negative_prompt": any(asked.negatives) and not asked.guided and "without guidance (guidance_scale 1)",
-        "guidance_rescale": drawing.guidance_rescale and not asked.guided and "without guidance (guidance_scale 1)",
-        "isolate": drawing.isolate and len(asked.regions) < 2 and "with fewer than two regions",
-        "attend": drawing.attend and not asked.regions and "without regions",
-        "regional_lora": asked.regional_lora is not False and idle,
+        "negative_prompt": any(inputs.negatives) and not inputs.guided and "without guidance (guidance_scale 1)",
+        "guidance_rescale": settings.guidance_rescale and not inputs.guided and "without guidance (guidance_scale 1)",
+        "isolate": settings.isolate and len(inputs.regions) < 2 and "with fewer than two regions",
+        "attend": settings.attend and not inputs.regions and "without regions",
+        "regional_lora": inputs.regional_lora is not False and idle,
     }
     for name, where in unused.items():
         if where:
             logger.warning("%s changes nothing %s", name, where)
-    own = [text for one in asked.regions for text in (one.prompt, one.negative_prompt or "")]
-    tell_of_marks([*asked.prompts, *asked.negatives, *own], drawing.prompt_syntax)
+    own = [text for one in inputs.regions for text in (one.prompt, one.negative_prompt or "")]
+    tell_of_marks([*inputs.prompts, *inputs.negatives, *own], settings.prompt_syntax)
 
 
 def require(holds: bool, name: str, value: object, expected: str) -> None:
