@@ -28,13 +28,18 @@ def terminal_bar(label: str, *, hidden: bool = False) -> Iterator[Progress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=Console(stderr=True), disable=hidden) as bar:
-        task = bar.add_task(label, total=None, figures="")
-        bar.live.transient = True  # an error's line is to be the only one
+    bar = Bar(*columns, console=Console(stderr=True), disable=hidden)
+    task = bar.add_task(label, total=None, figures="")
 
-        def show(step: int, total: int, info: Mapping[str, float]) -> None:
-            figures = "  ".join(f"{name} {value:.3g}" for name, value in info.items())
-            bar.update(task, completed=step, total=total, figures=figures)
+    def show(step: int, total: int, info: Mapping[str, float]) -> None:
+        figures = "  ".join(f"{name} {value:.3g}" for name, value in info.items())
+        bar.update(task, completed=step, total=total, figures=figures)
 
+    bar.start()
+    try:
         yield show
-        bar.live.transient = False
+    except BaseException:
+        bar.live.transient = True  # an error's line is to be the only one,
+        bar.live.stop()  # without the empty one that `bar.stop` prints into a file
+        raise
+    bar.stop()

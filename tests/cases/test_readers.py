@@ -31,6 +31,7 @@ from mixofshow.cli.options import assignments
 from mixofshow.errors import BadInputError, BaseModelError, MixOfShowError, ResourceError, SettingsError, ours, shown
 from mixofshow.evaluation.suite import make_suite
 from mixofshow.fusion.jobs import inputs_of
+from mixofshow.progress import terminal_bar
 from mixofshow.reading import MAX_YAML_BYTES, named_in, parse_json, parse_table, parse_value, read_bytes, read_table
 from mixofshow.sampling.composition import make_composition, parse_size
 from mixofshow.sampling.replay import read_note
@@ -318,6 +319,26 @@ def test_nothing_below_the_command_line_speaks_of_its_options(path):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     }
     assert [text for text in texts - docs if re.search(r"(?<![\w-])--[a-z]+", text)] == []
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_an_error_amid_a_progress_bar_is_one_line(terminal, monkeypatch, capsys):
+    """In a file an empty line stood before it."""
+    monkeypatch.setenv("TTY_COMPATIBLE", str(int(terminal)))
+
+    def broken() -> None:
+        with terminal_bar("drawing") as progress:
+            progress(1, 2, {})
+            raise SettingsError("that is all")
+
+    monkeypatch.setattr(cli, "app", broken)
+    monkeypatch.setattr(sys, "argv", ["mixofshow"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    written = capsys.readouterr().err
+    assert ("drawing" in written) == terminal
+    last_erased = written.rpartition("\x1b[2K")[2]
+    assert last_erased == "error: that is all\n"
 
 
 def test_a_table_keeps_what_json_can_hold():
