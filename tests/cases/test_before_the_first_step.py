@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from mixofshow import make_settings, tune
+from mixofshow import cli, fuse, make_settings, tune
 from mixofshow.errors import DatasetError, SettingsError
 from mixofshow.tuning.captions import varied, whole_in_any_order
 from mixofshow.tuning.conflicts import refuse_impossible, slow_precision
@@ -109,3 +110,60 @@ def test_a_cpu_without_bf16_is_said(monkeypatch, capability, slow):
     assert bool(slow_precision(make_settings({**TABLE, "precision": "bf16"}), "cpu")) == slow
     assert slow_precision(make_settings({**TABLE, "precision": "bf16"}), "cuda") is None
     assert slow_precision(make_settings(TABLE), "cpu") is None
+
+
+@pytest.fixture
+def small(golden_pipeline, golden_concepts, tmp_path, monkeypatch):
+    """A folder with two concepts, a fused model and some faulty files, in a place where no base can be loaded."""
+    monkeypatch.chdir(tmp_path)
+    for concept in golden_concepts:
+        concept.save(Path(f"{concept.info.name}.safetensors"))
+    fuse(golden_concepts, golden_pipeline, method="average").model.save("fused")
+    data = Path("dogx.safetensors").read_bytes()
+    Path("damaged.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    Path("list.yaml").write_text("concepts: [dogx.safetensors, damaged.safetensors]")
+    Path("list.json").write_text('[{"lora_path": "dogx.safetensors"}, {"lora_path": "gone.safetensors"}]')
+    Path("scene.yaml").write_text("prompt: a <dogx>\nregions: [{box: [0, 0, 32, 48], prompt: a <dgx>}]")
+    for place in ("bases.loading", "concepts.model", "fusion.jobs", "fusion.workers"):
+        for name in ("load_base", "load_named_base"):
+            monkeypatch.setattr(f"mixofshow.{place}.{name}", _no_base, raising=False)
+
+
+def _no_base(*_, **__):
+    raise AssertionError("a base is loaded")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("sample --concept gone.safetensors --prompt a", "gone.safetensors: cannot be read"),
+        ("sample --concept damaged.safetensors --prompt a", "damaged.safetensors: damaged"),
+        (
+            "sample --concept dogx.safetensors --prompt <dogy>",
+            "unknown concept '<dogy>' in the prompt; did you mean '<dogx>'",
+        ),
+        ("sample --concept dogx.safetensors --prompt <dogx>! --negative-prompt <manx>", "unknown concept '<manx>'"),
+        ("sample --concept dogx.safetensors scene.yaml", "unknown concept '<dgx>'"),
+        ("sample --model fused scene.yaml", "unknown concept '<dgx>'"),
+        ("sample --prompt <dogx>", "unknown concept '<dogx>' in the prompt; no concept is loaded"),
+        ("sample --prompt a --grid grid.png --vary num=1,2", "vary: a column is a seed"),
+        ("sample --prompt a --grid grid.png --vary stpes=1,2", "did you mean 'steps'"),
+        ("fuse dogx.safetensors damaged.safetensors --out out", "damaged.safetensors: damaged"),
+        ("fuse list.yaml --out out", "damaged.safetensors: damaged"),
+        ("fuse list.json --out out", "gone.safetensors: cannot be read"),
+        ("fuse --model fused --add gone.safetensors", "gone.safetensors: cannot be read"),
+        ("fuse --model fused --remove dog", "no concept is called 'dog' in this model; did you mean 'dogx'"),
+        ("fuse --model fused --method gradient --set ridg=1", "did you mean 'ridge'"),
+        ("record damaged.safetensors --out out", "damaged.safetensors: damaged"),
+        ("convert damaged.safetensors new.safetensors --name new", "damaged.safetensors: damaged"),
+        ("convert gone.pt new.safetensors", "gone.pt: cannot be read"),
+        ("convert dogx.safetensors new.safetensors --embeddings gone.pt", "gone.pt: cannot be read"),
+        ("tune --name a --class-word a --data gone", "gone"),
+    ],
+)
+def test_what_small_files_say_is_told_before_a_base_is_loaded(line, message, small, monkeypatch, capsys):
+    """A slip in a prompt, or in a file's name, cost the time that a base takes to load."""
+    monkeypatch.setattr("sys.argv", ["mixofshow", *line.split()])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2 and message in capsys.readouterr().err

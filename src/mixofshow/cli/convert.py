@@ -41,7 +41,10 @@ def convert(
     from mixofshow.bases.loading import load_base
     from mixofshow.concepts.interchange.convert import check_target
     from mixofshow.concepts.interchange.convert import convert as run
+    from mixofshow.concepts.interchange.importing import read_ahead
 
     settings = ConvertSettings.of(given, "options")
     check_target(source, target, settings, bases(base))
+    for file in filter(None, [source, settings.embeddings]):
+        read_ahead(file)
     say(*run(source, target, load_base(base, **loading), settings))

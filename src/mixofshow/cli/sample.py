@@ -77,10 +77,10 @@ def sample(
     wanted = from_options(composition, options)
     concepts, wanted = _together(concept, wanted)
     model, base = _named(model, base)
-    targets = picture_paths(out, wanted.num) if grid is None else [grid]
+    targets = picture_paths(out, wanted.num) if grid is None else _grid(grid, wanted, vary)
     read = [*inputs_of(composition, options), *bases(model, base), *concepts]
     check_outputs(files={"PNG": [*targets, show_layout]}, inputs=read)
-    how: dict[str, Any] = {"regional_lora": wanted.regional_lora, "device": device, **loading}
+    how: dict[str, Any] = {"regional_lora": wanted.regional_lora, "composition": wanted, "device": device, **loading}
     pipeline = open_pipeline(model, base=base, concepts=concepts, strength=strength, **how)
     with terminal_bar("sampling") as progress:
         if grid is not None:
@@ -112,7 +112,8 @@ def replay(
     out = out or picture.with_stem(f"{picture.stem}-replay")
     model, base = _named(model, base)
     check_outputs(files={"PNG": [out]}, inputs=[picture, *bases(model, base), *(concept or [])])
-    how: dict[str, Any] = {"regional_lora": composition_of(picture).regional_lora, "device": device, **loading}
+    wanted = composition_of(picture)
+    how: dict[str, Any] = {"regional_lora": wanted.regional_lora, "composition": wanted, "device": device, **loading}
     pipeline = open_pipeline(model, base=base, concepts=concept or [], strength=strength, **how)
     with terminal_bar("replaying") as progress:
         run(pipeline, picture, out, progress=progress)
@@ -122,6 +123,14 @@ def replay(
 def _named(model: str | None, base: str | None) -> tuple[str, str | None]:
     """The model, and the base of a delta file: without a model, the base is the model."""
     return (model, base) if model else (base or "emojiland", None)
+
+
+def _grid(grid: Path, wanted: Composition, vary: str | None) -> list[Path]:
+    """Where the grid goes. Raises SettingsError for rows that it cannot have, before any model is loaded."""
+    from mixofshow.sampling.drawing import grid_rows
+
+    grid_rows(wanted, vary)
+    return [grid]
 
 
 def _together(files: list[Path] | None, wanted: Composition) -> tuple[list[Path], Composition]:

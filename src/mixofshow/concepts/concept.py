@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -154,12 +153,6 @@ def load_concept(path: str | Path, pipeline: Any = None) -> Concept:
     """Read a concept file; with a pipeline, also check that it fits. Raises ConceptFileError or TokenError."""
     name = str(path)
     return read_concept(*read_tensors(Path(path)), name, pipeline)
-
-
-def is_concept(path: str | Path) -> bool:
-    """Whether a file says that it is a concept, and not another tool's. Raises as `read_tensors` does."""
-    path = Path(path)
-    return os.path.isfile(path) and path.suffix == ".safetensors" and METADATA_KEY in read_tensors(path)[1]
 
 
 def read_concept(tensors: dict[str, Tensor], metadata: Mapping[str, str], name: str, pipeline: Any = None) -> Concept:

@@ -233,11 +233,11 @@ def load_model(name: str | Path, *, base: str | Path | None = None, **options: A
     if (os.path.isfile(path) or path.suffix == SUFFIX) and not is_checkpoint(path):
         delta = load_delta(path)
         return delta_model(delta, load_named_base(delta.info.base, base, str(name), **options), str(name))
-    pipeline = load_base(name, **options)
     if str(name) in EMBEDDED or not os.path.isfile(path / MANIFEST):
-        return ConceptModel(pipeline)
+        return ConceptModel(load_base(name, **options))
     manifest = read_manifest(path)
     vectors, _ = parse_tensors(read_bytes(path / VECTORS), str(path / VECTORS))
+    pipeline = load_base(name, **options)
     known = _checked_vocabulary(manifest, vectors, pipeline, f"{path} ({MANIFEST}, {VECTORS})")
     return ConceptModel(pipeline, known, concepts=StoredConcepts(path, manifest.hashes), stored=manifest, baked=True)
 

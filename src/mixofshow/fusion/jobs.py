@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from mixofshow.bases.loading import EMBEDDED, load_base, load_named_base
 from mixofshow.concepts.concept import Concept, fitted, follow_clip_skip, load_concept
-from mixofshow.concepts.interchange.importing import open_concept
+from mixofshow.concepts.interchange.importing import AS_USUAL, open_concept, read_ahead
 from mixofshow.concepts.interchange.settings import ImportSettings
 from mixofshow.concepts.manifest import CONCEPTS, MANIFEST, read_concepts, read_manifest
 from mixofshow.errors import BadInputError, ConceptFileError, SettingsError, field_problem, nearest, shown
@@ -66,10 +66,11 @@ def make_job(
     listing = _listing(files)
     settings = on_top(listing.settings, given)
     check_method(settings)  # before anything large is read
+    ahead = [(load_concept if how is None else read_ahead)(path) for path, how in listing.files]
     pipeline = load_base(base or listing.base, **loading)
     concepts = [
-        load_concept(path) if how is None else open_concept(path, pipeline, how, quiet=True)
-        for path, how in listing.files
+        one if one and how is None else open_concept(path, pipeline, how or AS_USUAL, quiet=True)
+        for one, (path, how) in zip(ahead, listing.files, strict=True)
     ]
     follow_clip_skip(pipeline, concepts)
     there = [fitted(one, pipeline, str(path)) for one, (path, _) in zip(concepts, listing.files, strict=True)]
@@ -160,17 +161,17 @@ def _job_of_model(
 ) -> Job:
     """A fused folder's own job with concepts added (files), removed (names), or weighed anew."""
     manifest = read_manifest(folder)
-    pipeline = load_named_base(manifest.base, base, str(folder), **loading)
-    tell_of_threads(folder, manifest.threads or torch.get_num_threads(), torch.get_num_threads())
-    concepts, settings = fused_from(folder, pipeline)
-    concepts = edited(concepts, [load_concept(path, pipeline) for path in add], remove)
+    concepts, settings = fused_from(folder)
+    concepts = edited(concepts, map(load_concept, add), remove)
     settings = edited_settings(settings, given, concepts)
     check_method(settings)
-    return Job(pipeline, concepts, settings)
+    pipeline = load_named_base(manifest.base, base, str(folder), **loading)
+    tell_of_threads(folder, manifest.threads or torch.get_num_threads(), torch.get_num_threads())
+    return Job(pipeline, [fitted(one, pipeline, f"concept <{one.info.name}>") for one in concepts], settings)
 
 
-def fused_from(folder: Path, pipeline: Any) -> tuple[list[Concept], FusionSettings]:
-    """The concepts and settings that a fused folder was made from; the pipeline is its base, not what is in the folder.
+def fused_from(folder: Path, pipeline: Any = None) -> tuple[list[Concept], FusionSettings]:
+    """The concepts and settings that a fused folder was made from; with its base, also checks that they fit it.
 
     Raises ConceptFileError, SettingsError.
     """

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mixofshow.bases.loading import load_base
-from mixofshow.concepts.concept import load_concept
+from mixofshow.concepts.concept import fitted, load_concept
 from mixofshow.errors import SettingsError
 from mixofshow.fusion.settings import RecordingSettings
 from mixofshow.fusion.stages import record_concept
@@ -46,9 +46,10 @@ def record_all(files: Sequence[Path], job: RecordingJob, *, workers: int = 1) ->
     If `RAY_ADDRESS` names a cluster its machines do it, and the store must be a folder that all of them see. All files
     are read before the first is recorded. Raises BadInputError, and SettingsError where Ray is missing.
     """
+    concepts = [load_concept(path) for path in files]
     pipeline = job.load()
-    for path in files:
-        load_concept(path, pipeline)
+    for path, concept in zip(files, concepts, strict=True):
+        fitted(concept, pipeline, str(path))
     made = (job.record(path, pipeline) for path in files) if workers == 1 else _by_ray(files, job, workers)
     return map(open_recording, made)
 

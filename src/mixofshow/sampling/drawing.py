@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
-from mixofshow.concepts.concept import follow_clip_skip, is_concept, load_concept
-from mixofshow.concepts.interchange.importing import open_concept, scaled
+from mixofshow.bases.loading import EMBEDDED
+from mixofshow.concepts.concept import Concept, follow_clip_skip, vocabulary
+from mixofshow.concepts.interchange.importing import open_concept, read_ahead, scaled
+from mixofshow.concepts.manifest import MANIFEST, read_manifest
 from mixofshow.concepts.model import load_model, load_unfused, with_concept, with_words
+from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import SettingsError, shown
 from mixofshow.grids import grid
 from mixofshow.outputs import writing
@@ -30,18 +35,23 @@ def open_pipeline(
     concepts: Sequence[Path] = (),
     strength: float = 1.0,
     regional_lora: bool = False,
+    composition: Composition | None = None,
     **loading: Any,
 ) -> MixOfShowPipeline:
     """A fused folder, delta file or base model by its name, with concepts, or other tools' LoRAs, at a strength.
 
     A single one is put on the base, unless it is to be drawn in regions only, as several are. With `regional_lora` a
-    fused folder comes with its concepts and base. `loading` are options of `load_base`. Raises as `load_model` and
+    fused folder comes with its concepts and base. `loading` are options of `load_base`. The concepts, and the words in
+    the prompts of the `composition` that is to be drawn, are read before anything large. Raises as `load_model` and
     `open_concept` do.
     """
+    ahead = [read_ahead(one) for one in concepts]
+    if composition:
+        _require_known_words(composition, _known_words(model, ahead))
     load = load_unfused if regional_lora and not concepts and os.path.isdir(model) else load_model
     known = load(model, base=base, **loading)
     if concepts:
-        follow_clip_skip(known.pipeline, [load_concept(one) for one in concepts if is_concept(one)])
+        follow_clip_skip(known.pipeline, filter(None, ahead))
         files = [open_concept(one, known.pipeline) for one in concepts]
         if regional_lora or len(files) > 1:
             scaled_files = [scaled(one, unet=strength, text_encoder=strength) for one in files]
@@ -49,6 +59,27 @@ def open_pipeline(
         else:
             known = with_concept(known.pipeline, files[0], unet=strength, text_encoder=strength)
     return MixOfShowPipeline.of(known)
+
+
+def _require_known_words(composition: Composition, known: Vocabulary | None) -> None:
+    """Raise TokenError for a word in a prompt that nobody will know."""
+    if known is not None:
+        known = replace(known, syntax=composition.prompt_syntax)
+        regions = [text for one in composition.regions for text in (one.prompt, one.negative_prompt)]
+        for prompt in (composition.prompt, composition.negative_prompt, *regions):
+            known.split(prompt or "")
+
+
+def _known_words(model: str, concepts: Sequence[Concept | None]) -> Vocabulary | None:
+    """The words that prompts may use, where small files tell: of our concepts, a fused folder, the embedded base."""
+    if concepts:
+        return None if None in concepts else vocabulary(filter(None, concepts))
+    if model in EMBEDDED:
+        return Vocabulary()
+    if not os.path.isfile(Path(model) / MANIFEST):
+        return None
+    manifest = read_manifest(Path(model))
+    return Vocabulary(dict.fromkeys(manifest.words, torch.empty(0)), manifest.aliases)
 
 
 def draw_pictures(
@@ -68,13 +99,19 @@ def draw_pictures(
         _write(draw_layout(images[0], composition.regions), layout)
 
 
-def draw_grid(
-    pipeline: MixOfShowPipeline, composition: Composition, vary: str | None, out: Path, *, progress: Progress = silent
-) -> None:
-    """Write one sheet: a column for each seed, a row for each value of the setting in `vary`; see `variations`."""
+def grid_rows(composition: Composition, vary: str | None) -> list[tuple[str, Composition]]:
+    """What the rows of a grid show, labelled; see `variations`. Raises SettingsError."""
     rows = list(variations(composition, vary))
     if len({one.num for _, one in rows}) > 1 or any(one.seed != composition.seed for _, one in rows):
         raise SettingsError(f"vary: a column is a seed, so that seed and num cannot vary; found '{shown(vary)}'")
+    return rows
+
+
+def draw_grid(
+    pipeline: MixOfShowPipeline, composition: Composition, vary: str | None, out: Path, *, progress: Progress = silent
+) -> None:
+    """Write one sheet: a column for each seed, a row for each value of the setting in `vary`; see `grid_rows`."""
+    rows = grid_rows(composition, vary)
     images: list[Image.Image] = []
     for number, (_, one) in enumerate(rows):
         images += compose(pipeline, one, progress=as_part(progress, number, len(rows)))

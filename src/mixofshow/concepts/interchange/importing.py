@@ -70,6 +70,16 @@ def open_concept(
     return concept
 
 
+def read_ahead(path: str | Path) -> Concept | None:
+    """The concept in a file of ours; None for another tool's, which says only on a base what it is.
+
+    It is read before a base is loaded, which takes longer. Raises ConceptFileError or TokenError.
+    """
+    file = str(_in_folder(Path(path)))
+    tensors, texts = _read(file)
+    return read_concept(tensors, texts, file) if METADATA_KEY in texts else None
+
+
 def as_concept(concept: Concept | str | Path, pipeline: Any) -> Concept:
     """A concept as it is, or the one in a file of any tool. Raises BadInputError for what is neither."""
     if isinstance(concept, Concept):
