@@ -18,8 +18,7 @@ from mixofshow.concepts.concept import vocabulary
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.errors import BadInputError, MixOfShowError, RegionError, SettingsError
 from mixofshow.sampling.composition import compose, from_options, make_composition, variations
-from mixofshow.sampling.drawing import draw_grid, draw_pictures
-from mixofshow.sampling.layout import draw_layout
+from mixofshow.sampling.drawing import draw_grid, draw_layout, draw_pictures
 from mixofshow.sampling.pictures import embedded, read_picture
 from mixofshow.sampling.regions import Region
 from mixofshow.sampling.replay import PNG_KEY, composition_of, model_hash, read_note, replay

@@ -14,7 +14,7 @@ from mixofshow.errors import ConceptFileError, SettingsError
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.stages import fuse
 from mixofshow.sampling.attend import attend_and_excite, missing, queries_of
-from mixofshow.sampling.denoising import Moment, noise_predictor
+from mixofshow.sampling.denoising import StepContext, noise_predictor
 from mixofshow.sampling.encoding import concepts_in, encode, without_concepts
 from mixofshow.sampling.latents import initial_latents
 
@@ -146,9 +146,9 @@ def test_guided_attention_lowers_its_loss(model, latents):
 
     batch = torch.cat([start] * 2)
     with torch.no_grad(), noise_predictor(draw, encoded, batch) as predict:
-        moment = Moment(predict, torch.tensor(999), 1, 4, lambda latents, timestep: torch.cat([latents] * 2))
+        moment = StepContext(predict, torch.tensor(999), 1, 4, lambda latents, timestep: torch.cat([latents] * 2))
         moved = attend_and_excite(0.02)(moment, start)
-        later = Moment(predict, torch.tensor(1), 4, 4, moment.batched)
+        later = StepContext(predict, torch.tensor(1), 4, 4, moment.batched)
         assert torch.equal(attend_and_excite(0.02)(later, start), start)
     assert loss(moved) < loss(start)
     assert not torch.equal(latents(region, attend=0.1), latents(region))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mixofshow.sampling.attention import INSIDE, CrossAttention, RegionalAttention
-from mixofshow.sampling.denoising import Correct, Moment
+from mixofshow.sampling.denoising import LatentCallback, StepContext
 
 SHARE: Final = 0.4
 """The part of all steps in which latents are moved; the layout is settled by then."""
@@ -25,17 +25,17 @@ USUAL_CELLS: Final = 256
 """Attention is judged on the feature map of about as many cells, where it follows whole things (as in the paper)."""
 
 
-def attend_and_excite(rate: float, *, share: float = SHARE) -> Correct:
+def attend_and_excite(rate: float, *, share: float = SHARE) -> LatentCallback:
     """Moves latents, in the first `share` of the steps, by `rate` times their own size where the loss is at its most."""
 
-    def correct(moment: Moment, latents: Tensor) -> Tensor:
-        if moment.step > share * moment.steps:
+    def correct(context: StepContext, latents: Tensor) -> Tensor:
+        if context.step > share * context.steps:
             return latents
-        handle: RegionalAttention = moment.predict.attention
+        handle: RegionalAttention = context.predict.attention
         with torch.enable_grad(), queries_of(handle.layers) as queries:
             moving = latents.detach().requires_grad_()
-            moment.predict(moment.batched(moving, moment.timestep), moment.timestep, moment.step, {})
-            loss = missing(handle, queries, moment.step, pictures=len(latents))
+            context.predict(context.batched(moving, context.timestep), context.timestep, context.step, {})
+            loss = missing(handle, queries, context.step, pictures=len(latents))
             if loss is None:
                 return latents
             (slope,) = torch.autograd.grad(loss.sum(), moving)

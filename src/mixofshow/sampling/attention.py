@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -90,24 +91,15 @@ class RegionalAttention:
         self.regions, self.grids, self.like, self.isolate = regions, grids, like, isolate
         self.covers = [coverages(region.shape, grids, tiny=tiny) for region in regions]
         self.layers: list[CrossAttention] = []
-        self.plan: Plan = {}
-        self.apart: Mapping[int, Tensor] = {}
-        self._plans: dict[tuple[int, ...], Plan] = {}
-        self._there: tuple[int, ...] = ()
-        self._shares: dict[tuple[tuple[int, ...], int], Tensor] = {}
-        self._masks: dict[tuple[int, ...], Mapping[int, Tensor]] = {}
+        self._plan_of, self._mask_of, self._share_of = cache(self._planned), cache(self._apart), cache(self._shared)
         self.at(1)
 
     def at(self, step: int) -> None:
         """Take the regions that are there in this step, counted from 1."""
-        there = tuple(number for number, region in enumerate(self.regions) if region.holds(step))
-        if there not in self._plans:
-            self._plans[there] = {columns * rows: self._planned(there, (columns, rows)) for columns, rows in self.grids}
-        self.plan, self._there = self._plans[there], there
-        isolated = step <= self.isolate and len(there) > 1
-        if isolated and there not in self._masks:
-            self._masks[there] = self._apart(there)
-        self.apart = self._masks[there] if isolated else {}
+        self._there = tuple(number for number, region in enumerate(self.regions) if region.holds(step))
+        self.plan: Plan = self._plan_of(self._there)
+        isolated = step <= self.isolate and len(self._there) > 1
+        self.apart: Mapping[int, Tensor] = self._mask_of(self._there) if isolated else {}
 
     def _stacked(self, there: Sequence[int], grid: Grid) -> Tensor:
         """The coverages of the global prompt (none) and the regions: (texts, rows, columns)."""
@@ -119,26 +111,28 @@ class RegionalAttention:
 
         Finer than what cross-attention reads, which takes whole cells of boxes.
         """
-        key = (self._there, cells)
-        if key not in self._shares:
-            columns, rows = next(one for one in self.grids if one[0] * one[1] == cells)  # of 1 × 1 there may be two
-            covers = torch.zeros(1 + len(self.regions), rows, columns)
-            for number in self._there:
-                covers[number + 1] = area_coverage(self.regions[number].shape, columns=columns, rows=rows)
-            self._shares[key] = shares(covers, self.regions, together=True).to(self.like)
-        return self._shares[key]
+        return self._share_of(self._there, cells)
 
-    def _planned(self, there: Sequence[int], grid: Grid) -> tuple[Grid, list[Piece]]:
-        texts = (0, *(number + 1 for number in there))
-        found = shares(self._stacked(there, grid), [self.regions[number] for number in there])
-        pieces = []
-        for text, share in zip(texts, found, strict=True):
-            left, top, right, bottom = area = bounding_cells(share)
-            if share.any():
-                pieces.append(Piece(text, area, share[top:bottom, left:right, None].to(self.like)))
-        return grid, pieces
+    def _shared(self, there: tuple[int, ...], cells: int) -> Tensor:
+        columns, rows = next(one for one in self.grids if one[0] * one[1] == cells)  # of 1 × 1 there may be two
+        covers = torch.zeros(1 + len(self.regions), rows, columns)
+        for number in there:
+            covers[number + 1] = area_coverage(self.regions[number].shape, columns=columns, rows=rows)
+        return shares(covers, self.regions, together=True).to(self.like)
 
-    def _apart(self, there: Sequence[int]) -> Mapping[int, Tensor]:
+    def _planned(self, there: tuple[int, ...]) -> Plan:
+        texts, found = (0, *(number + 1 for number in there)), {}
+        for columns, rows in self.grids:
+            pieces = []
+            parts = shares(self._stacked(there, (columns, rows)), [self.regions[number] for number in there])
+            for text, share in zip(texts, parts, strict=True):
+                left, top, right, bottom = area = bounding_cells(share)
+                if share.any():
+                    pieces.append(Piece(text, area, share[top:bottom, left:right, None].to(self.like)))
+            found[columns * rows] = (columns, rows), pieces
+        return found
+
+    def _apart(self, there: tuple[int, ...]) -> Mapping[int, Tensor]:
         """For each feature map: may a cell (first) read another (second)? Not when it lies in other regions only."""
         found = {}
         for columns, rows in self.grids:

@@ -14,7 +14,7 @@ from PIL import Image
 from mixofshow.errors import RegionError, SettingsError, nearest, shown
 from mixofshow.progress import Progress, silent
 from mixofshow.reading import named_in, parse_table, read_table
-from mixofshow.sampling.pictures import Source, embedded, is_embedded, read_picture
+from mixofshow.sampling.pictures import PictureSource, embedded, is_embedded, read_picture
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.settings import ENTRIES, Composition, Region
 from mixofshow.sampling.steering import open_controls, with_known_controls
@@ -38,14 +38,14 @@ def make_composition(table: Mapping[str, Any], source: str = "composition", fold
 def _with_pictures(composition: Composition, source: str, folder: Path | None) -> Composition:
     """The composition with the pictures that it names in the place of their names."""
 
-    def read(name: Source | None, mode: str) -> str | None:
-        if name is None or (isinstance(name, str) and is_embedded(name)):
-            return name
-        if isinstance(name, Image.Image):
-            return embedded(name)
+    def read(given: PictureSource | None, mode: str) -> Any:
+        if given is None or is_embedded(given):
+            return given
+        if isinstance(given, Image.Image):
+            return embedded(read_picture(given, mode))
         if folder is None:
-            raise SettingsError(f"{source}: expected the picture itself, found a file's name, '{shown(name)}'")
-        return embedded(read_picture(named_in(folder, name), mode))
+            raise SettingsError(f"{source}: expected the picture itself, found a file's name, '{shown(given)}'")
+        return embedded(read_picture(named_in(folder, given), mode))
 
     regions = tuple(replace(one, mask=read(one.mask, "L")) for one in composition.regions)
     pictures = {"image": read(composition.image, "RGB"), "mask": read(composition.mask, "L")}

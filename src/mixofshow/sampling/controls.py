@@ -27,14 +27,14 @@ from mixofshow.bases.loading import EMBEDDED_CONTROLS
 from mixofshow.bases.strangers import quiet, strangers_model
 from mixofshow.errors import BadInputError, SettingsError, nearest, shown
 from mixofshow.reading import parse_json, read_bytes
-from mixofshow.sampling.pictures import Source, read_picture
+from mixofshow.sampling.pictures import PictureSource, read_picture
+from mixofshow.sampling.settings import MAX_STRENGTH
 
 logger = logging.getLogger(__name__)
 
-StrengthMap = Source | np.ndarray[Any, Any] | Tensor
+StrengthMap = PictureSource | np.ndarray[Any, Any] | Tensor
 """How strongly a control counts where, laid over the whole picture: (rows, columns) of numbers, or white to black."""
 
-MAX_STRENGTH: Final = 10.0
 XL_ADAPTER: Final = "full_adapter_xl"
 CONFIG: Final = "config.json"
 
@@ -50,7 +50,7 @@ class PictureControl(ABC):
     def __init__(
         self,
         network: Any,
-        picture: Source,
+        picture: PictureSource,
         *,
         strength: float = 1.0,
         start: float = 0.0,
@@ -209,7 +209,7 @@ def _network(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
     return network
 
 
-def make_control(network: Any, picture: Source, **settings: Any) -> PictureControl:
+def make_control(network: Any, picture: PictureSource, **settings: Any) -> PictureControl:
     """A control of the network's kind; `settings` are PictureControl's. Raises SettingsError, BadInputError."""
     name = type(network).__name__
     _require(name in CONTROLS, "control", name, " or ".join(CONTROLS))

@@ -36,7 +36,7 @@ class Control(Protocol):
 
 
 @dataclass(frozen=True)
-class Moment:
+class StepContext:
     """A step, counted from 1, out of `steps`; `batched` makes of latents, and the timestep, what `predict` takes."""
 
     predict: NoisePredictor
@@ -46,7 +46,7 @@ class Moment:
     batched: Callable[[Tensor, Tensor], Tensor]
 
 
-Correct = Callable[[Moment, Tensor], Tensor]
+LatentCallback = Callable[[StepContext, Tensor], Tensor]
 """Moves the latents before a step: (pictures, channels, height, width) to the same."""
 StepEnd = Callable[[int, Tensor, Tensor], Tensor]
 """Told of a step, from 0, its timestep and the latents after it; gives the latents to go on with."""
@@ -100,7 +100,7 @@ def denoise(
     controls: Sequence[Control] = (),
     isolate: int = 0,
     tiny: str = "nearest",
-    correct: Correct | None = None,
+    correct: LatentCallback | None = None,
     step_end: StepEnd | None = None,
     interrupted: Callable[[], bool] = bool,
     progress: Progress = silent,
@@ -123,9 +123,9 @@ def denoise(
             if interrupted():
                 return latents
             step = min((skipped + done) // scheduler.order + 1, num_inference_steps)
-            moment = Moment(predict, timestep, step, num_inference_steps, batched)
-            latents = correct(moment, latents) if correct else latents
-            prediction = _predicted(moment, latents, encoded.text, controls)
+            context = StepContext(predict, timestep, step, num_inference_steps, batched)
+            latents = correct(context, latents) if correct else latents
+            prediction = _predicted(context, latents, encoded.text, controls)
             prediction = guided(prediction, guidance_scale, guidance_rescale) if encoded.guided else prediction
             latents = scheduler.step(prediction, timestep, latents, **how, return_dict=False)[0]
             if mask is not None and start is not None:
@@ -136,12 +136,12 @@ def denoise(
     return latents
 
 
-def _predicted(moment: Moment, latents: Tensor, text: Tensor, controls: Sequence[Control]) -> Tensor:
+def _predicted(context: StepContext, latents: Tensor, text: Tensor, controls: Sequence[Control]) -> Tensor:
     """The UNet's prediction, steered by the controls: (sides · pictures, channels, height, width)."""
-    seen = (moment.batched(latents, moment.timestep), moment.timestep)
-    told = moment.predict.told
-    steering = added([one.residuals(*seen, text, moment.step, moment.steps, told=told) for one in controls])
-    return moment.predict(*seen, moment.step, steering)
+    seen = (context.batched(latents, context.timestep), context.timestep)
+    told = context.predict.told
+    steering = added([one.residuals(*seen, text, context.step, context.steps, told=told) for one in controls])
+    return context.predict(*seen, context.step, steering)
 
 
 def _noised(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import colorsys
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from mixofshow.bases.loading import EMBEDDED
 from mixofshow.concepts.concept import Concept, follow_clip_skip, vocabulary
@@ -22,10 +24,14 @@ from mixofshow.grids import grid
 from mixofshow.outputs import writing
 from mixofshow.progress import Progress, silent
 from mixofshow.sampling.composition import as_part, compose, variations
-from mixofshow.sampling.layout import draw_layout
 from mixofshow.sampling.pipeline import MixOfShowPipeline
+from mixofshow.sampling.regions import bounding_cells, coverage, shape_of
 from mixofshow.sampling.replay import maker_of, resolved, save_picture
-from mixofshow.sampling.settings import Composition
+from mixofshow.sampling.settings import Composition, Region
+
+TINT: Final = 0.35
+SMALLEST_SIDE: Final = 512
+"""Of a layout, in pixels."""
 
 
 def open_pipeline(
@@ -118,6 +124,34 @@ def draw_grid(
     seeds = [f"seed {composition.seed + number}" for number in range(composition.num)]
     labels = [label for label, _ in rows] if vary else []
     _write(grid(images, composition.num, column_labels=seeds, row_labels=labels), out)
+
+
+def draw_layout(image: Image.Image, regions: Sequence[Region]) -> Image.Image:
+    """The picture, enlarged if it is small, each region tinted as far as it is covered and outlined, with its prompt."""
+    scale = max(1, round(SMALLEST_SIDE / max(image.size)))
+    large = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
+    pixels = np.array(large, dtype=np.float32)
+    labels = []
+    for number, region in enumerate(regions):
+        shape = shape_of(region, width=image.width, height=image.height)
+        cover = coverage(shape, columns=large.width, rows=large.height)
+        colour = 255 * np.array(colorsys.hsv_to_rgb(number / len(regions), 1, 1), dtype=np.float32)
+        inside = cover.numpy() >= 0.5
+        tint = np.maximum(TINT * cover.numpy(), _outline(inside))[..., None]
+        pixels = (1 - tint) * pixels + tint * colour
+        labels.append((bounding_cells(cover)[:2], f"{number + 1} {region.prompt}"))
+    drawn = Image.fromarray(pixels.round().astype(np.uint8))
+    pen, font = ImageDraw.Draw(drawn), ImageFont.load_default(12)
+    for (left, top), text in labels:
+        pen.text((left + 3, top + 2), text, fill="white", font=font, stroke_width=1, stroke_fill="black")
+    return drawn
+
+
+def _outline(inside: np.ndarray) -> np.ndarray:
+    """1 on the cells inside that have a neighbour outside."""
+    padded = np.pad(inside, 1)
+    deep = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return (inside & ~deep).astype(np.float32)
 
 
 def _write(image: Image.Image, path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import stat
 from pathlib import Path
 from typing import Final
 
@@ -14,27 +13,34 @@ from PIL import Image
 from mixofshow import images
 from mixofshow.errors import BadInputError, shown
 from mixofshow.images import read_grey, read_image
+from mixofshow.reading import read_bytes
 
-MAX_FILE_BYTES: Final = 64 * 2**20
+MAX_BYTES: Final = 64 * 2**20
 FORMATS: Final = (*images.FORMATS, "BMP")
 _EMBEDDED: Final = "data:image/png;base64,"
 
-Source = str | Path | Image.Image
+PictureSource = str | Path | Image.Image
 """A picture, a file, or a text from `embedded`."""
 
 
-def read_picture(source: Source, mode: str) -> Image.Image:
-    """The picture, upright, in the mode "L" or "RGB"; what is transparent is black. Raises BadInputError naming it."""
-    if isinstance(source, Image.Image):
-        return decode_picture(source, "the picture", mode)
+def read_picture(source: PictureSource | bytes, mode: str, name: str | Path = "the picture") -> Image.Image:
+    """The picture, upright, in the mode "L" or "RGB"; what is transparent is black.
+
+    Raises BadInputError that names the file, or calls what is in memory by its `name`.
+    """
     if isinstance(source, str) and is_embedded(source):
-        return decode_picture(_from_text(source), "the embedded picture", mode)
-    return decode_picture(picture_bytes(Path(source)), Path(source), mode)
+        source, name = _from_text(source), "the embedded picture"
+    elif isinstance(source, str | Path):
+        name = Path(source)
+        source = read_bytes(name, MAX_BYTES, BadInputError)
+    if mode == "L":
+        return read_grey(source, shown(name), formats=FORMATS)
+    return read_image(source, shown(name), background="black", formats=FORMATS).image
 
 
-def is_embedded(text: str) -> bool:
-    """Whether a text carries a picture, rather than naming a file."""
-    return text.startswith(_EMBEDDED)
+def is_embedded(source: object) -> bool:
+    """Whether this is a text that carries a picture, rather than naming a file."""
+    return isinstance(source, str) and source.startswith(_EMBEDDED)
 
 
 def embedded(image: Image.Image) -> str:
@@ -49,21 +55,3 @@ def _from_text(text: str) -> bytes:
         return base64.b64decode(text.removeprefix(_EMBEDDED), validate=True)
     except (binascii.Error, ValueError) as error:
         raise BadInputError(f"the embedded picture is damaged ({error})") from error
-
-
-def picture_bytes(path: Path) -> bytes:
-    """A picture's file. Raises BadInputError when it is none, or too large to be one."""
-    try:
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_FILE_BYTES:
-            raise BadInputError(f"{path}: expected a picture of at most {MAX_FILE_BYTES} bytes in a regular file")
-        return path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise BadInputError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from error
-
-
-def decode_picture(data: bytes | Image.Image, name: str | Path, mode: str) -> Image.Image:
-    """What `read_picture` makes of a file's bytes; `name` is for messages."""
-    if mode == "L":
-        return read_grey(data, shown(name), formats=FORMATS)
-    return read_image(data, shown(name), background="black", formats=FORMATS).image

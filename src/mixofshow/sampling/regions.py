@@ -204,12 +204,6 @@ def _last_cell(end: float, count: int) -> int:
     return math.floor(end * count + _ROUNDING)
 
 
-def is_empty(area: Cells) -> bool:
-    """True when there is no cell in it."""
-    left, top, right, bottom = area
-    return left >= right or top >= bottom
-
-
 def require_a_cell(shape: Shape, *, columns: int, rows: int) -> None:
     """Raise RegionError unless the shape covers something of the finest feature map."""
     if not coverage(shape, columns=columns, rows=rows).any():

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from mixofshow.bases.families import family_of, text_encoders
 from mixofshow.bases.parts import plain
-from mixofshow.errors import SettingsError, field_problem, shown
+from mixofshow.errors import BadInputError, SettingsError, field_problem, shown
 from mixofshow.files import raw
 from mixofshow.images import opened
 from mixofshow.outputs import writing
 from mixofshow.progress import Progress, silent
-from mixofshow.reading import parse_json
+from mixofshow.reading import parse_json, read_bytes
 from mixofshow.sampling.composition import compose, make_composition
-from mixofshow.sampling.pictures import picture_bytes, read_picture
+from mixofshow.sampling.pictures import MAX_BYTES, read_picture
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.settings import Composition
 from mixofshow.tables import Group
@@ -124,7 +124,7 @@ def read_note(path: Path) -> tuple[Composition, Maker]:
 
 def _note(path: Path) -> str:
     """The text that a PNG carries for us."""
-    with opened(picture_bytes(path), str(path), formats=("PNG",)) as image:
+    with opened(read_bytes(path, MAX_BYTES, BadInputError), str(path), formats=("PNG",)) as image:
         text = image.info.get(PNG_KEY)
     if text is None:
         raise SettingsError(f"{shown(path)}: carries no composition")

@@ -21,7 +21,7 @@ from pydantic_core import ArgsKwargs
 
 from mixofshow.concepts.syntax import Syntax
 from mixofshow.errors import RegionError, SettingsError, field_problem, shown
-from mixofshow.sampling.pictures import Source
+from mixofshow.sampling.pictures import PictureSource
 from mixofshow.tables import Group, Settings
 
 Box = tuple[float, float, float, float]
@@ -33,6 +33,9 @@ Units = Literal["px", "share"]
 
 Step = Annotated[int, Field(ge=1)]
 """A step, counted from 1."""
+MAX_STRENGTH: Final = 10.0
+Strength = Annotated[float, Field(ge=0, le=MAX_STRENGTH)]
+"""Of a control."""
 
 STEPS: Final = 25
 MAX_PIXELS: Final = 2**24
@@ -123,7 +126,7 @@ class Region:
     negative_prompt: str | None = None
     _: KW_ONLY
     polygon: Points | None = None
-    mask: SkipValidation[Source | None] = None
+    mask: SkipValidation[PictureSource | None] = None
     weight: Annotated[float, Field(gt=0, le=MAX_WEIGHT)] = 1.0
     front: int = 0
     first_step: Step | None = None
@@ -150,7 +153,7 @@ class Region:
     def __post_init__(self) -> None:
         if sum(one is not None for one in (self.box, self.polygon, self.mask)) != 1:
             raise RegionError(f"{self.title}: expected a box, a polygon or a mask, and only one of them")
-        if not isinstance(self.mask, Source | None):
+        if not isinstance(self.mask, PictureSource | None):
             found = type(self.mask).__name__
             raise RegionError(f"{self.title}: mask: expected a picture (PIL.Image.Image) or a file, found {found}")
         ends = self.last_step is None or (self.first_step or 1) <= self.last_step
@@ -204,12 +207,12 @@ class ControlEntry(Group):
 
     network: str
     picture: str
-    strength: float = 1.0
+    strength: Strength = 1.0
     start: float = 0.0
     end: float = 1.0
     strength_map: str | None = None
-    regions: tuple[float, ...] = ()
-    outside: float = 1.0
+    regions: tuple[Strength, ...] = ()
+    outside: Strength = 1.0
     network_hash: str | None = None
     picture_hash: str | None = None
 

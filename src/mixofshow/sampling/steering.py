@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixofshow.errors import SettingsError, shown
-from mixofshow.reading import named_in
+from mixofshow.errors import BadInputError, SettingsError, shown
+from mixofshow.reading import named_in, read_bytes
 from mixofshow.sampling.attention import visible
 from mixofshow.sampling.controls import (
-    MAX_STRENGTH,
     PictureControl,
     check_extent,
     load_control,
@@ -25,7 +24,7 @@ from mixofshow.sampling.controls import (
     map_of_regions,
     network_hash,
 )
-from mixofshow.sampling.pictures import decode_picture, embedded, is_embedded, picture_bytes, read_picture
+from mixofshow.sampling.pictures import MAX_BYTES, embedded, is_embedded, read_picture
 from mixofshow.sampling.regions import coverage, shape_of
 from mixofshow.sampling.settings import Composition, ControlEntry
 
@@ -53,9 +52,6 @@ def _check(entry: ControlEntry, regions: int, name: str) -> None:
         raise SettingsError(f"{name}: expected a strength_map or regions, found both")
     if len(entry.regions) not in (0, regions):
         raise SettingsError(f"{name}.regions: expected {regions} strengths, one a region, found {len(entry.regions)}")
-    for strength in (*entry.regions, entry.outside):
-        if not 0 <= strength <= MAX_STRENGTH:
-            raise SettingsError(f"{name}: expected strengths from 0 to {MAX_STRENGTH:g}, found {strength}")
 
 
 def _known(entry: ControlEntry, folder: Path) -> ControlEntry:
@@ -88,7 +84,7 @@ def _network_hash(entry: ControlEntry) -> str:
 
 def _picture(entry: ControlEntry) -> tuple[bytes, str]:
     """The control's picture as bytes, and their hash, which must be the known one."""
-    data = picture_bytes(Path(entry.picture))
+    data = read_bytes(Path(entry.picture), MAX_BYTES, BadInputError)
     found = hashlib.sha256(data).hexdigest()
     _require_same(shown(entry.picture), "picture", entry.picture_hash, found)
     return data, found
@@ -107,7 +103,7 @@ def open_controls(composition: Composition, pipeline: Any, size: tuple[int, int]
     for entry in composition.controls:
         _network_hash(entry)
         network = load_control(entry.network, unet=pipeline.unet)
-        picture = decode_picture(_picture(entry)[0], Path(entry.picture), "RGB")
+        picture = read_picture(_picture(entry)[0], "RGB", Path(entry.picture))
         extent = {"strength": entry.strength, "start": entry.start, "end": entry.end}
         strengths = _strengths(entry, composition, pipeline.vae_scale_factor, size)
         made.append(make_control(network, picture, **extent, strength_map=strengths))
