@@ -102,22 +102,23 @@ def parse_tensors(data: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, 
 
 
 class TensorFile:
-    """A safetensors file of ours, of any size, of which one tensor is read at a time. Raises ConceptFileError.
+    """A safetensors file of any size, of which one tensor is read at a time.
 
-    Never mapped into memory: a mapped file that somebody cuts kills the process.
+    Never mapped into memory: a mapped file that somebody cuts kills the process. Raises ConceptFileError that calls it
+    by `name`, or by its path.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        self.path, self.name = path, name or str(path)
         try:
-            with opened(path) as file:
+            with opened(path, ConceptFileError, self.name) as file:
                 size = os.fstat(file.fileno()).st_size
                 start = file.read(8)
                 length = int.from_bytes(start, "little")
                 beginning = start + file.read(min(length, MAX_HEADER_BYTES))
         except (OSError, ValueError) as error:
-            raise ConceptFileError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from error
-        self._entries = _header(beginning, str(path), size)
+            raise ConceptFileError(f"{self.name}: cannot be read ({getattr(error, 'strerror', error)})") from error
+        self._entries = _header(beginning, self.name, size)
         self._start = 8 + length
         self.metadata: dict[str, str] = self._entries.pop("__metadata__", {})
 
@@ -139,7 +140,7 @@ class TensorFile:
             header = json.dumps({name: entry}).encode()
             return safetensors.torch.load(len(header).to_bytes(8, "little") + header + data)[name]
         except (OSError, safetensors.SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
-            raise ConceptFileError(f"{self.path}: tensor '{shown(name)}' cannot be read ({shown(error)})") from error
+            raise ConceptFileError(f"{self.name}: tensor '{shown(name)}' cannot be read ({shown(error)})") from error
 
 
 def _header(data: bytes, name: str, size: int | None = None) -> dict[str, Any]:

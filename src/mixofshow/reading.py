@@ -79,25 +79,31 @@ def parse_json(
     return value
 
 
-def read_bytes(path: Path, limit: int = MAX_FILE_BYTES, error: type[MixOfShowError] = ConceptFileError) -> bytes:
-    """The whole of a regular file of at most `limit` bytes; never waits on a pipe or device. Raises an `error`."""
+def read_bytes(
+    path: Path, limit: int = MAX_FILE_BYTES, error: type[MixOfShowError] = ConceptFileError, name: object = None
+) -> bytes:
+    """The whole of a regular file of at most `limit` bytes; never waits on a pipe or device.
+
+    Raises an `error` that calls it by `name`, or by its path.
+    """
+    name = path if name is None else name
     try:
-        with opened(path, error) as file:
+        with opened(path, error, name) as file:
             size = os.fstat(file.fileno()).st_size
             data = file.read(limit + 1) if size <= limit else b""
     except (OSError, ValueError) as problem:
-        raise error(f"{path}: cannot be read ({getattr(problem, 'strerror', None) or problem})") from problem
+        raise error(f"{name}: cannot be read ({getattr(problem, 'strerror', None) or problem})") from problem
     if (size := max(size, len(data))) > limit:
-        raise error(f"{path}: {size} bytes, at most {limit} are read")
+        raise error(f"{name}: {size} bytes, at most {limit} are read")
     return data
 
 
-def opened(path: Path, error: type[MixOfShowError] = ConceptFileError) -> BinaryIO:
+def opened(path: Path, error: type[MixOfShowError], name: object) -> BinaryIO:
     """A regular file, open for reading. Raises an `error` when it is none, OSError when it cannot be opened."""
     file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
-        raise error(f"{path}: not a regular file")
+        raise error(f"{name}: not a regular file")
     return open(file, "rb")
 
 

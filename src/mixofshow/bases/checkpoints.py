@@ -80,11 +80,11 @@ def _variant(path: Path) -> str | None:
     return variant.split("-")[0] if found else None
 
 
-def _open(path: Path, called: str) -> TensorFile:
+def _open(path: Path, name: str) -> TensorFile:
     try:
-        return TensorFile(path)
+        return TensorFile(path, name)
     except ConceptFileError as error:
-        raise BaseModelError(f"{called}: {str(error).removeprefix(f'{path}: ')}") from error
+        raise BaseModelError(str(error)) from error
 
 
 def load_checkpoint(path: Path, config: str | Path | None, *, dtype: torch.dtype, download: bool) -> Any:
@@ -100,7 +100,7 @@ def load_checkpoint(path: Path, config: str | Path | None, *, dtype: torch.dtype
     file = _open(path, str(path))
     folder = _config_folder(path, config or _usual_config(path, file), download=download)
     tokenizers = carried_tokenizers(folder)
-    kind = _pipeline_class(folder, path)
+    kind = check_configs(folder, f"{path}: its config {folder}").pipeline_class
     known = inspect.signature(getattr(diffusers, kind).__init__).parameters
     options = {key: value for key, value in {**_LEFT_OUT, "requires_safety_checker": False}.items() if key in known}
     try:
@@ -133,10 +133,3 @@ def _config_folder(path: Path, config: str | Path, *, download: bool) -> Path:
             f"{path}: a file of weights alone, and the configuration and tokenizer of {config} are not here; give a "
             f"diffusers folder of its kind as `config`, or put one beside the file as {path.with_suffix('').name}/"
         ) from error
-
-
-def _pipeline_class(folder: Path, path: Path) -> str:
-    try:
-        return check_configs(folder, path).pipeline_class
-    except BaseModelError as error:
-        raise BaseModelError(f"{path}: its config {folder}: {str(error).removeprefix(f'{path}: ')}") from error

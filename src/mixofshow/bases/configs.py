@@ -13,8 +13,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
-from mixofshow.bases.families import FAMILIES, Family
-from mixofshow.errors import BadInputError, BaseModelError, MixOfShowError, shown
+from mixofshow.bases.families import Family, family_named
+from mixofshow.errors import BaseModelError, MixOfShowError, shown
 from mixofshow.reading import MAX_JSON_BYTES, parse_json, read_bytes
 
 INDEX: Final = "model_index.json"
@@ -100,7 +100,7 @@ def check_config(table: Mapping[str, Any], kind: Any, where: str, error: type[Mi
 def check_configs(folder: Path, name: str | Path) -> Family:
     """The family of the pipeline in a folder. Raises BaseModelError unless its parts say what can be built."""
     index = _table(folder / INDEX, name)
-    family = _family(index, name)
+    family = family_named(index.get("_class_name"), f"{name}: ")
     for part in ("unet", "vae", "scheduler", *(one for pair in family.text_encoders for one in pair)):
         found = _class(index, part, name)
         for path in sorted((folder / part).glob("*.json")):
@@ -108,15 +108,6 @@ def check_configs(folder: Path, name: str | Path) -> Family:
             if path.name in CONFIGS:
                 check_config(table, found, f"{name}: {part}/{path.name}")
     return family
-
-
-def _family(index: Mapping[str, Any], name: str | Path) -> Family:
-    found = index.get("_class_name")
-    for family in FAMILIES:
-        if family.pipeline_class == found:
-            return family
-    known = ", ".join(family.pipeline_class for family in FAMILIES)
-    raise BaseModelError(f"{name}: {shown(found)} is a kind of base model that is not supported; known are {known}")
 
 
 def _class(index: Mapping[str, Any], part: str, name: str | Path) -> Any:
@@ -143,12 +134,8 @@ def _class(index: Mapping[str, Any], part: str, name: str | Path) -> Any:
 
 def _table(path: Path, name: str | Path) -> dict[str, Any]:
     where = f"{name}: {path.name if path.name == INDEX else f'{path.parent.name}/{path.name}'}"
-    try:
-        table = parse_json(read_bytes(path, MAX_JSON_BYTES, BadInputError), where, BaseModelError, finite=False)
-    except BaseModelError:
-        raise
-    except BadInputError as error:
-        raise BaseModelError(f"{where}: {str(error).removeprefix(f'{path}: ')}") from error
+    data = read_bytes(path, MAX_JSON_BYTES, BaseModelError, where)
+    table = parse_json(data, where, BaseModelError, finite=False)
     if not isinstance(table, dict):
         raise BaseModelError(f"{where}: expected a table, found {type(table).__name__}")
     return table

@@ -50,12 +50,16 @@ def family_of(pipeline: Any) -> Family:
     """The pipeline's family; BaseModelError names the ones that are known. `base_class` speaks for pipelines of ours."""
     if not hasattr(pipeline, "unet"):
         raise BaseModelError(f"expected a base model, as load_base gives it, found {shown(pipeline)}")
-    name = getattr(pipeline, "base_class", type(pipeline).__name__)
+    return family_named(getattr(pipeline, "base_class", type(pipeline).__name__))
+
+
+def family_named(pipeline_class: object, where: str = "") -> Family:
+    """The family of a class of pipelines. Raises BaseModelError, `where` in front, that names the ones that are known."""
     for family in FAMILIES:
-        if family.pipeline_class == name:
+        if family.pipeline_class == pipeline_class:
             return family
-    known = ", ".join(family.pipeline_class for family in FAMILIES)
-    raise BaseModelError(f"{name}: this kind of base model is not supported; known are {known}")
+    known, found = ", ".join(family.pipeline_class for family in FAMILIES), shown(pipeline_class)
+    raise BaseModelError(f"{where}{found} is a kind of base model that is not supported; known are {known}")
 
 
 def version_of(pipeline: Any) -> str:

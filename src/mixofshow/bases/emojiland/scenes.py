@@ -6,7 +6,6 @@ All lengths below are shares of the canvas height, so wide pictures show more of
 
 from __future__ import annotations
 
-import colorsys
 import math
 from collections.abc import Callable, Iterable
 from random import Random
@@ -56,13 +55,6 @@ def tone(random: Random, colour: Colour, spread: int = 10) -> Colour:
     shift = random.randint(-spread, spread)
     red, green, blue = (max(0, min(255, channel + shift)) for channel in colour)
     return red, green, blue
-
-
-def shift_hue(colour: Colour, turn: float) -> Colour:
-    """The colour turned on the colour wheel (1 is a full turn)."""
-    hue, light, strength = colorsys.rgb_to_hls(*(channel / 255 for channel in colour))
-    red, green, blue = colorsys.hls_to_rgb((hue + turn) % 1, light, strength)
-    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def beach(canvas: Canvas, random: Random) -> None:
