@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from figures import keep
 from PIL import Image
+from sketches import centre_error, foreground, overlap, sketched
 
 from emojiland.control_networks import Layout, random_layout
 from emojiland.figures import rank_classes
@@ -25,7 +26,6 @@ from mixofshow import MixOfShowPipeline
 from mixofshow.bases.emojiland.scenes import PLAIN_SCENES
 from mixofshow.bases.emojiland.world import SIZE, WIDE
 from mixofshow.bases.loading import EMBEDDED_CONTROLS
-from mixofshow.evaluation.metrics import centre_error, foreground, overlap, sketched
 from mixofshow.grids import grid
 from mixofshow.sampling.controls import load_control, make_control
 

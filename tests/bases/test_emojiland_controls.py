@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import ControlNetModel, T2IAdapter
 from PIL import Image
+from sketches import foreground, overlap, sketched
 
 from emojiland import control_networks
 from emojiland.control_networks import KINDS, draw, random_layout, scattered, silhouettes, stage, train_control
@@ -19,7 +20,6 @@ from emojiland.training import new_run
 from mixofshow.bases.emojiland.sprites import ICON_SIZE, sprite
 from mixofshow.bases.emojiland.world import Placement
 from mixofshow.bases.loading import EMBEDDED_CONTROLS, load_base
-from mixofshow.evaluation.metrics import foreground, overlap, sketched
 
 CLASSES = {"t2i-adapter": T2IAdapter, "controlnet": ControlNetModel}
 every_kind = pytest.mark.parametrize("kind", KINDS)

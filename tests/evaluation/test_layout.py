@@ -7,9 +7,9 @@ from random import Random
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from sketches import centre_error, foreground, overlap, sketched
 
 from emojiland.control_networks import random_layout
-from mixofshow.evaluation.metrics import centre_error, foreground, overlap, sketched
 
 
 def boxed(*boxes, size=(20, 10), colour="white", background="black"):

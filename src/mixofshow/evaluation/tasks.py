@@ -33,6 +33,7 @@ from mixofshow.fusion.store import Store
 from mixofshow.outputs import write_text
 from mixofshow.processes import end_with_parent
 from mixofshow.sampling import regions
+from mixofshow.sampling.composition import compose
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.replay import maker_of, resolved, save_picture
 from mixofshow.sampling.settings import Composition
@@ -114,15 +115,7 @@ def _without_notices(module: str) -> Iterator[None]:
 
 def draw(model: ConceptModel, wanted: Composition) -> list[Image.Image]:
     """A composition's pictures in one batch; picture k is made from seed + k."""
-    return MixOfShowPipeline.of(model)(
-        wanted.prompt,
-        regions=wanted.regions,
-        negative_prompt=wanted.negative_prompt,
-        num_images_per_prompt=wanted.num,
-        seed=wanted.seed,
-        regional_lora=wanted.regional_lora,
-        **wanted.settings,
-    )
+    return compose(MixOfShowPipeline.of(model), wanted, at_once=True)
 
 
 @lru_cache(maxsize=1)

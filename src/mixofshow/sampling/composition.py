@@ -124,26 +124,38 @@ def picture_paths(path: Path, count: int) -> list[Path]:
     return [path] if count == 1 else [path.with_name(f"{path.stem}-{k:03d}{path.suffix}") for k in range(count)]
 
 
-def compose(pipeline: MixOfShowPipeline, composition: Composition, *, progress: Progress = silent) -> list[Image.Image]:
-    """Draw a composition's pictures; picture k is made from seed + k. Raises BadInputError."""
-    images: list[Image.Image] = []
+def compose(
+    pipeline: MixOfShowPipeline, composition: Composition, *, at_once: bool = False, progress: Progress = silent
+) -> list[Image.Image]:
+    """Draw a composition's pictures; picture k is made from seed + k.
+
+    They are drawn one at a time, for rounding depends on how many are drawn together; `at_once`, in one batch, is
+    quicker. Raises BadInputError.
+    """
     start = read_picture(composition.image, "RGB") if composition.image else None
     controls = open_controls(composition, pipeline, composition.size(pipeline, start))
-    for number in range(composition.num):
-        # One at a time: in a batch, rounding depends on how many pictures are drawn together.
-        images += pipeline(
+    mask = read_picture(composition.mask, "L") if composition.mask else None
+
+    def drawn(number: int, count: int, progress: Progress) -> list[Image.Image]:
+        found: list[Image.Image] = pipeline(
             composition.prompt,
             regions=composition.regions,
             negative_prompt=composition.negative_prompt,
+            num_images_per_prompt=count,
             image=start,
-            mask_image=read_picture(composition.mask, "L") if composition.mask else None,
+            mask_image=mask,
             seed=composition.seed + number,
             regional_lora=composition.regional_lora,
             controls=controls,
-            progress=as_part(progress, number, composition.num),
+            progress=progress,
             **composition.settings,
         )
-    return images
+        return found
+
+    if at_once:
+        return drawn(0, composition.num, progress)
+    parts = (drawn(number, 1, as_part(progress, number, composition.num)) for number in range(composition.num))
+    return list(chain.from_iterable(parts))
 
 
 def as_part(progress: Progress, number: int, count: int) -> Progress:
