@@ -19,12 +19,12 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from random import Random
 from statistics import NormalDist
-from typing import Annotated, Any, Final, Literal, TypeVar, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
 from PIL import Image
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from mixofshow.errors import BadInputError, DatasetError, SettingsError, field_problem, nearest, shown
+from mixofshow.errors import BadInputError, DatasetError, SettingsError, nearest, shown
 from mixofshow.evaluation.metrics import LEVEL
 from mixofshow.evaluation.report import write_page
 from mixofshow.evaluation.requests import Arm, RequestPlan
@@ -33,7 +33,7 @@ from mixofshow.images import label, read_image
 from mixofshow.outputs import write_text
 from mixofshow.reading import read_json
 from mixofshow.sampling.pictures import embedded
-from mixofshow.tables import Group
+from mixofshow.tables import Group, Settings
 
 INDEX: Final = "pictures.json"
 REFERENCES: Final = 4
@@ -47,7 +47,6 @@ Show = Callable[[Path], str]
 """A picture by its path in the index, as a data URI."""
 Question = Literal["image", "text"]
 MethodName = Annotated[str, Field(min_length=1, max_length=64)]
-Of = TypeVar("Of", bound=BaseModel)
 
 
 class PromptPictures(Group):
@@ -57,7 +56,7 @@ class PromptPictures(Group):
     pictures: tuple[Path, ...]
 
 
-class PictureIndex(Group):
+class PictureIndex(Settings):
     """Pictures by method, state ("single" or "fused") and concept; folders of references by concept.
 
     A concept's requests are the same for all methods and states, in the same order.
@@ -103,14 +102,7 @@ def read_index(folder: Path) -> PictureIndex:
     """The index of a suite's folder. Raises BadInputError."""
     if not (path := folder / INDEX).is_file():
         raise BadInputError(f"{folder}: expected the folder of a suite with {INDEX}; `mixofshow evaluate` writes it")
-    return _read(path, PictureIndex)
-
-
-def _read(path: Path, kind: type[Of]) -> Of:
-    try:
-        return kind.model_validate(read_json(path))
-    except ValidationError as error:
-        raise BadInputError(f"{path}: {field_problem(error.errors()[0], kind.model_fields)}") from error
+    return PictureIndex.of(read_json(path), str(path))
 
 
 def _inside(folder: Path, path: Path, *, outside: bool) -> Path:
@@ -236,7 +228,7 @@ class Answer(Group, strict=True):
         return one, other
 
 
-class Answers(Group, strict=True):
+class Answers(Settings, strict=True):
     """One person's, as the page saves them."""
 
     version: Literal[1] = Field(alias="schema")
@@ -278,7 +270,7 @@ def score_study(paths: Sequence[Path]) -> list[Preference]:
         raise BadInputError("nothing to score: no file of answers was given")
     people: dict[str, tuple[Path, Answers]] = {}
     for path in paths:
-        one = _read(path, Answers)
+        one = Answers.of(read_json(path), str(path))
         first, of_first = next(iter(people.values()), (path, one))
         if one.asked != of_first.asked:
             raise BadInputError(f"{path}: answers another study than {first} ({one.study}, not {of_first.study})")

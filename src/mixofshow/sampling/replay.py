@@ -14,12 +14,11 @@ from typing import Final
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from pydantic import ValidationError
 from torch import Tensor
 
 from mixofshow.bases.families import family_of, text_encoders
 from mixofshow.bases.parts import plain
-from mixofshow.errors import BadInputError, SettingsError, field_problem, shown
+from mixofshow.errors import BadInputError, SettingsError, shown
 from mixofshow.files import raw
 from mixofshow.images import opened
 from mixofshow.outputs import writing
@@ -29,7 +28,7 @@ from mixofshow.sampling.composition import compose, make_composition
 from mixofshow.sampling.pictures import MAX_BYTES, read_picture
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.settings import Composition
-from mixofshow.tables import Group
+from mixofshow.tables import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ PNG_KEY: Final = "mixofshow"
 PACKAGES: Final = ("mixofshow", "torch", "diffusers", "transformers")
 
 
-class Maker(Group):
+class Maker(Settings):
     """What drew a picture. There is no place in it for a path, a host or a user."""
 
     base: str
@@ -112,14 +111,10 @@ def resolved(composition: Composition, pipeline: MixOfShowPipeline) -> Compositi
 
 def read_note(path: Path) -> tuple[Composition, Maker]:
     """What a PNG carries. Raises SettingsError when it carries nothing of ours, BadInputError when it is no PNG."""
-    text = _note(path)
-    try:
-        about = parse_json(text, str(path), SettingsError)
-        return make_composition(about["composition"], str(path)), Maker.model_validate(about["maker"])
-    except ValidationError as error:
-        raise SettingsError(f"{path}: {field_problem(error.errors()[0], Maker.model_fields)}") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise SettingsError(f"{path}: what it carries is not the expected table ({shown(error)})") from error
+    about = parse_json(_note(path), str(path), SettingsError)
+    if not isinstance(about, dict) or not about.keys() >= {"composition", "maker"}:
+        raise SettingsError(f"{path}: what it carries is not the expected table ({shown(about)})")
+    return make_composition(about["composition"], str(path)), Maker.of(about["maker"], str(path))
 
 
 def _note(path: Path) -> str:
