@@ -151,8 +151,8 @@ RENAMED: dict[str, Callable[[Path], Path]] = {
 def test_a_folder_of_one_variant_says_which(name, base):
     for path in base.rglob("*.safetensors"):
         path.rename(RENAMED[name](path))
-    refused(base, "text_encoder: there are only weights of the variant fp16; give --variant fp16")
-    refused(base, "there are only weights of the variant fp16; give --variant fp16", variant="fp8")
+    refused(base, "text_encoder: there are only weights of the variant fp16; give `variant` fp16")
+    refused(base, "there are only weights of the variant fp16; give `variant` fp16", variant="fp8")
 
 
 def test_a_folder_of_one_variant_is_read_when_that_is_asked_for(base):

@@ -82,7 +82,7 @@ def test_pictures_from_elsewhere_are_not_shown_unless_told_so(name, suite):
     private = suite.parent / "private.png"
     (suite / "link.png").symlink_to(private)
     table = changed(lambda it: LEADING_OUT[name](it, private))
-    with pytest.raises(BadInputError, match="lies outside of the folder; --outside"):
+    with pytest.raises(BadInputError, match="lies outside of the folder; `outside`"):
         study(suite, table)
     assert not (suite / "page.html").exists()
     assert "data:image/png" in study(suite, table, outside=True)
