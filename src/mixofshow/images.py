@@ -17,7 +17,7 @@ from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 from mixofshow.errors import BadInputError, MixOfShowError, SettingsError, nearest, shown
 
 Read = TypeVar("Read")
-Source = Path | bytes | Image.Image
+ImageSource = Path | bytes | Image.Image
 """A file, what is in one, or a picture in memory."""
 Error = type[BadInputError]
 """What is raised about a picture: the kind that the caller promises."""
@@ -41,7 +41,7 @@ STRAIGHT: Final = {"La": "LA", "RGBa": "RGBA"}
 
 
 @dataclass(frozen=True)
-class Picture:
+class DecodedImage:
     """A picture (RGB, upright), what its transparency says is the concept (L, same size), and what was done to it."""
 
     image: Image.Image
@@ -66,37 +66,37 @@ def colour_of(name: str) -> tuple[int, int, int]:
 
 
 def read_image(
-    source: Source,
+    source: ImageSource,
     name: str,
     *,
     alpha: Alpha = "fill",
     background: str = "white",
     formats: Sequence[str] = FORMATS,
     error: Error = BadInputError,
-) -> Picture:
+) -> DecodedImage:
     """A picture with its transparency on `background`; `name` stands in messages.
 
     Raises an `error`, and SettingsError for a colour unknown.
     """
     colour = colour_of(background)
 
-    def finish(picture: Image.Image, notes: list[str]) -> Picture:
+    def finish(picture: Image.Image, notes: list[str]) -> DecodedImage:
         opacity = _opacity(picture)
         image = _in_srgb(picture, notes)
         if min(image.size) < SMALL:
             notes.append(f"only {image.width} x {image.height} pixels: it will be enlarged")
         if opacity is None:
-            return Picture(image, None, tuple(notes))
+            return DecodedImage(image, None, tuple(notes))
         opaque = Image.new("RGB", image.size, colour)
         opaque.paste(image, mask=opacity)
         notes.append(f"transparency is filled with {background}" + (" and is its mask" if alpha == "mask" else ""))
-        return Picture(opaque, opacity if alpha == "mask" else None, tuple(notes))
+        return DecodedImage(opaque, opacity if alpha == "mask" else None, tuple(notes))
 
     return _decoded(source, name, finish, formats, error)
 
 
 def read_grey(
-    source: Source, name: str, *, formats: Sequence[str] = FORMATS, error: Error = BadInputError
+    source: ImageSource, name: str, *, formats: Sequence[str] = FORMATS, error: Error = BadInputError
 ) -> Image.Image:
     """A mask, or what else says how much of something is where: grey (L), upright, black where it is transparent."""
 
@@ -138,7 +138,7 @@ def _refuse_huge(image: Image.Image, name: str, error: Error) -> None:
 
 
 def _decoded(
-    source: Source,
+    source: ImageSource,
     name: str,
     finish: Callable[[Image.Image, list[str]], Read],
     formats: Sequence[str],

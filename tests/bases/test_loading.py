@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixofshow.bases.checkpoints import is_checkpoint
 from mixofshow.bases.loading import base_name, load_base
+from mixofshow.bases.weight_files import is_checkpoint
 from mixofshow.concepts.model import load_model
 from mixofshow.errors import BaseModelError
 

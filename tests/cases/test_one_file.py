@@ -77,7 +77,7 @@ def test_one_file_is_enough(tensors, golden_pipeline, tmp_path, monkeypatch, off
     shutil.copytree(GOLDEN_BASE, tmp_path / "original" / "sd1", ignore=lambda *_: ["model.safetensors", "tokenizer"])
     monkeypatch.setattr(originals, "_WIDE", {})
     own = {"tokenizer": golden_pipeline.tokenizer}
-    monkeypatch.setattr("mixofshow.bases.checkpoints.carried_tokenizers", lambda folder: own)
+    monkeypatch.setattr("mixofshow.bases.weight_files.carried_tokenizers", lambda folder: own)
     found = load_base(tmp_path / "sd15.safetensors")
     assert torch.equal(found.unet.conv_in.weight, golden_pipeline.unet.conv_in.weight)
     assert found.tokenizer is golden_pipeline.tokenizer

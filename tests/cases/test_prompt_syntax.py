@@ -24,8 +24,8 @@ from mixofshow.concepts.syntax import foreign_marks, read_prompt, write_prompt
 from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import SettingsError, TokenError
 from mixofshow.sampling.composition import from_options, make_composition
+from mixofshow.sampling.conditioning import concept_places, concepts_in, encode, without_concepts
 from mixofshow.sampling.drawing import draw_pictures
-from mixofshow.sampling.encoding import concept_places, concepts_in, encode, without_concepts
 from mixofshow.sampling.replay import PNG_KEY, replay
 from mixofshow.tuning.captions import Naming
 from mixofshow.tuning.check import check_folder

@@ -9,7 +9,7 @@ from torch.nn.functional import conv2d
 from mixofshow.bases.layers import cross_attentions
 from mixofshow.errors import RegionError
 from mixofshow.sampling.attention import RegionText, regional, shares
-from mixofshow.sampling.encoding import encode
+from mixofshow.sampling.conditioning import encode
 from mixofshow.sampling.regions import Region, Shape, as_shares, cells, levels
 
 COLUMNS, ROWS = 24, 16

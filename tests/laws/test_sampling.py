@@ -13,8 +13,8 @@ import torch
 from mixofshow.concepts.concept import vocabulary
 from mixofshow.concepts.model import ConceptModel, with_concept
 from mixofshow.errors import BadInputError, MixOfShowError, SettingsError, TokenError
+from mixofshow.sampling.conditioning import encode
 from mixofshow.sampling.denoising import denoise
-from mixofshow.sampling.encoding import encode
 from mixofshow.sampling.latents import initial_latents
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.regions import Region

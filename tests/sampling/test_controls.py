@@ -21,6 +21,7 @@ from PIL import Image
 
 from mixofshow.bases.layers import cross_attentions
 from mixofshow.errors import BadInputError, SettingsError
+from mixofshow.sampling.conditioning import EncodedPrompt
 from mixofshow.sampling.controls import (
     AdapterControl,
     ControlNetControl,
@@ -30,7 +31,6 @@ from mixofshow.sampling.controls import (
     map_of_regions,
 )
 from mixofshow.sampling.denoising import added, denoise, noise_predictor
-from mixofshow.sampling.encoding import EncodedPrompt
 
 PROMPT, NEGATIVE = "photo of a red castle", "lowres"
 WIDTH, HEIGHT = 96, 64

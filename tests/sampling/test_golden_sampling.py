@@ -16,8 +16,8 @@ from mixofshow.concepts.concept import vocabulary
 from mixofshow.concepts.model import with_concept
 from mixofshow.concepts.prompts import encode_prompts
 from mixofshow.sampling.attention import regional
+from mixofshow.sampling.conditioning import EncodedPrompt, encode
 from mixofshow.sampling.denoising import denoise
-from mixofshow.sampling.encoding import EncodedPrompt, encode
 from mixofshow.sampling.latents import decode
 from mixofshow.sampling.regions import Region, as_shares, cells
 

@@ -14,8 +14,8 @@ from mixofshow.errors import ConceptFileError, SettingsError
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.stages import fuse
 from mixofshow.sampling.attend import attend_and_excite, missing, queries_of
+from mixofshow.sampling.conditioning import concepts_in, encode, without_concepts
 from mixofshow.sampling.denoising import StepContext, noise_predictor
-from mixofshow.sampling.encoding import concepts_in, encode, without_concepts
 from mixofshow.sampling.latents import initial_latents
 
 ASKED = {"prompt": "two things near the castle", "width": 64, "height": 48, "num_inference_steps": 4, "seed": 0}

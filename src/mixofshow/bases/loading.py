@@ -11,12 +11,12 @@ from typing import Any, Final
 
 import torch
 
-from mixofshow.bases.checkpoints import SUFFIX, check_weights, load_checkpoint
 from mixofshow.bases.configs import check_configs
 from mixofshow.bases.families import family_of, skip_text_layers, text_encoders
 from mixofshow.bases.originals import predict
 from mixofshow.bases.parts import exclusive, own_tensors
 from mixofshow.bases.strangers import quiet, strangers_model
+from mixofshow.bases.weight_files import SUFFIX, check_weights, load_checkpoint
 from mixofshow.errors import BaseModelError, SettingsError, shown
 from mixofshow.files import raw
 from mixofshow.reading import named_in

@@ -14,7 +14,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from mixofshow.bases.checkpoints import is_checkpoint
 from mixofshow.bases.families import TextEncoder, family_of, of_encoders, text_encoders, token_width
 from mixofshow.bases.layers import count_groups, layer, matrix
 from mixofshow.bases.loading import (
@@ -28,6 +27,7 @@ from mixofshow.bases.loading import (
 )
 from mixofshow.bases.parts import exclusive, own_tensors, plain, refuse_adapters
 from mixofshow.bases.strangers import quiet
+from mixofshow.bases.weight_files import is_checkpoint
 from mixofshow.concepts.adapters import replaced, tuned_weights
 from mixofshow.concepts.concept import Concept, fitted, raise_if, value_problems, vocabulary
 from mixofshow.concepts.delta import Compression, Delta, DeltaInfo, compressed, load_delta

@@ -17,7 +17,7 @@ from mixofshow.bases.families import conditions
 from mixofshow.errors import SettingsError
 from mixofshow.progress import Progress, silent
 from mixofshow.sampling.attention import RegionalAttention, regional
-from mixofshow.sampling.encoding import EncodedPrompt
+from mixofshow.sampling.conditioning import EncodedPrompt
 from mixofshow.sampling.latents import require_finite
 from mixofshow.sampling.regional_lora import regional_lora
 

@@ -33,8 +33,8 @@ from mixofshow.concepts.model import ConceptModel, load_model, with_concept
 from mixofshow.errors import BadInputError, SettingsError, shown
 from mixofshow.progress import Progress, silent
 from mixofshow.sampling.attend import attend_and_excite
+from mixofshow.sampling.conditioning import EncodedPrompt, OwnText, RegionAdapters, adapters_of, encode
 from mixofshow.sampling.denoising import Control, denoise
-from mixofshow.sampling.encoding import Adapters, EncodedPrompt, OwnText, adapters_of, encode
 from mixofshow.sampling.inputs import Callback, Inputs, check_inputs
 from mixofshow.sampling.latents import at_size, cells_of, decode, initial_latents, picture_latents
 from mixofshow.sampling.loaders import ConceptLoaderMixin, loading_options
@@ -42,7 +42,7 @@ from mixofshow.sampling.regional_lora import own_texts
 from mixofshow.sampling.settings import Region
 
 
-class Pictures(list[Any]):
+class PipelineOutput(list[Any]):
     """Pictures as a list; `images` is what diffusers' pipelines have there: with "np", "pt", "latent" all in one array."""
 
     nsfw_content_detected = None
@@ -203,7 +203,7 @@ class _Pipeline(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
         pictures = self._draw(check_inputs(self, given))
         return pictures if return_dict else (pictures.images, pictures.nsfw_content_detected)
 
-    def _draw(self, inputs: Inputs) -> Pictures:
+    def _draw(self, inputs: Inputs) -> PipelineOutput:
         """The picture, and if asked for, the same enlarged and drawn over."""
         settings, (width, height) = inputs.settings, inputs.size
         self._interrupt = False
@@ -224,9 +224,9 @@ class _Pipeline(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
                 latents = self._denoise(encoded, inputs, self._noise(inputs, larger), start, settings.upscale_strength)
             pictures = self._decoded(latents, inputs)
         self.maybe_free_model_hooks()
-        return Pictures(pictures)
+        return PipelineOutput(pictures)
 
-    def _model_for(self, inputs: Inputs) -> tuple[ConceptModel, Mapping[Adapters, OwnText]]:
+    def _model_for(self, inputs: Inputs) -> tuple[ConceptModel, Mapping[RegionAdapters, OwnText]]:
         """The model that draws the whole picture, without the loaded concepts that regions draw by themselves; and those."""
         words = replace(self.model.vocabulary, syntax=inputs.settings.prompt_syntax)
         model = replace(self.model, vocabulary=words)

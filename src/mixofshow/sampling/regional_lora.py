@@ -31,7 +31,7 @@ from mixofshow.concepts.model import ConceptModel
 from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import BadInputError, BaseModelError, SettingsError, shown
 from mixofshow.sampling.attention import RegionalAttention
-from mixofshow.sampling.encoding import Adapters, OwnText, adapters_of
+from mixofshow.sampling.conditioning import OwnText, RegionAdapters, adapters_of
 from mixofshow.sampling.settings import Region
 
 _TEXT_SIDE = (".attn2.to_k", ".attn2.to_v")
@@ -40,7 +40,9 @@ _DRAWING: Final[WeakSet[nn.Module]] = WeakSet()
 """The UNets that draw a picture with LoRAs of its regions."""
 
 
-def own_texts(model: ConceptModel, concepts: Sequence[Concept], regions: Sequence[Region]) -> dict[Adapters, OwnText]:
+def own_texts(
+    model: ConceptModel, concepts: Sequence[Concept], regions: Sequence[Region]
+) -> dict[RegionAdapters, OwnText]:
     """What concepts and adapters bring to the regions that ask for them; made while the pipeline has its base's weights.
 
     Raises BadInputError for a model whose base is not there, SettingsError where a concept is not there itself.

@@ -34,7 +34,7 @@ Units = Literal["px", "share"]
 Step = Annotated[int, Field(ge=1)]
 """A step, counted from 1."""
 MAX_STRENGTH: Final = 10.0
-Strength = Annotated[float, Field(ge=0, le=MAX_STRENGTH)]
+ControlStrength = Annotated[float, Field(ge=0, le=MAX_STRENGTH)]
 """Of a control."""
 
 STEPS: Final = 25
@@ -207,12 +207,12 @@ class ControlEntry(Group):
 
     network: str
     picture: str
-    strength: Strength = 1.0
+    strength: ControlStrength = 1.0
     start: float = 0.0
     end: float = 1.0
     strength_map: str | None = None
-    regions: tuple[Strength, ...] = ()
-    outside: Strength = 1.0
+    regions: tuple[ControlStrength, ...] = ()
+    outside: ControlStrength = 1.0
     network_hash: str | None = None
     picture_hash: str | None = None
 

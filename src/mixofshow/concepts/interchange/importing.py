@@ -16,10 +16,10 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from mixofshow.bases.checkpoints import ORIGINAL
 from mixofshow.bases.families import family_of
 from mixofshow.bases.layers import kind_of, layer
 from mixofshow.bases.loading import base_name, fingerprint
+from mixofshow.bases.weight_files import ORIGINAL
 from mixofshow.concepts.changes import Change, LowRank, layer_problems
 from mixofshow.concepts.concept import (
     CLIP_SKIP,

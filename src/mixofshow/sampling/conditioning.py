@@ -39,7 +39,7 @@ class EncodedPrompt:
         return len(self.text) // (2 if self.guided else 1)
 
 
-Adapters = tuple[tuple[str, float], ...]
+RegionAdapters = tuple[tuple[str, float], ...]
 """Names and strengths of the LoRAs by which a region is drawn."""
 
 
@@ -62,7 +62,7 @@ def encode(
     height: int,
     guided: bool,
     steps: tuple[int, int] | None = None,
-    own: Mapping[Adapters, OwnText] | None = None,
+    own: Mapping[RegionAdapters, OwnText] | None = None,
 ) -> EncodedPrompt:
     """All prompts of a composition, layer by layer; `steps` are the first and last to be done, from 1.
 
@@ -124,7 +124,7 @@ def _stages(region: Region, model: ConceptModel) -> Iterator[tuple[Region, bool]
         yield replace(region, first_step=first, weight=region.weight * region.strength), True
 
 
-def adapters_of(model: ConceptModel, region: Region) -> Adapters:
+def adapters_of(model: ConceptModel, region: Region) -> RegionAdapters:
     """The LoRAs by which a region is drawn, where each is by its own: those it says, else the concepts in its prompt."""
     if region.adapters is not None:
         return tuple(sorted(region.adapters.items()))
