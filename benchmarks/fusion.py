@@ -182,7 +182,7 @@ def _added(base: str, steps: int) -> float:
     """The same on one base. Concepts 3 to 14 are given the 2nd's recording: only reading theirs is measured."""
     pipeline = BASES[base]()
     concepts = [random_concept(pipeline, f"c{number}") for number in range(15)]
-    settings = FusionSettings(mode="independent", refine=0, steps=steps)
+    settings = FusionSettings(mode="independent", steps=steps)
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder))
         record_concept(concepts[0], pipeline, settings, store)

@@ -35,7 +35,7 @@ MAX_TOKENS: Final = 48
 UNET_CHANNELS: Final = (96, 144, 144, 96)
 HEADS: Final = 4
 CAPTION_DROPOUT: Final = 0.1
-WIDE_SHARE: Final = 0.3
+WIDE_SHARE: Final = 0.5
 """How many batches are of wide pictures. They hold fewer, so that they take as long."""
 WIDE_BATCH: Final = 0.4
 SNR_CAP: Final = 5.0

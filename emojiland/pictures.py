@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Final
@@ -55,7 +56,7 @@ def random_picture(random: Random, library: Library, *, width: int = SIZE) -> Pi
     Half of the captions say all that varies. The others are short, as people write; but a tint and blur are always
     said, so that who says nothing gets a thing in its own colours, and crisp.
     """
-    rooms = 1 if width == SIZE and random.random() < 2 / 3 else max(2, round(width / SIZE))
+    rooms = 1 if width == SIZE and random.random() < 2 / 3 else max(2, math.ceil(width / SIZE))
     count = rooms if rooms < 3 else random.choice((1, 2, 3, 3))
     taken = sorted(random.sample(range(rooms), count))
     things = _of_different_names(random, library, count)

@@ -49,6 +49,15 @@ def test_captions_say_what_is_shown_from_left_to_right(width):
         assert picture.caption.endswith(picture.scene) or " on a " not in picture.caption
 
 
+@pytest.mark.parametrize(("width", "most"), [(64, 2), (160, 3)])
+def test_a_wide_picture_has_room_for_three(width, most):
+    """160 pixels are two and a half squares, and hold three things somewhat smaller; `round(2.5)` is 2."""
+    random = Random(0)
+    counts = [len(random_picture(random, ICONS, width=width).subjects) for _ in range(60)]
+    assert set(counts) == set(range(1, most + 1))
+    assert width == 64 or counts.count(3) >= 20
+
+
 def test_the_judge_is_shown_each_thing_twice_and_captions_claim_nothing_untrue():
     random = Random(0)
     for _ in range(50):
