@@ -6,17 +6,16 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal
 
 import numpy as np
 from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 
 from mixofshow.errors import BadInputError, MixOfShowError, SettingsError, nearest, shown
 
-Read = TypeVar("Read")
 ImageSource = Path | bytes | Image.Image
 """A file, what is in one, or a picture in memory."""
 Error = type[BadInputError]
@@ -79,8 +78,7 @@ def read_image(
     Raises an `error`, and SettingsError for a colour unknown.
     """
     colour = colour_of(background)
-
-    def finish(picture: Image.Image, notes: list[str]) -> DecodedImage:
+    with _upright(source, name, formats, error) as (picture, notes):
         opacity = _opacity(picture)
         image = _in_srgb(picture, notes)
         if min(image.size) < SMALL:
@@ -92,21 +90,16 @@ def read_image(
         notes.append(f"transparency is filled with {background}" + (" and is its mask" if alpha == "mask" else ""))
         return DecodedImage(opaque, opacity if alpha == "mask" else None, tuple(notes))
 
-    return _decoded(source, name, finish, formats, error)
-
 
 def read_grey(
     source: ImageSource, name: str, *, formats: Sequence[str] = FORMATS, error: Error = BadInputError
 ) -> Image.Image:
     """A mask, or what else says how much of something is where: grey (L), upright, black where it is transparent."""
-
-    def finish(picture: Image.Image, _: list[str]) -> Image.Image:
+    with _upright(source, name, formats, error) as (picture, _):
         opacity = _opacity(picture)
         # No colour profile: a mask's numbers are not colours.
         grey = _in_8_bits(picture).convert("RGB").convert("L")
         return grey if opacity is None else Image.composite(grey, Image.new("L", grey.size, 0), opacity)
-
-    return _decoded(source, name, finish, formats, error)
 
 
 @contextlib.contextmanager
@@ -137,25 +130,23 @@ def _refuse_huge(image: Image.Image, name: str, error: Error) -> None:
         raise error(f"{name}: {image.width} x {image.height} pixels, at most {MAX_PIXELS} are read")
 
 
-def _decoded(
-    source: ImageSource,
-    name: str,
-    finish: Callable[[Image.Image, list[str]], Read],
-    formats: Sequence[str],
-    error: Error,
-) -> Read:
-    """What `finish` makes of the upright picture. Raises an `error`."""
+@contextlib.contextmanager
+def _upright(
+    source: ImageSource, name: str, formats: Sequence[str], error: Error
+) -> Iterator[tuple[Image.Image, list[str]]]:
+    """The picture, upright, and notes of what was done to it. What goes wrong inside is an `error` too."""
     notes: list[str] = []
     if isinstance(source, Image.Image):
         _refuse_huge(source, name, error)
         if source.mode == "F":
             raise error(f"{name}: fractions (mode F), expected whole numbers of 8 or 16 bits")
-        return finish(_straight(ImageOps.exif_transpose(source)), notes)
+        yield _straight(ImageOps.exif_transpose(source)), notes
+        return
     with opened(source, name, formats=formats, error=error) as image:
         _refuse_animations(image, name, notes, error)
         _load(image, notes)
         ImageOps.exif_transpose(image, in_place=True)
-        return finish(_straight(image), notes)
+        yield _straight(image), notes
 
 
 def _straight(picture: Image.Image) -> Image.Image:

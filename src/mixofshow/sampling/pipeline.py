@@ -116,10 +116,7 @@ class _Pipeline(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
         made.register_modules(**parts)
         return made
 
-    @classmethod
-    def load(cls, name: str | Path, **options: Any) -> Self:
-        """The same as `from_pretrained`."""
-        return cls.from_pretrained(name, **options)
+    load = from_pretrained
 
     @classmethod
     def from_single_file(cls, pretrained_model_link_or_path: str | Path, **options: Any) -> Self:
