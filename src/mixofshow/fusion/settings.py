@@ -22,7 +22,7 @@ PROMPTS: Final = ("photo of a {}", "{}", "a photo of a {} on a red background", 
 PICTURE_PROMPTS: Final = (PROMPTS[0], *PROMPTS[2:])
 """More than the paper's, so that what is kept is the concept and not one picture of it (docs/how-it-works.md)."""
 DAMPED: Final = 1e-3
-"""The ridge from which on products in single precision change a weight by less than .3 % (docs/benchmarks.md)."""
+"""The ridge from which on products in single precision move a change by less than .3 %."""
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 
 
