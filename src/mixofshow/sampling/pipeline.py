@@ -230,8 +230,9 @@ class _Pipeline(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
         if not inputs.regional:
             return model, {}
         there = {name for region in inputs.regions for name, _ in adapters_of(model, region)}
+        model = self._without(model, there)
         concepts = model.concepts if isinstance(inputs.regional_lora, bool) else inputs.regional_lora
-        return self._without(model, there), own_texts(model, concepts, inputs.regions)
+        return model, own_texts(model, concepts, inputs.regions)
 
     def _noise(self, inputs: Inputs, size: tuple[int, int]) -> Tensor:
         return initial_latents(self, inputs.generators, width=size[0], height=size[1])
