@@ -6,17 +6,25 @@ import contextlib
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 from mixofshow.errors import printable, shown
+
+_SETTING: Final = re.compile(r"`([a-z][a-z_]*(?:\.[a-z_]+)?)`")
 
 
 def say(*lines: object) -> None:
     """Lines on standard output."""
     for line in lines:
         print(printable(str(line)))
+
+
+def as_options(message: str) -> str:
+    """The message with settings, which it names as Python does (`skip_bad`), named as options (--skip-bad)."""
+    return _SETTING.sub(lambda found: f"--{found[1].replace('_', '-')}", message)
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str | tuple[str, str]]]) -> None:

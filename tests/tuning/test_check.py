@@ -250,6 +250,14 @@ def _run(monkeypatch, capsys, *arguments):
     return stopped.value.code or 0, capsys.readouterr()
 
 
+def test_its_table_names_options_as_the_command_line_has_them(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    (folder.parent / "masks").mkdir()
+    for path in folder.glob("*.png"):
+        Image.open(path).convert("L").save(folder.parent / "masks" / path.name)
+    assert "beside theirs; --masks names another" in _run(monkeypatch, capsys, folder)[1].out
+
+
 def test_the_command_ends_with_0_or_2(folder, tmp_path, monkeypatch, capsys):
     code, written = _run(monkeypatch, capsys, folder)
     assert (code, written.err) == (0, "") and "nothing to say" in written.out

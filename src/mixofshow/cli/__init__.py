@@ -9,7 +9,6 @@ import contextlib
 import itertools
 import logging
 import os
-import re
 import signal
 import sys
 import threading
@@ -19,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from mixofshow.errors import ours, printable
-from mixofshow.terminal import forgiving_output
+from mixofshow.terminal import as_options, forgiving_output
 
 DEBUG: Final = "--debug"
 LONGEST: Final = 300
@@ -57,7 +56,6 @@ class _Few(logging.Filter):
 
 NOTICES: Final = 3
 """Of a kind, without --debug."""
-_SETTING: Final = re.compile(r"`([a-z][a-z_]*(?:\.[a-z_]+)?)`")
 INTERRUPTED: Final = 130
 TERMINATED: Final = 143
 """Exit codes as shells give them: 128 and the number of the signal."""
@@ -133,11 +131,6 @@ def _terminated_in_good_order() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def as_options(message: str) -> str:
-    """The message with settings, which it names as Python does (`skip_bad`), named as options (--skip-bad)."""
-    return _SETTING.sub(lambda found: f"--{found[1].replace('_', '-')}", message)
 
 
 def shortened(message: str) -> str:

@@ -17,7 +17,7 @@ from mixofshow.errors import DatasetError, ResourceError, shown
 from mixofshow.images import label
 from mixofshow.outputs import write_text
 from mixofshow.processes import end_with_parent, limit_memory
-from mixofshow.terminal import print_table, say
+from mixofshow.terminal import as_options, print_table, say
 from mixofshow.tuning.dataset import Beside, FolderOptions, Reading, read_one, readings
 from mixofshow.tuning.folder import Finding
 
@@ -103,7 +103,7 @@ def _read(path: Path, beside: Beside) -> Reading:
 def report(findings: Sequence[Finding], json_file: Path | None = None) -> None:
     """Print the findings as a table, and write them as JSON if asked to. Raises DatasetError if one is an error."""
     if findings:
-        rows = [(one.file, (one.level, COLOURS[one.level]), one.message) for one in findings]
+        rows = [(one.file, (one.level, COLOURS[one.level]), as_options(one.message)) for one in findings]
         print_table(("file", "", "what"), rows)
     else:
         say("nothing to say: every picture is used as it is")
