@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixofshow.concepts.changes import Change, Full, LowRank
-from mixofshow.fusion.methods import gradient
+from mixofshow.fusion.methods import KEEPS_INPUTS, METHODS, gradient
 from mixofshow.fusion.problem import LayerProblem
 from mixofshow.fusion.statistics import LayerStatistics
 
@@ -109,6 +109,14 @@ def test_without_some_concepts_is_the_problem_of_the_others(gone, truth):
     assert torch.equal(found.sums.moments, expected.sums.moments)
     assert torch.equal(found.sums.rhs, expected.sums.rhs)
     assert found.sums.energy == expected.sums.energy
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - KEEPS_INPUTS - {"orthogonal"}))
+def test_only_the_proportion_of_weights_counts(method, truth):
+    """As where one concept is left out, and the weights of the others do not sum to their number."""
+    problem = truth.problem()
+    tripled = dataclasses.replace(problem, weights=[3 * weight for weight in WEIGHTS])
+    torch.testing.assert_close(METHODS[method](tripled), METHODS[method](problem))
 
 
 def test_the_prior_is_one_more_concept_that_wants_no_change(truth):

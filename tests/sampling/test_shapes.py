@@ -112,6 +112,13 @@ def test_a_tiny_box_takes_the_nearest_cell_and_that_is_said_once(caplog):
     assert found[-1][1, 0] == 1
 
 
+@pytest.mark.parametrize(("left", "right", "nearest"), [(0.2, 0.4, 1), (0.1, 0.3, 0), (0.7, 0.9, 3), (0.99, 1.0, 3)])
+def test_the_nearest_cell_is_that_in_which_the_middle_lies(left, right, nearest):
+    """Of four columns, where the box lies across an edge and covers none of them wholly."""
+    (found,) = coverages(Shape(box=(left, 0.0, right, 1.0)), [(4, 1)])
+    assert found.flatten().nonzero().flatten().tolist() == [nearest]
+
+
 def texts(*weights):
     """Regions of these weights, whose coverage is given elsewhere."""
     return [RegionText(Shape(box=(0, 0, 1, 1)), torch.zeros(0), weight) for weight in weights]
