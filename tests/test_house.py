@@ -14,6 +14,7 @@ import pytest
 
 import mixofshow
 from mixofshow import errors
+from tests.mutations import MUTATIONS, Mutation
 
 SOURCE = Path(mixofshow.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -45,6 +46,13 @@ every_file = pytest.mark.parametrize("path", FILES, ids=label)
 @every_file
 def test_modules_are_short(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_MODULE
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda one: f"{one.file}: {one.old.strip()}")
+def test_every_mutation_has_its_place(mutation: Mutation) -> None:
+    """So that the night's run, which makes them, does not stop at code that has changed."""
+    assert (SOURCE / mutation.file).read_text(encoding="utf-8").count(mutation.old) == 1
+    assert (Path(__file__).parent / mutation.tests.partition("::")[0]).is_file()
 
 
 @every_file
