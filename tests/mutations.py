@@ -1,4 +1,4 @@
-"""Twenty faults of one line, each in a copy of the package, and whether the tests of its part find it.
+"""Twenty faults of one line, each in a copy of everything, and whether the tests of its part find it.
 
     python tests/mutations.py              # all; some twenty minutes on one core
     python tests/mutations.py regions      # those in files with this in their path
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path(__file__).parents[1]
+LEFT_OUT: Final = shutil.ignore_patterns(".*", "__pycache__", "out", "runs", "dist")
 MAY_SURVIVE: Final = 1
 
 
@@ -84,16 +85,11 @@ MUTATIONS: Final = [
 
 
 def is_found(mutation: Mutation) -> bool:
-    """Whether its tests fail with the mutation, in a copy of the package."""
+    """Whether its tests fail with the mutation, in a copy of everything."""
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(
-            ROOT / "src",
-            folder,
-            copy_function=os.symlink,
-            ignore=shutil.ignore_patterns("__pycache__"),
-            dirs_exist_ok=True,
-        )
-        file = Path(folder, "mixofshow", mutation.file)
+        # All of it, tests as well: a fault may write where nothing should be written.
+        shutil.copytree(ROOT, folder, copy_function=os.symlink, ignore=LEFT_OUT, dirs_exist_ok=True)
+        file = Path(folder, "src", "mixofshow", mutation.file)
         text = file.read_text(encoding="utf-8")
         if (count := text.count(mutation.old)) != 1:
             raise SystemExit(f"{mutation.file}: '{mutation.old}' stands there {count} times, expected once")
@@ -101,8 +97,8 @@ def is_found(mutation: Mutation) -> bool:
         file.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-x", "-q", f"tests/{mutation.tests}"],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": folder},
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": f"{folder}/src"},
             capture_output=True,
             text=True,
             check=False,
