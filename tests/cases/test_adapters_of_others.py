@@ -343,5 +343,5 @@ def test_a_scale_that_nobody_says_is_said(golden_pipeline, tmp_path, caplog, tex
     tensors |= {f"{key}.alpha": torch.tensor(1.0)} if texts else {}
     save_file(tensors, tmp_path / "thing.safetensors")
     open_concept(tmp_path / "thing.safetensors", golden_pipeline, ImportSettings(words="dog", **given))
-    said = "no alpha in it nor beside it: its changes are read at scale 1; --unet-alpha and --text-encoder-alpha"
+    said = "no alpha in it nor beside it: its changes are read at scale 1; `unet_alpha` and `text_encoder_alpha`"
     assert (said in caplog.text) == (not texts and not given)
