@@ -46,3 +46,10 @@ def test_good_ones_are_as_ever():
     assert made.model_fields_set == {*NEEDED, "unet"}
     assert pickle.loads(pickle.dumps(made)) == copy.deepcopy(made) == made.model_copy() == made
     assert FusionSettings.of({"method": "average"}) == FusionSettings(method="average")
+
+
+@pytest.mark.parametrize("isolate", [None, "now and then", [1], -1])
+def test_a_value_that_may_be_of_two_kinds_and_is_of_neither(isolate):
+    """It was a traceback: the kinds were taken for the keys of a list's entry."""
+    with pytest.raises(SettingsError, match="'isolate"):
+        Composition.of({"prompt": "a cat", "isolate": isolate})

@@ -74,7 +74,8 @@ class SamplingSettings(Settings):
     @classmethod
     def known_keys(cls, problem: Mapping[str, Any]) -> Iterable[str]:
         """The keys, and what diffusers calls some of them; in a list, those of its entries."""
-        return ENTRIES[problem["loc"][0]] if len(problem["loc"]) > 1 else [*cls.model_fields, *ALSO]
+        keys = [*cls.model_fields, *ALSO]
+        return ENTRIES.get(problem["loc"][0], keys) if len(problem["loc"]) > 1 else keys
 
     @property
     def isolated_steps(self) -> int:
