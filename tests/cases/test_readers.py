@@ -20,6 +20,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
@@ -239,6 +240,11 @@ FOREIGN = {
         "No space left",
     ),
     "no memory": (MemoryError(), ResourceError, "out of memory"),
+    "a full GPU": (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        ResourceError,
+        "out of memory",
+    ),
     "no memory, says torch": (
         RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
         ResourceError,

@@ -129,6 +129,11 @@ def matrix(module: nn.Module) -> Tensor:
     return weight.flatten(1)  # type: ignore[operator]
 
 
+def where_double(tensor: Tensor) -> Tensor:
+    """The tensor where double precision is: on the CPU, if its own device (Apple's GPUs) has none."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
+
+
 def kernel_of(module: nn.Module) -> tuple[int, ...]:
     """Height and width of a convolution's kernel; () of a linear layer, and of a 1×1 convolution, which is as one."""
     kernel: tuple[int, ...] = tuple(module.weight.shape[2:])  # type: ignore[index]

@@ -17,7 +17,7 @@ from mixofshow.bases.originals import predict
 from mixofshow.bases.parts import exclusive, own_tensors
 from mixofshow.bases.strangers import quiet, strangers_model
 from mixofshow.bases.weight_files import SUFFIX, check_weights, load_checkpoint
-from mixofshow.errors import BaseModelError, SettingsError, shown
+from mixofshow.errors import BaseModelError, ResourceError, SettingsError, ours, shown
 from mixofshow.files import raw
 from mixofshow.reading import named_in
 
@@ -64,9 +64,9 @@ def load_base(
     what its UNet predicts, epsilon or v_prediction, where neither its configuration nor the file says so. `clip_skip`
     leaves out as many of each text encoder's last layers. With `allow_base` "sister", concepts that were made for another
     base of its family and shapes are taken, with a warning. Raises
-    BaseModelError, and SettingsError for an unknown dtype.
+    BaseModelError, and SettingsError for an unknown dtype or device.
     """
-    dtype = _dtype(dtype)
+    dtype, device = _dtype(dtype), device_of(device)
     name = named_in(Path(), name) if str(name).startswith("~") else name
     # bfloat16 has too few digits to tell base models apart: that is done with those of half precision.
     precise = torch.float16 if dtype == torch.bfloat16 else dtype
@@ -99,6 +99,22 @@ def _dtype(named: torch.dtype | str) -> torch.dtype:
     if named not in DTYPES:
         raise SettingsError(f"dtype: expected one of {', '.join(DTYPES)}, found '{shown(named)}'")
     return DTYPES[named]
+
+
+def device_of(named: str | torch.device) -> torch.device:
+    """The device of that name. Raises SettingsError for one that torch does not know, or that this machine has not."""
+    try:
+        device = torch.device(named)
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if isinstance(machine := ours(error), ResourceError):
+            raise machine from error
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise SettingsError(
+            f"device '{shown(named)}': torch cannot use it here ({shown(reason, 120)}); expected cpu, cuda, cuda:1, mps or "
+            "the like"
+        ) from error
+    return device
 
 
 def _from_folder(name: str | Path, *, dtype: torch.dtype, variant: str | None, download: bool) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from mixofshow.errors import BaseModelError, shown
@@ -35,9 +36,11 @@ def exclusive(pipeline: Any) -> Iterator[None]:
 
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a part as it is without adapters, sorted by name."""
+    """Names and tensors of a part as it is without adapters, sorted by name. Raises BaseModelError where one is offloaded."""
     found = {_WRAPPED.sub("", name): tensor for name, tensor in _unattached(plain(module))}
-    yield from sorted(found.items())
+    for name, tensor in sorted(found.items()):
+        _refuse_meta(tensor, name)
+        yield name, tensor
 
 
 def _unattached(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -59,8 +62,15 @@ def refuse_adapters(pipeline: Any, what: str) -> None:
         )
 
 
+def runs_on(part: nn.Module) -> torch.device:
+    """Where a part computes; of one that is offloaded not where its weights wait meanwhile."""
+    hooks = (getattr(module, "_hf_hook", None) for module in part.modules())
+    found = next((place for one in hooks if (place := getattr(one, "execution_device", None)) is not None), None)
+    return next(part.parameters()).device if found is None else torch.device(found)
+
+
 def refuse_hooks(pipeline: Any, what: str) -> None:
-    """Raise BaseModelError where accelerate moves parts to and fro, which training does not follow."""
+    """Raise BaseModelError where accelerate moves parts to and fro, which neither training nor fusing follows."""
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     if moved := [name for name, part in parts.items() if any(hasattr(one, "_hf_hook") for one in part.modules())]:
         raise BaseModelError(f"{what}: {', '.join(moved)}: offloaded; call remove_all_hooks() and to(device) before")
@@ -75,15 +85,19 @@ def parameter_of(module: Any) -> nn.Parameter:
 
 def refuse_unreachable(module: Any, name: str) -> None:
     """Raise BaseModelError unless a layer's weight can be exchanged: it is in memory, and no adapter is merged into it."""
-    if module.weight.is_meta:
-        raise BaseModelError(
-            f"layer '{name}': its weight is offloaded, so that no concept can change it; use enable_model_cpu_offload(), "
-            "or save_pretrained(folder) before offloading and load that"
-        )
+    _refuse_meta(module.weight, name)
     if getattr(module, "merged_adapters", None):
         raise BaseModelError(
             f"layer '{name}': an adapter is fused into it, which a concept's weight would replace; unfuse_lora(), and "
             "leave the adapter loaded beside the concept"
+        )
+
+
+def _refuse_meta(weight: Tensor, name: str) -> None:
+    if weight.is_meta:
+        raise BaseModelError(
+            f"layer '{name}': its weight is offloaded, where no concept can read or change it; use "
+            "enable_model_cpu_offload(), or save_pretrained(folder) before offloading and load that"
         )
 
 

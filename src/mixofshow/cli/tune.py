@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mixofshow.cli.options import bases, with_loading, with_settings
-from mixofshow.errors import SettingsError, shown
+from mixofshow.errors import SettingsError
 from mixofshow.progress import terminal_bar
 from mixofshow.terminal import say
 from mixofshow.tuning.settings import TuningSettings
@@ -65,16 +65,13 @@ def tune(
 
 def _place(several: list[TuningSettings], device: str) -> Any:
     """The device of that name, for "auto" the one that is this process's, if all can be done there. Raises SettingsError."""
-    import torch
     from accelerate import PartialState
 
+    from mixofshow.bases.loading import device_of
     from mixofshow.tuning.conflicts import refuse_impossible
     from mixofshow.tuning.settings import with_presets
 
-    try:
-        place = PartialState().device if device == "auto" else torch.device(device)
-    except RuntimeError as error:
-        raise SettingsError(f"device '{shown(device)}': expected cpu, cuda, cuda:1, mps or the like") from error
+    place = PartialState().device if device == "auto" else device_of(device)
     PartialState(cpu=place.type == "cpu")
     for settings in several:
         refuse_impossible(with_presets(settings, settings.base), place.type)

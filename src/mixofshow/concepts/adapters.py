@@ -33,7 +33,7 @@ def replaced(pipeline: Any, weights: Mapping[str, Tensor]) -> Iterator[None]:
             yield
         finally:
             for name, parameter in parameters.items():
-                parameter.data = own[name]
+                parameter.data = own[name].to(parameter.device)  # a part that is offloaded may have been moved
 
 
 @contextlib.contextmanager

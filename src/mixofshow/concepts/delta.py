@@ -71,7 +71,7 @@ class Delta:
         with exclusive(pipeline):
             for name, change in self.changes.items():
                 base = matrix(layer(pipeline, name))
-                # In double precision, so that a change in full gives the weight back. On the CPU: Apple's GPUs have none.
+                # In double precision, so that a change in full gives the weight back.
                 weights[name] = (base.cpu().double() + change.matrix(dtype=torch.float64)).to(base)
         return weights
 

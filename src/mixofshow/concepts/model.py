@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mixofshow.bases.families import TextEncoder, family_of, of_encoders, text_encoders, token_width
-from mixofshow.bases.layers import count_groups, layer, matrix
+from mixofshow.bases.layers import count_groups, layer, matrix, where_double
 from mixofshow.bases.loading import (
     EMBEDDED,
     GUIDANCE,
@@ -147,10 +147,10 @@ class ConceptModel:
                 "by load_unfused, which keeps the two apart"
             )
         refuse_adapters(self.pipeline, "saving")
-        own = ((name, matrix(layer(self.pipeline, name))) for name in self.weights)
+        own = ((name, where_double(matrix(layer(self.pipeline, name)))) for name in self.weights)
         with exclusive(self.pipeline):
             changes, lost = compressed(
-                ((name, self.weights[name].double() - base.double()) for name, base in own), rank
+                ((name, where_double(self.weights[name]).double() - base.double()) for name, base in own), rank
             )
         info = DeltaInfo(
             base=base_name(self.pipeline),

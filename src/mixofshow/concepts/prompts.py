@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from mixofshow.bases.families import of_encoders, text_encoders
 from mixofshow.bases.layers import count_groups, cross_attentions, text_groups
+from mixofshow.bases.parts import runs_on
 from mixofshow.concepts.encoding import Encode, States, encode_fully, encode_shared
 from mixofshow.concepts.words import Vocabulary, token_ids, token_weights
 from mixofshow.errors import SettingsError, shown
@@ -144,7 +145,7 @@ def prompt_ids(
                 token_ids(prompt, one.tokenizer, vocabulary, one.first_id, one.length if padded else None, quiet=quiet)
                 for prompt in prompts
             ],
-            device=one.model.device,
+            device=runs_on(one.model),
         )
         for one in text_encoders(pipeline)
     )

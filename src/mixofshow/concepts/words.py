@@ -98,7 +98,9 @@ class Vocabulary:
 
     def vectors(self, layers: int) -> Tensor:
         """All words' vectors for looking up by row, (layers, words, dim); words in their own order."""
-        return torch.stack([vector.expand(layers, -1) for vector in self.embeddings.values()], dim=1)
+        # A folder's are on its device already, those of concepts that are loaded beside it are not.
+        vectors = list(self.embeddings.values())
+        return torch.stack([one.to(vectors[0].device).expand(layers, -1) for one in vectors], dim=1)
 
 
 def token_ids(

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mixofshow.bases.families import family_of, text_encoders
-from mixofshow.bases.layers import layer, lora_layers, matrix, tunable_layers
+from mixofshow.bases.layers import layer, lora_layers, matrix, tunable_layers, where_double
 from mixofshow.bases.loading import fingerprint, scheduler_settings
-from mixofshow.bases.parts import exclusive, refuse_adapters
+from mixofshow.bases.parts import exclusive, refuse_adapters, refuse_hooks
 from mixofshow.concepts.adapters import replaced
 from mixofshow.concepts.concept import Concept, fitted, vocabulary
 from mixofshow.concepts.interchange.importing import as_concept
@@ -102,6 +102,7 @@ def fuse(
     if unknown := weighed - {concept.info.name for concept in ordered}:
         raise BadInputError(f"weights: no concept is called {', '.join(sorted(unknown))}")
     refuse_adapters(pipeline, "fusing")
+    refuse_hooks(pipeline, "fusing")
     if settings.refit and pipeline.unet.dtype == torch.float16:
         # Its gradients are below what half precision can hold: nothing would be learned, and nobody told.
         raise SettingsError("refit: does not work in fp16; load the base in bf16 or fp32, or take refit 0")
@@ -125,7 +126,7 @@ def fuse(
 def _verdicts(pipeline: Any, concepts: Sequence[Concept], settings: FusionSettings) -> dict[int, Verdict]:
     """The guard's, on all concepts. Raises BadInputError for outliers, if they are refused."""
     changed = {name for concept in concepts for name in concept.deltas}
-    bases = {name: matrix(one) for name, one in tunable_layers(pipeline).items() if name in changed}
+    bases = {name: where_double(matrix(one)) for name, one in tunable_layers(pipeline).items() if name in changed}
     found = verdicts(bases, concepts, guard=settings.guard or settings.refuse_loud)
     refused = [
         f"<{concepts[k].info.name}> in {len(one.strengths)} of {len(bases)} layers ({one.why})"
@@ -144,6 +145,7 @@ def record_concept(concept: Concept, pipeline: Any, settings: RecordingSettings,
 
     Recorded are the layers that it changes, and all attention: what other concepts are likely to change.
     """
+    refuse_hooks(pipeline, "recording")
     names = _with_attention(pipeline, concept.deltas)
     source = Source.of(concept, settings)
     found = _recorded(pipeline, source, names, settings, store, base=fingerprint(pipeline), how=INDEPENDENT)
@@ -296,10 +298,10 @@ class _Fusion:
 
         Without recordings changes are measured as they are, as if all inputs came equally often.
         """
-        device = self.pipeline.device  # looked up once: diffusers goes through all modules for it
         for source, readers in itertools.groupby(names, input_of):
             layers = list(readers)
-            width = matrix(layer(self.pipeline, layers[0])).shape[1]
+            base = where_double(matrix(layer(self.pipeline, layers[0])))
+            width, device = base.shape[1], base.device
             statistics: Callable[[int], LayerStatistics] = StatisticsReader(recordings, source, device, width)
             if not recordings:
                 any_input = LayerStatistics(torch.eye(width, dtype=torch.float64, device=device), rows=0)
@@ -309,9 +311,11 @@ class _Fusion:
 
     def _solve_layer(self, name: str, statistics: Callable[[int], LayerStatistics]) -> None:
         """The layer's weight, solved for those that have a say, and its report on all."""
-        base, solver = matrix(layer(self.pipeline, name)), solver_for(self.settings, stage_of(name))
+        own = matrix(layer(self.pipeline, name))
+        base, solver = where_double(own), solver_for(self.settings, stage_of(name))
         problem = problem_of(name, base, self.counted, lambda k: statistics(self._places[k]), self.settings)
-        self.weights[name], change = solve(problem, solver)
+        fused, change = solve(problem, solver)
+        self.weights[name] = fused.to(own.device)
         changes = [concept.deltas.get(name) for concept in self.concepts]
         asked = LayerProblem(base, changes, statistics, [1.0] * len(changes))
         called = [concept.info.name for concept in self.concepts]

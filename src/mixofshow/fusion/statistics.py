@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mixofshow.bases.layers import where_double
 from mixofshow.errors import BadInputError, BaseModelError
 
 _SHARED_INPUT: Final = re.compile(r"(attn1\.to_[qkv]|attn2\.to_[kv]|self_attn\.[qkv]_proj)$")
@@ -119,7 +120,7 @@ def rows_of(module: nn.Module, inputs: Tensor) -> Tensor:
 
 def _finite(name: str, rows: Tensor, kind: torch.dtype) -> Tensor:
     """Rows in the precision that they are multiplied in. Raises BadInputError as soon as a sum would be spoilt."""
-    rows = (rows.cpu() if rows.device.type == "mps" else rows).to(kind)  # Apple's GPUs have no double precision
+    rows = where_double(rows).to(kind)
     if not torch.isfinite(rows.sum()):  # the sum of what is not finite is not
         raise BadInputError(f"in its own model, {name} has values that are not finite; leave it out")
     return rows

@@ -283,6 +283,8 @@ class Run:
         for name, one in self._stateful().items():
             if one:
                 one.load_state_dict(state[name])
+        if self.average:
+            self.average.to(self.trained[0].device)  # it leaves what was read where that is, on the CPU
         self.words_move = state["words_move"]
 
     @torch.no_grad()
