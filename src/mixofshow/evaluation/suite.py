@@ -74,7 +74,7 @@ def perform(
     cache = out / "cache"
     _check_outputs(suite, out, cache)
     with process_pool(workers) as each:
-        base = BaseSource(suite.base, device, tuple(sorted((loading or {}).items())))
+        base = BaseSource(suite.base, device, tuple(sorted({**suite.loading, **(loading or {})}.items())))
         run = _Run(suite, cache, base, each, bars)
         suite = run.suite
         scorer = scorer_for(suite.base, suite.clip, device=device)  # before anything that takes long

@@ -134,6 +134,8 @@ class Suite(Group):
     """Everything that a suite's pictures and numbers depend on."""
 
     base: str = "emojiland"
+    dtype: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="What the base's weights are kept as.")
+    variant: str | None = Field(None, max_length=64, description="Which of the base's weight files, such as fp16.")
     concepts: tuple[ConceptEntry, ...] = Field(min_length=1)
     methods: tuple[MethodEntry, ...] = Field(min_length=1)
     tune: Mapping[str, Any] = Field({}, description="Settings of tuning for all methods.")
@@ -205,6 +207,11 @@ class Suite(Group):
         settings = FusionSettings.of(table, f"method {method.key}: fuse")
         check_method(settings)
         return settings
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """The options of `load_base` that it says."""
+        return self.model_dump(include={"dtype", "variant"}, exclude_none=True)
 
     @property
     def inputs(self) -> list[Path]:

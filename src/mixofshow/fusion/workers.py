@@ -5,15 +5,16 @@ A concept is recorded by its own model alone, so that each is a task of its own 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mixofshow.bases.loading import load_base
 from mixofshow.concepts.concept import fitted, load_concept
-from mixofshow.errors import SettingsError
+from mixofshow.errors import SettingsError, shown
 from mixofshow.fusion.settings import RecordingSettings
 from mixofshow.fusion.stages import record_concept
 from mixofshow.fusion.store import Recording, Store, open_recording
@@ -64,14 +65,28 @@ def _by_ray(files: Sequence[Path], job: RecordingJob, workers: int) -> Iterator[
             f"workers: {workers} need Ray, which is not installed; pip install 'mixofshow[ray]'"
         ) from error
     cluster = "RAY_ADDRESS" in os.environ
-    # A worker that takes a whole processor gets one thread.
-    start = ray.remote(num_cpus=1)(_Worker).remote
     with ray.init(num_cpus=None if cluster else workers, include_dashboard=False, log_to_driver=False):
-        pool = ActorPool([start(job) for _ in range(workers)])
+        there, own = needs(job, workers, gpus=int(ray.cluster_resources().get("GPU", 0)))
+        start = ray.remote(**own)(_Worker).remote
+        pool = ActorPool([start(there) for _ in range(workers)])
         try:
             yield from pool.map(lambda worker, path: worker.record.remote(path), [path.absolute() for path in files])
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
+
+
+def needs(job: RecordingJob, workers: int, *, gpus: int) -> tuple[RecordingJob, dict[str, float]]:
+    """The job as a worker sees it, and what Ray keeps for each of them. Raises SettingsError where there is no GPU.
+
+    Ray shows a worker the GPUs that it keeps for it, counted from 0, and no others. Where there are fewer than workers,
+    they are shared evenly.
+    """
+    own = {"num_cpus": 1.0}  # a worker that takes a whole processor gets one thread
+    if not job.device.startswith("cuda"):
+        return job, own
+    if not gpus:
+        raise SettingsError(f"device '{shown(job.device)}': Ray knows of no GPU; take the CPU, or one worker")
+    return replace(job, device="cuda"), {**own, "num_gpus": 1 / math.ceil(workers / gpus)}
 
 
 class _Worker:
