@@ -16,13 +16,13 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import save_file
 
 from mixofshow import cli
 from mixofshow.bases.loading import load_base
 from mixofshow.concepts.concept import load_concept
 from mixofshow.concepts.interchange.exporting import export_concept
 from mixofshow.errors import MixOfShowError
+from mixofshow.files import write_tensors
 from mixofshow.tuning.settings import make_settings, schema
 
 GOLDEN_BASE = str(Path(__file__).parent / "goldens" / "pipeline")
@@ -132,10 +132,10 @@ def test_a_full_disk_is_exit_code_3(folder, capsys, monkeypatch):
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
     old = folder / "thing.safetensors"
-    save_file({"before": torch.zeros(1)}, old)
+    write_tensors(old, {"before": torch.zeros(1)}, {"format": "pt", "mixofshow_concept": "{}"})
     before = old.read_bytes()
+    monkeypatch.setattr(os, "fsync", full)
     arguments = [*TUNE, "--data", "{0}/pictures", "--steps", "1"]
     code, error = _run([part.replace("{0}", str(folder)) for part in arguments], capsys, monkeypatch)
     assert code == 3 and "No space left" in error

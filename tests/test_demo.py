@@ -35,7 +35,7 @@ def test_alignments(done):
 def test_every_layer_fits_at_least_as_well_as_weight_fusion(done):
     base = load_base("emojiland")
     fused = fuse([load_concept(done / f"{name}.safetensors", base) for name in CONCEPTS], base)
-    assert all(one.fused <= one.average for one in fused.layers.values())
+    assert all(one.fused <= one.average * (1 + 1e-9) for one in fused.layers.values())
 
 
 def test_one_concept_alone_is_itself(done):

@@ -78,12 +78,14 @@ def test_tuning_on_the_second_gpu(settings, two_gpus):
     assert base.unet.device == base.text_encoder.device == base.vae.device == torch.device("cuda:1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [("cpu", "cuda"), ("cuda", "cpu")], ids="-".join)
 def test_tuning_on_another_device_than_before(devices, settings, gpu):
     for device in devices:
         tune(settings(steps=1), load_base(GOLDEN_BASE, device=device))
 
 
+@pytest.mark.slow
 def test_a_running_mean_is_resumed(settings, gpu, tmp_path):
     base, asked = load_base(GOLDEN_BASE, device="cuda"), settings(**{"optimizer.ema": 0.9, "save_every": 1, "steps": 3})
 
@@ -98,7 +100,7 @@ def test_a_running_mean_is_resumed(settings, gpu, tmp_path):
 @pytest.mark.parametrize(
     "changed",
     [
-        {"refit": 1, "prior": 0.1},
+        pytest.param({"refit": 1, "prior": 0.1}, marks=pytest.mark.slow),
         {"guard": True, "max_memory": 1e-4, "mode": "independent"},
         {"method": "lbfgs", "options": {"iterations": 3}},
         {"method": "dare"},
@@ -133,13 +135,13 @@ def folder(few, golden_pipeline, tmp_path):
 
 @pytest.mark.parametrize(
     "how",
-    [{"isolate": True, "attend": 0.1}, {"upscale": 1.5, "regional_lora": True}],
+    [{"isolate": True, "attend": 0.1, "num_inference_steps": 3}, {"upscale": 1.5, "regional_lora": True}],
     ids=["isolate", "upscale"],
 )
 def test_sampling(how, folder, few, gpu):
     regional = bool(how.get("regional_lora"))
     draw = open_pipeline(str(folder), base=str(GOLDEN_BASE), regional_lora=regional, device="cuda")
-    draw("a photo", regions=regions(few), **SMALL, **how)
+    draw("a photo", regions=regions(few), **{**SMALL, **how})
 
 
 def test_concepts_in_memory_draw_on_a_model_from_a_folder(folder, few, gpu):

@@ -230,6 +230,30 @@ def test_products_are_exact_where_single_precision_is_not_single(monkeypatch):
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     assert statistics.MomentAccumulator(exact=False).exact
 
+    def mixed() -> str:
+        """What torch does where the precision was set in its newer way."""
+        raise RuntimeError
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
+    assert statistics.MomentAccumulator(exact=False).exact
+
+
+@pytest.mark.parametrize("size", [1.0, 1e14, 1e20])
+def test_products_in_single_do_not_overflow(size):
+    counted = statistics.MomentAccumulator(exact=False)
+    counted.add("layer", torch.full((3, 4), size))
+    expected = torch.full((4, 4), 3 * size**2, dtype=torch.float64)
+    torch.testing.assert_close(counted.seen()["layer"].moments, expected, rtol=1e-6, atol=0)
+
+
+def test_products_are_in_single_also_amid_autocast():
+    rows = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    counted = statistics.MomentAccumulator(exact=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        counted.add("layer", rows)
+    exact = rows.double()
+    assert distance(counted.seen()["layer"].moments, exact.T @ exact) < 1e-6
+
 
 def test_each_layer_alone_sees_what_it_sees_among_others(golden_pipeline, concept):
     names, source = list(lora_layers(golden_pipeline))[::11], Source.of(concept, FEW)

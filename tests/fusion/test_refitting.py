@@ -72,6 +72,13 @@ def test_lessons_are_the_concepts_own_models(golden_pipeline, golden_concepts):
             torch.testing.assert_close(found, torch.stack([one.prediction for one in ours]), rtol=0, atol=1e-4)
 
 
+def test_every_picture_of_the_lessons_begins_with_a_noise_of_its_own(golden_pipeline, golden_concepts):
+    lessons = teacher_samples(golden_pipeline, Source.of(golden_concepts[0], PLAIN), PLAIN)
+    first = [one.latents for prompt in lessons for one in prompt[:PICTURES]]
+    assert len(first) == PICTURES * len(PLAIN.prompts) > PICTURES
+    assert len({one.numpy().tobytes() for one in first}) == len(first)
+
+
 def test_the_loss_falls_and_is_what_it_says(golden_pipeline, golden_concepts, plain, refitted):
     assert refitted.refitted.keys() == {concept.info.name for concept in golden_concepts}
     for concept in golden_concepts:

@@ -231,6 +231,7 @@ def test_another_files_numbers_or_description_are_refused(kept, seen, tmp_path):
     write_tensors(kept, load_file(kept), described)
     assert len(list(refused(kept, list(seen)))) == 1
     for metadata in ({}, {"format": "pt"}, {**described, "more": "text"}, {**described, "format": "np"}):
+        kept.unlink()
         write_tensors(kept, load_file(other.file.path), metadata)
         assert list(refused(kept, list(seen))), metadata
 

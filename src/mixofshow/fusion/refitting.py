@@ -102,8 +102,16 @@ def teacher_samples(
     guidance = ConceptModel(pipeline).usual_guidance if source.concept else 1.0
     with replaced(pipeline, source.weights(pipeline, None)), layerwise(pipeline.unet):
         return [
-            _samples_of(pipeline, source, prompt, guidance, steps=settings.steps, seed=seed, pictures=pictures)
-            for seed, prompt in enumerate(source.texts, settings.seed)
+            _samples_of(
+                pipeline,
+                source,
+                prompt,
+                guidance,
+                steps=settings.steps,
+                seed=settings.seed + number * pictures,
+                pictures=pictures,
+            )
+            for number, prompt in enumerate(source.texts)
         ]
 
 

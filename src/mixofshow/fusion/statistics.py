@@ -11,7 +11,7 @@ import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ _SHARED_INPUT: Final = re.compile(r"(attn1\.to_[qkv]|attn2\.to_[kv]|self_attn\.[
 TENSORS: Final = ("moments", "inputs")
 CHUNK: Final = 8192
 """Rows that are multiplied at a time."""
+SQUARED: Final = 1e15
+"""From here on squares, summed, may be too large for single precision."""
 BLOCK: Final = 256
 """Columns from which on half of the products are left out, as the other half is the same."""
 
@@ -49,6 +51,10 @@ class LayerStatistics:
         """Those that are there, by name."""
         return {name: value for name in TENSORS if (value := getattr(self, name)) is not None}
 
+    def to(self, device: Any) -> LayerStatistics:
+        """The same on a device."""
+        return LayerStatistics(**{name: value.to(device) for name, value in self.tensors().items()}, rows=self.rows)
+
 
 class MomentAccumulator:
     """Second moments of the inputs of some layers, by input name, while they are counted.
@@ -59,8 +65,7 @@ class MomentAccumulator:
 
     def __init__(self, *, keep_inputs: bool = False, exact: bool = True) -> None:
         self.keep_inputs = keep_inputs
-        # Where torch was allowed to round single precision further, it is not single any more.
-        self.exact = exact or torch.get_float32_matmul_precision() != "highest"
+        self.exact = exact or not _single_is_single()
         self._moments: dict[str, Tensor] = {}
         self._inputs: dict[str, list[Tensor]] = {}
         self._rows: dict[str, int] = {}
@@ -68,9 +73,8 @@ class MomentAccumulator:
     def add(self, name: str, inputs: Tensor) -> None:
         """Count in some rows, (..., in) or, from a 1×1 convolution, (batch, in, height, width)."""
         rows = (inputs.movedim(1, -1) if inputs.ndim == 4 else inputs).flatten(0, -2)
-        kind = torch.float64 if self.exact else torch.promote_types(rows.dtype, torch.float32)
         for chunk in rows.split(CHUNK):
-            _count(self._moments, name, _finite(name, chunk, kind))
+            _count(self._moments, name, _multiplied(name, chunk, exact=self.exact))
         if self.keep_inputs:
             self._inputs.setdefault(name, []).append(rows.clone())
         self._rows[name] = self._rows.get(name, 0) + len(rows)
@@ -118,12 +122,22 @@ def rows_of(module: nn.Module, inputs: Tensor) -> Tensor:
     return unfolded.transpose(1, 2)
 
 
-def _finite(name: str, rows: Tensor, kind: torch.dtype) -> Tensor:
+def _single_is_single() -> bool:
+    """Whether torch was not allowed to round single precision further, by its older way to say so or its newer one."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # the newer one was used
+        return False
+
+
+def _multiplied(name: str, rows: Tensor, *, exact: bool) -> Tensor:
     """Rows in the precision that they are multiplied in. Raises BadInputError as soon as a sum would be spoilt."""
-    rows = where_double(rows).to(kind)
-    if not torch.isfinite(rows.sum()):  # the sum of what is not finite is not
+    rows = where_double(rows)
+    rows = rows.to(torch.float64 if exact else torch.promote_types(rows.dtype, torch.float32))
+    largest = rows.abs().max()
+    if not torch.isfinite(largest):
         raise BadInputError(f"in its own model, {name} has values that are not finite; leave it out")
-    return rows
+    return rows if largest < SQUARED else rows.double()
 
 
 def _count(halves: dict[str, Tensor], name: str, rows: Tensor) -> None:
@@ -131,8 +145,9 @@ def _count(halves: dict[str, Tensor], name: str, rows: Tensor) -> None:
     width = rows.shape[1]
     if name not in halves:
         halves[name] = rows.new_zeros(width, width, dtype=torch.float64)
-    for block in _blocks(width):
-        halves[name][block, block.start :] += rows[:, block].T @ rows[:, block.start :]
+    with torch.autocast(rows.device.type, enabled=False):
+        for block in _blocks(width):
+            halves[name][block, block.start :] += rows[:, block].T @ rows[:, block.start :]
 
 
 def _whole(half: Tensor) -> Tensor:

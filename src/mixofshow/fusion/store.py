@@ -98,7 +98,7 @@ class HeldRecording:
 
     def statistics(self, name: str, device: Any = "cpu", width: int | None = None) -> LayerStatistics:
         """What was recorded under an input name."""
-        return self.seen[name]
+        return self.seen[name].to(device)
 
 
 class StatisticsReader:
@@ -200,7 +200,7 @@ class Scratch:
         if size > self._room:
             return self._store.save(key, name, seen)
         self._room -= size
-        return HeldRecording(seen)
+        return HeldRecording({input_name: one.to("cpu") for input_name, one in seen.items()})
 
 
 @functools.cache

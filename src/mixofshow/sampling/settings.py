@@ -148,7 +148,12 @@ class Region:
             if not isinstance(given, ArgsKwargs):
                 raise
             prompt = next(iter(given.args), (given.kwargs or {}).get("prompt"))
-            problem = field_problem(error.errors()[0], cls.__dataclass_fields__)
+            first, fields = error.errors()[0], list(cls.__dataclass_fields__)
+            head, *inside = first["loc"]
+            first["loc"] = (fields[head] if isinstance(head, int) else head, *inside)
+            if isinstance(first["input"], ArgsKwargs):
+                first["input"] = first["input"].kwargs or {}
+            problem = field_problem(first, fields)
             raise RegionError(f"region of '{shown(prompt, 40)}': {problem}") from error
 
     def __post_init__(self) -> None:
