@@ -53,6 +53,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+CONCEPT = Path(__file__).parents[1] / "examples/concepts/clown.safetensors"
 TUNE = ["tune", "--base", GOLDEN_BASE, "--name", "thing", "--class-word", "man", "--out", "{0}/thing.safetensors"]
 SAMPLE = ["sample", "--model", GOLDEN_BASE, "--prompt", "a man", "--size", "64x64", "--out", "{0}/a.png"]
 
@@ -408,7 +409,7 @@ def test_what_is_not_here_is_named_and_nobody_waits(folder, download, capsys, mo
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     started = time.monotonic()
-    given = ["fuse", str(folder / "cut.safetensors"), "--out", str(folder / "x"), "--base", "nobody/nothing"]
+    given = ["fuse", str(CONCEPT), "--out", str(folder / "x"), "--base", "nobody/nothing"]
     code, error = _run([*given, *download], capsys, monkeypatch)
     assert (
         code == 2

@@ -137,7 +137,7 @@ def test_there_is_nothing_to_say_about_pictures_that_are_used_as_they_are(folder
     assert check_folder(folder) == []
     _with_masks(folder)
     assert list(map(str, check_folder(folder))) == [
-        "masks/: 2 of 2 pictures have masks, of the folder beside theirs; --masks names another"
+        "masks/: 2 of 2 pictures have masks, of the folder beside theirs; `masks` names another"
     ]
 
 
