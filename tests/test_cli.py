@@ -272,7 +272,7 @@ def test_the_example_of_a_fusion_runs(tmp_path, capsys, monkeypatch):
 
 
 def test_a_concept_goes_to_another_tool_and_back(tmp_path, capsys, monkeypatch):
-    example = Path(__file__).parents[1] / "examples" / "concepts" / "clown.safetensors"
+    example = CONCEPT
     for arguments in (
         [str(example), "{0}/out", "--to", "kohya"],
         ["{0}/out/clown.safetensors", "{0}/back.safetensors", "--embeddings", "{0}/out/clown-words.safetensors"],

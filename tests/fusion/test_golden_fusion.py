@@ -66,7 +66,7 @@ def extended(golden_pipeline, golden_concepts, golden, tmp_path_factory):
 def fuse_as_recorded(concepts, pipeline, recorded):
     starts = iter([recorded[f"rec_latents_init.{concept.info.words[0][1:-1]}"] for concept in concepts])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recording, "_noise", lambda pipeline, pictures, generator: next(starts))
+        patch.setattr(recording, "_noise", lambda pipeline, generator: next(starts))
         return fuse(concepts, pipeline, PAPER_SETTINGS)
 
 

@@ -27,29 +27,54 @@ CLASSES: Final = {
     "tokenizer": ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
 }
 """Library and classes of a part of a pipeline; a second text encoder's and tokenizer's are the first one's."""
-_KEYS_BY_LARGEST: Final = {
-    1: "downsample_padding",
-    3: "solver_order",
-    15: "conv_in_kernel conv_out_kernel",
-    16: "layers_per_block num_res_blocks",
-    64: "transformer_layers_per_block reverse_transformer_layers_per_block downscale_factor in_channels out_channels "
-    "latent_channels",
-    128: "num_hidden_layers",
-    1024: "num_attention_heads attention_head_dim addition_embed_type_num_heads",
-    2**13: "block_out_channels norm_num_groups channels conditioning_embedding_out_channels max_position_embeddings "
-    "sample_size",
-    10_000: "num_train_timesteps",
-    2**14: "hidden_size projection_dim cross_attention_dim encoder_hid_dim time_embedding_dim time_cond_proj_dim "
-    "addition_time_embed_dim num_class_embeds",
-    2**16: "intermediate_size projection_class_embeddings_input_dim",
-    2**20: "vocab_size",
+LARGEST: Final = {
+    "layers_per_block": 16,
+    "transformer_layers_per_block": 64,
+    "reverse_transformer_layers_per_block": 64,
+    "num_hidden_layers": 128,
+    "num_attention_heads": 1024,
+    "attention_head_dim": 1024,
+    "addition_embed_type_num_heads": 1024,
+    "block_out_channels": 2**13,
+    "norm_num_groups": 2**13,
+    "channels": 2**13,
+    "conditioning_embedding_out_channels": 2**13,
+    "num_res_blocks": 16,
+    "downscale_factor": 64,
+    "hidden_size": 2**14,
+    "projection_dim": 2**14,
+    "intermediate_size": 2**16,
+    "cross_attention_dim": 2**14,
+    "encoder_hid_dim": 2**14,
+    "time_embedding_dim": 2**14,
+    "time_cond_proj_dim": 2**14,
+    "addition_time_embed_dim": 2**14,
+    "projection_class_embeddings_input_dim": 2**16,
+    "num_class_embeds": 2**14,
+    "max_position_embeddings": 2**13,
+    "vocab_size": 2**20,
+    "in_channels": 64,
+    "out_channels": 64,
+    "latent_channels": 64,
+    "conv_in_kernel": 15,
+    "conv_out_kernel": 15,
+    "sample_size": 2**13,
+    "num_train_timesteps": 10_000,
+    "downsample_padding": 1,
+    "solver_order": 3,
 }
-LARGEST: Final = {key: most for most, keys in _KEYS_BY_LARGEST.items() for key in keys.split()}
 """Whole numbers from 1 on, and lists of such: what a library makes so many of, or so large. Models in use are well below."""
 LISTS: Final = {
-    *("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block"),
-    *("num_attention_heads", "attention_head_dim", "cross_attention_dim", "only_cross_attention"),
-    *("trained_betas", "latents_mean", "latents_std"),
+    "layers_per_block",
+    "transformer_layers_per_block",
+    "reverse_transformer_layers_per_block",
+    "num_attention_heads",
+    "attention_head_dim",
+    "cross_attention_dim",
+    "only_cross_attention",
+    "trained_betas",
+    "latents_mean",
+    "latents_std",
 }
 """What may be a list though its default is none."""
 NULL: Final = {"mid_block_type"}

@@ -211,7 +211,7 @@ def draw(pipeline: Any, predict: Callable[[Tensor, Tensor], Tensor], *, steps: i
     scheduler = copy.deepcopy(pipeline.scheduler)
     scheduler.set_timesteps(steps, device=pipeline.unet.device)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    latents = torch.cat([_noise(pipeline, 1, one) for one in generators]) * scheduler.init_noise_sigma
+    latents = torch.cat([_noise(pipeline, one) for one in generators]) * scheduler.init_noise_sigma
     # Some schedulers draw noise in every step.
     source = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for timestep in scheduler.timesteps:
@@ -219,7 +219,7 @@ def draw(pipeline: Any, predict: Callable[[Tensor, Tensor], Tensor], *, steps: i
         latents = scheduler.step(made, timestep, latents, **source).prev_sample
 
 
-def _noise(pipeline: Any, pictures: int, generator: torch.Generator) -> Tensor:
+def _noise(pipeline: Any, generator: torch.Generator) -> Tensor:
     side, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
-    noise = torch.randn(pictures, channels, side, side, generator=generator)
+    noise = torch.randn(1, channels, side, side, generator=generator)
     return noise.to(pipeline.unet.device, pipeline.unet.dtype)

@@ -5,8 +5,9 @@ Concepts are taken in the order of their hashes, so that the order of the files 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -108,12 +109,9 @@ def fuse(
         raise SettingsError("refit: does not work in fp16; load the base in bf16 or fp32, or take refit 0")
     base = fingerprint(pipeline)
     ordered = [fitted(concept, pipeline, f"concept <{concept.info.name}>", base=base) for concept in ordered]
-    room = 0 if settings.max_memory else ROOM
-    with exclusive(pipeline), scratch() as folder:
+    with exclusive(pipeline), _kept(store, settings) as recordings:
         told = _verdicts(pipeline, ordered, settings)
-        fusion = _Fusion(
-            pipeline, base, as_judged(ordered, told), told, settings, store or Scratch(folder, room), progress
-        )
+        fusion = _Fusion(pipeline, base, as_judged(ordered, told), told, settings, recordings, progress)
         fusion.run()
         pupils = [one for k, one in enumerate(fusion.concepts) if k not in told or not told[k].excluded]
         found = refit(pipeline, pupils, fusion.weights, settings, progress=progress)
@@ -121,6 +119,16 @@ def fuse(
     how = settings.model_dump(mode="json")
     model = ConceptModel(pipeline, words, found.weights, ordered, how, torch.get_num_threads())
     return Fused(model, fusion.reports, found.losses, {ordered[k].info.name: verdict for k, verdict in told.items()})
+
+
+@contextlib.contextmanager
+def _kept(store: Store | None, settings: FusionSettings) -> Iterator[Store | Scratch]:
+    """Where recordings go: the store, or in memory and a folder that vanishes at the end."""
+    if store is not None:
+        yield store
+        return
+    with scratch() as folder:
+        yield Scratch(folder, 0 if settings.max_memory else ROOM)
 
 
 def _verdicts(pipeline: Any, concepts: Sequence[Concept], settings: FusionSettings) -> dict[int, Verdict]:

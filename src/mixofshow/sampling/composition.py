@@ -137,6 +137,7 @@ def compose(
     mask = read_picture(composition.mask, "L") if composition.mask else None
 
     def drawn(number: int, count: int, progress: Progress) -> list[Image.Image]:
+        """Pictures from this one on, so many in one batch."""
         found: list[Image.Image] = pipeline(
             composition.prompt,
             regions=composition.regions,
