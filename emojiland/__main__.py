@@ -79,6 +79,18 @@ def report(
 
 
 @app.command()
+def sheet(
+    out: Annotated[Path, typer.Argument(help="The PNG to write.")],
+    base: Annotated[str, typer.Option(help="Embedded base or folder to draw with.")] = "emojiland",
+) -> None:
+    """Draw forty-eight pictures at fixed seeds, to count what is broken."""
+    from emojiland.figures import sheet as draw_sheet
+    from mixofshow.bases.loading import load_base
+
+    draw_sheet(load_base(base)).save(out)
+
+
+@app.command()
 def tunability(
     base: Annotated[str, typer.Option(help="Embedded base or folder to measure.")] = "emojiland",
     out: Annotated[Path, typer.Option(help="Folder for the concepts' pictures and what was drawn.")] = RUN_FOLDER

@@ -1,4 +1,4 @@
-"""What Emojiland can draw, measured by its judge on fresh samples with fixed seeds."""
+"""What Emojiland can draw, measured on fresh samples with fixed seeds, by a network that had no part in it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
@@ -16,11 +15,12 @@ from PIL import Image
 from emojiland import autoencoder
 from emojiland.clip import ALL_CLASSES, ALL_SCENES
 from emojiland.fidelity import fidelity
+from emojiland.naming import Namer
 from mixofshow.bases.emojiland import judge
 from mixofshow.bases.emojiland.scenes import article, listed
 from mixofshow.bases.emojiland.sprites import sprite
 from mixofshow.bases.emojiland.vocabulary import CLASSES, GENERATOR_SETS
-from mixofshow.bases.emojiland.world import KNOWN_SCENES, SIZE, SOFTNESS, SPRITE_HEIGHT, WIDE, compose
+from mixofshow.bases.emojiland.world import KNOWN_SCENES, SIZE, SOFTNESS, WIDE, compose
 from mixofshow.evaluation.scorers import imagenet_scorer
 from mixofshow.grids import grid
 from mixofshow.progress import Progress, silent
@@ -41,8 +41,6 @@ AT_MOST: Final = {"colour_error", "fidelity"}
 STEPS: Final = 25
 GUIDANCE: Final = 4.0
 BATCH: Final = 32
-PART_SHARE: Final = 0.63
-"""Side of what is cut out around one of two sprites in a square picture, as a share of the picture's side."""
 
 
 def falls_short(name: str, value: float) -> bool:
@@ -91,21 +89,28 @@ def report(
         grid(one, columns=per_class).save(grids / "singles.png")
         grid(two[:64], columns=16).save(grids / "pairs.png")
         grid(wide[:30], columns=6).save(grids / "triples.png")
-    classes = rank_classes(one, judge_folder)
+    network = imagenet_scorer()
+    named = Namer.fitted(network)
     places = rank_scenes(one, judge_folder)
     return {
         **autoencoder_figures(pipeline.vae),
-        "class_accuracy": _share(guess[0] == word for guess, (word, _) in zip(classes, singles, strict=True)),
+        "class_accuracy": _share(guess == (word,) for guess, (word, _) in zip(named(one, 1), singles, strict=True)),
         "scene_accuracy": _share(guess[0] == scene for guess, (_, scene) in zip(places, singles, strict=True)),
-        "pair_accuracy": _share(
-            set(guess) == set(words) for guess, (words, _) in zip(named(two, 2, judge_folder), pairs, strict=True)
-        ),
-        "triple_accuracy": _share(
-            guess == words for guess, (words, _) in zip(named(wide, 3, judge_folder), triples, strict=True)
-        ),
+        "pair_accuracy": _share(set(guess) == set(words) for guess, (words, _) in zip(named(two, 2), pairs, strict=True)),
+        "triple_accuracy": _share(guess == words for guess, (words, _) in zip(named(wide, 3), triples, strict=True)),
         "judge_accuracy": judge_accuracy(judge_folder),
-        "fidelity": fidelity(partial(sample, pipeline, progress=progress), imagenet_scorer()),
+        "fidelity": fidelity(partial(sample, pipeline, progress=progress), network),
     }
+
+
+def sheet(pipeline: Any) -> Image.Image:
+    """Forty-eight pictures at fixed seeds, to be looked at: each class once, then twelve of two and twelve of three."""
+    random = Random(48)
+    scenes = list(KNOWN_SCENES)
+    asked = [(word,) for word in CLASSES] + [tuple(random.sample(list(CLASSES), count)) for count in [2] * 12 + [3] * 12]
+    prompts = [f"a photo of {listed(words)} {scenes[row % len(scenes)]}" for row, words in enumerate(asked)]
+    square, wide = sample(pipeline, prompts[:36]), sample(pipeline, prompts[36:], width=WIDE)
+    return grid([grid(square, columns=12), grid(wide, columns=5)], columns=1)
 
 
 def _share(hits: Any) -> float:
@@ -130,11 +135,6 @@ def sample(
     return images
 
 
-def rank_classes(images: Sequence[Image.Image], folder: Path = judge.JUDGE_FOLDER) -> list[list[str]]:
-    """For each picture all of the judge's classes, best first."""
-    return _rank(images, {word: f"a photo of {article(word)}" for word in ALL_CLASSES}, folder)
-
-
 def rank_scenes(images: Sequence[Image.Image], folder: Path = judge.JUDGE_FOLDER) -> list[list[str]]:
     """For each picture all scenes, best first; a scene's score is its best over all classes, being shown with one."""
     captions = [f"a photo of {article(word)} {scene}" for scene in ALL_SCENES for word in ALL_CLASSES]
@@ -142,30 +142,6 @@ def rank_scenes(images: Sequence[Image.Image], folder: Path = judge.JUDGE_FOLDER
     best = scores.unflatten(1, (len(ALL_SCENES), len(ALL_CLASSES))).amax(-1)
     names = list(ALL_SCENES)
     return [[names[k] for k in row] for row in best.argsort(descending=True).tolist()]
-
-
-def named(images: Sequence[Image.Image], count: int, folder: Path = judge.JUDGE_FOLDER) -> list[tuple[str, ...]]:
-    """For each picture of `count` sprites the classes that the judge names first, left to right."""
-    parts = [_part(image, place, count) for image in images for place in range(count)]
-    first = [ranking[0] for ranking in rank_classes(parts, folder)]
-    return [tuple(first[start : start + count]) for start in range(0, len(first), count)]
-
-
-def _part(image: Image.Image, place: int, count: int) -> Image.Image:
-    """One of `count` equal shares of the width, enlarged so that its sprite is as large as in a picture of one."""
-    width, height = image.size
-    x, y = (2 * place + 1) * width // (2 * count), round(SPRITE_HEIGHT * height)
-    reach = round(PART_SHARE * min(height, 2 * width / count) / 2)
-    # Mirroring beyond the edge keeps the place what it is.
-    padded = np.pad(np.asarray(image), ((reach, reach), (reach, reach), (0, 0)), mode="symmetric")
-    cut = Image.fromarray(padded[y : y + 2 * reach, x : x + 2 * reach])
-    return cut.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-
-
-def _rank(images: Sequence[Image.Image], captions: dict[str, str], folder: Path) -> list[list[str]]:
-    scores = judge.image_features(images, folder) @ judge.text_features(list(captions.values()), folder).T
-    names = list(captions)
-    return [[names[k] for k in row] for row in scores.argsort(descending=True).tolist()]
 
 
 def judge_accuracy(folder: Path = judge.JUDGE_FOLDER, count: int = 1000, seed: int = 3 * 10**6) -> float:
@@ -181,5 +157,7 @@ def judge_accuracy(folder: Path = judge.JUDGE_FOLDER, count: int = 1000, seed: i
         )
         for word in words
     ]
-    guesses = rank_classes([picture.image for picture in pictures], folder)
-    return _share(guess[0] == word for guess, word in zip(guesses, words, strict=True))
+    captions = [f"a photo of {article(word)}" for word in ALL_CLASSES]
+    scores = judge.image_features([picture.image for picture in pictures], folder) @ judge.text_features(captions, folder).T
+    guesses = [list(ALL_CLASSES)[k] for k in scores.argmax(-1).tolist()]
+    return _share(guess == word for guess, word in zip(guesses, words, strict=True))
