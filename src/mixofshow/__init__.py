@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mixofshow.fusion.settings import FusionSettings
     from mixofshow.fusion.stages import fuse
     from mixofshow.sampling.pipeline import MixOfShowPipeline
+    from mixofshow.sampling.redo import redo
     from mixofshow.sampling.settings import Region
     from mixofshow.tuning.settings import TuningSettings, make_settings
     from mixofshow.tuning.trainer import tune
@@ -35,6 +36,7 @@ __all__ = [
     "load_model",
     "load_unfused",
     "make_settings",
+    "redo",
     "tune",
 ]
 
@@ -49,6 +51,7 @@ _HOMES: Final = {
     "FusionSettings": "fusion.settings",
     "fuse": "fusion.stages",
     "MixOfShowPipeline": "sampling.pipeline",
+    "redo": "sampling.redo",
     "Region": "sampling.settings",
     "TuningSettings": "tuning.settings",
     "make_settings": "tuning.settings",

@@ -32,11 +32,17 @@ Concepts = Annotated[
         help="A concept file, or another tool's LoRA, to put on the base model; of several, each draws its own regions.",
     ),
 ]
+Mask = Annotated[
+    Path | None, typer.Option(help="With --image or --redo: draw anew where it is white, keep what is black.")
+]
+Redo = Annotated[
+    Path | None, typer.Option(help="Picture of which only one --region, its number or a box, or a --mask is drawn over.")
+]
 Strength = Annotated[float, typer.Option(help="Of the concepts: 0 their words only, 1 as tuned.")]
 
 
 @app.command()
-@with_settings(Composition, leave_out=["regions", "controls", "width", "height", "image", "mask", "clip_skip"])
+@with_settings(Composition, leave_out=["regions", "controls", "width", "height", "image", "mask", "redo", "clip_skip"])
 @with_loading
 def sample(
     *,
@@ -54,9 +60,8 @@ def sample(
     ] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
     image: Annotated[Path | None, typer.Option(help="Picture or rough layout to start from.")] = None,
-    mask: Annotated[
-        Path | None, typer.Option(help="With --image: draw anew where it is white, keep what is black.")
-    ] = None,
+    mask: Mask = None,
+    redo: Redo = None,
     out: Annotated[Path, typer.Option(help="PNG to write; several are numbered.")] = Path("sample.png"),
     show_layout: Annotated[Path | None, typer.Option(help="PNG to write: the first picture under its regions.")] = None,
     grid: Annotated[
@@ -69,17 +74,15 @@ def sample(
 ) -> None:
     """Draw pictures, with regions if you like. Every setting of a composition is an option, on top of the YAML."""
     from mixofshow.outputs import check_outputs
-    from mixofshow.sampling.composition import from_options, inputs_of, picture_paths
+    from mixofshow.sampling.composition import picture_paths
     from mixofshow.sampling.drawing import draw_grid, draw_pictures, open_pipeline
 
     typed = {"regions": region, "controls": control, "size": size, "image": image, "mask": mask}
-    options = given | {key: value for key, value in typed.items() if value}
-    wanted = from_options(composition, options)
+    wanted, read = _wanted(composition, redo, given | {key: value for key, value in typed.items() if value})
     concepts, wanted = _together(concept, wanted)
     model, base = _named(model, base)
     targets = picture_paths(out, wanted.num) if grid is None else _grid(grid, wanted, vary)
-    read = [*inputs_of(composition, options), *bases(model, base), *concepts]
-    check_outputs(files={"PNG": [*targets, show_layout]}, inputs=read)
+    check_outputs(files={"PNG": [*targets, show_layout]}, inputs=[*read, *bases(model, base), *concepts])
     how: dict[str, Any] = {"regional_lora": wanted.regional_lora, "composition": wanted, "device": device, **loading}
     pipeline = open_pipeline(model, base=base, concepts=concepts, strength=strength, **how)
     with terminal_bar("sampling") as progress:
@@ -120,6 +123,17 @@ def replay(
     say(out)
 
 
+def _wanted(path: Path | None, redo: Path | None, options: dict[str, Any]) -> tuple[Composition, list[Path]]:
+    """The composition of a YAML file and options, or the one that redoes a place of a picture; and the files it is from."""
+    from mixofshow.sampling.composition import from_options, inputs_of
+    from mixofshow.sampling.redo import from_redo_options
+
+    if redo is None:
+        return from_options(path, options), inputs_of(path, options)
+    files = filter(None, [redo, path, options.get("mask")])
+    return from_redo_options(redo, path, options), list(files)
+
+
 def _named(model: str | None, base: str | None) -> tuple[str, str | None]:
     """The model, and the base of a delta file: without a model, the base is the model."""
     return (model, base) if model else (base or "emojiland", None)
@@ -137,7 +151,7 @@ def _together(files: list[Path] | None, wanted: Composition) -> tuple[list[Path]
     """The concept files, and the composition: several draw only in regions. Raises SettingsError without any."""
     if not files or len(files) == 1:
         return files or [], wanted
-    if not wanted.regions:
+    if not wanted.regions and not wanted.redo:
         raise SettingsError(
             f"--concept: {len(files)} files without regions: give each its place by --region, or make one model of them by "
             "mixofshow fuse"

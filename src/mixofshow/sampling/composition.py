@@ -14,6 +14,7 @@ from PIL import Image
 from mixofshow.errors import RegionError, SettingsError, nearest, shown
 from mixofshow.progress import Progress, silent
 from mixofshow.reading import named_in, parse_table, read_table
+from mixofshow.sampling.inset import draw_inset
 from mixofshow.sampling.pictures import PictureSource, embedded, is_embedded, read_picture
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.settings import ENTRIES, Composition, Region
@@ -47,9 +48,12 @@ def _with_pictures(composition: Composition, source: str, folder: Path | None) -
             raise SettingsError(f"{source}: expected the picture itself, found a file's name, '{shown(given)}'")
         return embedded(read_picture(named_in(folder, given), mode))
 
-    regions = tuple(replace(one, mask=read(one.mask, "L")) for one in composition.regions)
+    def place(region: Region) -> Region:
+        return replace(region, mask=read(region.mask, "L"))
+
     pictures = {"image": read(composition.image, "RGB"), "mask": read(composition.mask, "L")}
-    return composition.model_copy(update={"regions": regions, **pictures})
+    regions, redo = map(place, composition.regions), composition.redo and place(composition.redo)
+    return composition.model_copy(update={"regions": tuple(regions), "redo": redo, **pictures})
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -132,6 +136,10 @@ def compose(
     They are drawn one at a time, for rounding depends on how many are drawn together; `at_once`, in one batch, is
     quicker. Raises BadInputError.
     """
+    if composition.redo is not None:
+        count = composition.num
+        seeds = [composition.model_copy(update={"seed": composition.seed + number}) for number in range(count)]
+        return [draw_inset(pipeline, one, progress=as_part(progress, k, count)) for k, one in enumerate(seeds)]
     start = read_picture(composition.image, "RGB") if composition.image else None
     controls = open_controls(composition, pipeline, composition.size(pipeline, start))
     mask = read_picture(composition.mask, "L") if composition.mask else None

@@ -71,9 +71,8 @@ def _require_known_words(composition: Composition, known: Vocabulary | None) -> 
     """Raise TokenError for a word in a prompt that nobody will know."""
     if known is not None:
         known = replace(known, syntax=composition.prompt_syntax)
-        regions = [text for one in composition.regions for text in (one.prompt, one.negative_prompt)]
-        for prompt in (composition.prompt, composition.negative_prompt, *regions):
-            known.split(prompt or "")
+        for prompt in composition.texts:
+            known.split(prompt)
 
 
 def _known_words(model: str, concepts: Sequence[Concept | None]) -> Vocabulary | None:
@@ -102,7 +101,8 @@ def draw_pictures(
     for number, (image, target) in enumerate(zip(images, targets, strict=True)):
         save_picture(image, target, composition, maker, number)
     if layout is not None:
-        _write(draw_layout(images[0], composition.regions), layout)
+        places = (composition.redo,) if composition.redo else composition.regions
+        _write(draw_layout(images[0], places), layout)
 
 
 def grid_rows(composition: Composition, vary: str | None) -> list[tuple[str, Composition]]:

@@ -6,8 +6,8 @@ import functools
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -55,6 +55,22 @@ def shape_of(region: Region, *, width: int, height: int) -> Shape:
     if region.polygon is not None:
         return Shape(polygon=_corners(region, width, height), feather=feather, title=region.title)
     return Shape(mask=_mask(region), feather=feather, title=region.title)
+
+
+def rescaled(region: Region, before: tuple[int, int], after: tuple[int, int]) -> Region:
+    """The region as it lies on a picture that was enlarged or reduced from (width, height) to another size."""
+    if before == after:
+        return region
+    x, y = (new / old for new, old in zip(after, before, strict=True))
+    moved: dict[str, Any] = {}
+    if region.box is not None and not region.in_shares(max(region.box)):
+        left, top, right, bottom = region.box
+        moved["box"] = (left * x, top * y, right * x, bottom * y)
+    if region.polygon is not None and not region.in_shares(max(max(one) for one in region.polygon)):
+        moved["polygon"] = tuple((across * x, down * y) for across, down in region.polygon)
+    if not region.in_shares(region.feather):
+        moved["feather"] = region.feather * min(after) / min(before)
+    return replace(region, **moved)
 
 
 def as_shares(region: Region, *, width: int, height: int) -> Box:

@@ -25,7 +25,7 @@ from mixofshow.outputs import writing
 from mixofshow.progress import Progress, silent
 from mixofshow.reading import parse_json, read_bytes
 from mixofshow.sampling.composition import compose, make_composition
-from mixofshow.sampling.pictures import MAX_BYTES, read_picture
+from mixofshow.sampling.pictures import FORMATS, MAX_BYTES, PictureSource, read_picture
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.settings import Composition
 from mixofshow.tables import Settings
@@ -104,17 +104,21 @@ def _save(image: Image.Image, path: Path, text: str) -> None:
 def resolved(composition: Composition, pipeline: MixOfShowPipeline) -> Composition:
     """The composition with the values that this pipeline would take for those that it leaves open."""
     start = read_picture(composition.image, "RGB") if composition.image else None
-    width, height = composition.size(pipeline, start)
+    width, height = start.size if start and composition.redo else composition.size(pipeline, start)
     guidance = pipeline.model.usual_guidance if composition.guidance_scale is None else composition.guidance_scale
     return composition.model_copy(update={"width": width, "height": height, "guidance_scale": guidance})
 
 
 def read_note(path: Path) -> tuple[Composition, Maker]:
     """What a PNG carries. Raises SettingsError when it carries nothing of ours, BadInputError when it is no PNG."""
-    about = parse_json(_note(path), str(path), SettingsError)
+    return _parsed(_note(path), str(path))
+
+
+def _parsed(note: str, name: str) -> tuple[Composition, Maker]:
+    about = parse_json(note, name, SettingsError)
     if not isinstance(about, dict) or not about.keys() >= {"composition", "maker"}:
-        raise SettingsError(f"{path}: what it carries is not the expected table ({shown(about)})")
-    return make_composition(about["composition"], str(path)), Maker.of(about["maker"], str(path))
+        raise SettingsError(f"{name}: what it carries is not the expected table ({shown(about)})")
+    return make_composition(about["composition"], name), Maker.of(about["maker"], name)
 
 
 def _note(path: Path) -> str:
@@ -124,6 +128,17 @@ def _note(path: Path) -> str:
     if text is None:
         raise SettingsError(f"{shown(path)}: carries no composition")
     return str(text)
+
+
+def carried(picture: PictureSource) -> Composition | None:
+    """The composition that a picture carries, if it does. Raises SettingsError for what is none of ours."""
+    if isinstance(picture, Image.Image):
+        note, name = picture.info.get(PNG_KEY), "the picture"
+    else:
+        name = shown(picture)
+        with opened(read_bytes(Path(picture), MAX_BYTES, BadInputError), name, formats=FORMATS) as image:
+            note = image.info.get(PNG_KEY)
+    return None if note is None else _parsed(str(note), name)[0]
 
 
 def composition_of(path: Path) -> Composition:

@@ -225,13 +225,17 @@ class ControlEntry(Group):
 
 ENTRIES: Final[dict[Any, Iterable[str]]] = {
     "regions": Region.__dataclass_fields__,
+    "redo": Region.__dataclass_fields__,
     "controls": ControlEntry.model_fields,
 }
 """The keys of what the lists in a composition are made of."""
 
 
 class Composition(SamplingSettings):
-    """Prompts, places, size and seed. Two equal compositions give equal pictures on one machine."""
+    """Prompts, places, size and seed. Two equal compositions give equal pictures on one machine.
+
+    With `redo`, a place, nothing but that is drawn, over what `image` shows there; see inset.py.
+    """
 
     prompt: str = Field(description="What the whole picture shows.")
     negative_prompt: str = Field("", description="What it does not show.")
@@ -239,6 +243,10 @@ class Composition(SamplingSettings):
     controls: tuple[ControlEntry, ...] = ()
     image: str | None = None
     mask: str | None = None
+    redo: Region | None = None
+    redo_margin: float = Field(
+        0.25, ge=0, le=8, description="Beside a place that is redone, drawn with it: a share of its longer side."
+    )
     seed: int = Field(0, description="Of the first picture.")
     num: int = Field(1, ge=1, le=10_000, description="How many pictures; picture k has seed + k.")
     regional_lora: bool = Field(
@@ -246,6 +254,14 @@ class Composition(SamplingSettings):
         validation_alias=AliasChoices("regional_lora", "own_weights"),
         description="Draw each region by the LoRA of its own concepts alone, un-fused.",
     )
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts that are read: where one place is redone, only that one's."""
+        places = self.regions if self.redo is None else (self.redo,)
+        whole = [self.prompt] if self.redo is None else []
+        own = [text for one in places for text in (one.prompt, one.negative_prompt)]
+        return [text for text in (*whole, self.negative_prompt, *own) if text]
 
     @property
     def settings(self) -> dict[str, Any]:
