@@ -24,10 +24,12 @@ class Family:
     The UNet reads what the text encoders say, side by side, without each one's last `skipped_text_layers`. Where a
     text encoder has a projection, the UNet is also told the whole prompt in one vector (pooled), and the picture's size.
     In half precision some autoencoders overflow (`careful_autoencoder`), those whose configuration says `force_upcast`.
+    Inpainting bases of the family are written as `inpainting_class`.
     """
 
     name: str
     pipeline_class: str
+    inpainting_class: str
     text_encoders: tuple[tuple[str, str], ...]
     skipped_text_layers: int = 0
     careful_autoencoder: bool = False
@@ -35,10 +37,11 @@ class Family:
 
 FAMILIES: Final = (
     # SD 2.x and Emojiland differ from SD 1.x in sizes and prediction type only, which their configs tell.
-    Family("stable-diffusion", "StableDiffusionPipeline", (("text_encoder", "tokenizer"),)),
+    Family("stable-diffusion", "StableDiffusionPipeline", "StableDiffusionInpaintPipeline", (("text_encoder", "tokenizer"),)),
     Family(
         "stable-diffusion-xl",
         "StableDiffusionXLPipeline",
+        "StableDiffusionXLInpaintPipeline",
         (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")),
         skipped_text_layers=1,
         careful_autoencoder=True,
@@ -56,10 +59,24 @@ def family_of(pipeline: Any) -> Family:
 def family_named(pipeline_class: object, where: str = "") -> Family:
     """The family of a class of pipelines. Raises BaseModelError, `where` in front, that names the ones that are known."""
     for family in FAMILIES:
-        if family.pipeline_class == pipeline_class:
+        if pipeline_class in (family.pipeline_class, family.inpainting_class):
             return family
     known, found = ", ".join(family.pipeline_class for family in FAMILIES), shown(pipeline_class)
     raise BaseModelError(f"{where}{found} is a kind of base model that is not supported; known are {known}")
+
+
+def takes_masks(pipeline: Any) -> bool:
+    """Whether it is an inpainting base: its UNet is given a mask, and what the mask leaves of the picture, beside latents."""
+    return bool(pipeline.unet.config.in_channels == 2 * pipeline.vae.config.latent_channels + 1)
+
+
+def refuse_inpainting(pipeline: Any, what: str) -> None:
+    """Raise BaseModelError for an inpainting base, where `what` gives its UNet nothing but latents."""
+    if takes_masks(pipeline):
+        raise BaseModelError(
+            f"{what}: this is an inpainting base; do it on the base that it was made from, and draw here with the concepts "
+            "themselves (regional_lora, allow_base sister)"
+        )
 
 
 def version_of(pipeline: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 
 from mixofshow.bases.configs import check_configs
-from mixofshow.bases.families import family_of, skip_text_layers, text_encoders
+from mixofshow.bases.families import family_of, skip_text_layers, takes_masks, text_encoders
 from mixofshow.bases.originals import predict
 from mixofshow.bases.parts import exclusive, own_tensors
 from mixofshow.bases.strangers import quiet, strangers_model
@@ -119,7 +119,7 @@ def device_of(named: str | torch.device) -> torch.device:
 
 def _from_folder(name: str | Path, *, dtype: torch.dtype, variant: str | None, download: bool) -> Any:
     """From an embedded base, a folder, or the hub's cache, its weight files checked first."""
-    from diffusers import DiffusionPipeline
+    import diffusers
 
     folder = Path(EMBEDDED.get(str(name), name))
     if isinstance(name, Path) and not (folder / "model_index.json").is_file():
@@ -129,9 +129,10 @@ def _from_folder(name: str | Path, *, dtype: torch.dtype, variant: str | None, d
     which = {"variant": variant, "local_files_only": not download}
     if not folder.exists():
         folder = _from_hub(str(name), which)
-    check_configs(folder, name)
+    family = check_configs(folder, name)
     check_weights(folder, name, variant)
-    return DiffusionPipeline.from_pretrained(
+    # An inpainting base too is a pipeline of its family.
+    return getattr(diffusers, family.pipeline_class).from_pretrained(
         str(folder),
         dtype=dtype,
         safety_checker=None,
@@ -171,7 +172,7 @@ def _require_whole(pipeline: Any, name: str | Path) -> None:
         raise BaseModelError(f"{name}: unet: sample_size: expected a number, found null")
     for what, found, expected in (
         ("unet: cross_attention_dim", unet.cross_attention_dim, sum(one.width for one in encoders)),
-        ("unet: in_channels", unet.in_channels, vae.latent_channels),
+        ("unet: in_channels", unet.in_channels, (1 + takes_masks(pipeline)) * vae.latent_channels + takes_masks(pipeline)),
         ("unet: out_channels", unet.out_channels, vae.latent_channels),
         ("vae: in_channels", vae.in_channels, 3),
         ("vae: out_channels", vae.out_channels, 3),

@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from mixofshow.bases.families import TextEncoder, family_of, of_encoders, text_encoders, token_width
+from mixofshow.bases.families import TextEncoder, family_of, of_encoders, takes_masks, text_encoders, token_width
 from mixofshow.bases.layers import count_groups, layer, matrix, where_double
 from mixofshow.bases.loading import (
     EMBEDDED,
@@ -169,7 +169,8 @@ class ConceptModel:
         """
         import diffusers
 
-        kind = getattr(diffusers, family_of(self.pipeline).pipeline_class)
+        family = family_of(self.pipeline)
+        kind = getattr(diffusers, family.inpainting_class if takes_masks(self.pipeline) else family.pipeline_class)
         modules, options = kind._get_signature_keys(kind)
         parts = {name: plain(getattr(self.pipeline, name, None)) for name in modules}
         if self.vocabulary.embeddings:

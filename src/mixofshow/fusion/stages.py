@@ -16,7 +16,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor
 
-from mixofshow.bases.families import family_of, text_encoders
+from mixofshow.bases.families import family_of, refuse_inpainting, text_encoders
 from mixofshow.bases.layers import layer, lora_layers, matrix, tunable_layers, where_double
 from mixofshow.bases.loading import fingerprint, scheduler_settings
 from mixofshow.bases.parts import exclusive, refuse_adapters, refuse_hooks
@@ -104,6 +104,8 @@ def fuse(
         raise BadInputError(f"weights: no concept is called {', '.join(sorted(unknown))}")
     refuse_adapters(pipeline, "fusing")
     refuse_hooks(pipeline, "fusing")
+    if looks_at_inputs(settings) or settings.refit:
+        refuse_inpainting(pipeline, "fusing, but by a method that looks at no inputs,")
     if settings.refit and pipeline.unet.dtype == torch.float16:
         # Its gradients are below what half precision can hold: nothing would be learned, and nobody told.
         raise SettingsError("refit: does not work in fp16; load the base in bf16 or fp32, or take refit 0")
@@ -154,6 +156,7 @@ def record_concept(concept: Concept, pipeline: Any, settings: RecordingSettings,
     Recorded are the layers that it changes, and all attention: what other concepts are likely to change.
     """
     refuse_hooks(pipeline, "recording")
+    refuse_inpainting(pipeline, "recording")
     names = _with_attention(pipeline, concept.deltas)
     source = Source.of(concept, settings)
     found = _recorded(pipeline, source, names, settings, store, base=fingerprint(pipeline), how=INDEPENDENT)

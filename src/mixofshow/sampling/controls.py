@@ -243,7 +243,8 @@ def _facts(network: Any, unet: Any) -> Iterator[tuple[str, object, object]]:
         yield "adapter for SDXL", config.adapter_type == XL_ADAPTER, behind
         return
     yield "channels of its levels", list(config.block_out_channels), widths
-    for key in ("in_channels", "cross_attention_dim", "addition_embed_type"):
+    yield "in_channels", config.in_channels, base.out_channels  # an inpainting base's UNet is given more than latents
+    for key in ("cross_attention_dim", "addition_embed_type"):
         yield key, config.get(key), base.get(key)
 
 

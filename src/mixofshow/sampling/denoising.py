@@ -7,6 +7,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Protocol
 
 import torch
@@ -53,27 +54,46 @@ StepEnd = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class NoisePredictor:
-    """The UNet's predictions; `told` is what it is told beside the text, `attention` what it reads in which places."""
+    """The UNet's predictions; `told` is what it is told beside the text, `attention` what it reads in which places.
+
+    `beside` are channels that it is given beside the latents.
+    """
 
     def __init__(
-        self, unet: Any, text: Tensor, attention: RegionalAttention, told: Mapping[str, Any] | None = None
+        self,
+        unet: Any,
+        text: Tensor,
+        attention: RegionalAttention,
+        told: Mapping[str, Any] | None = None,
+        *,
+        beside: Tensor | None = None,
     ) -> None:
-        self.unet, self.text, self.attention, self.told = unet, text, attention, told or {}
+        self.unet, self.text, self.attention, self.told, self.beside = unet, text, attention, told or {}, beside
 
     def __call__(self, latents: Tensor, timestep: Tensor, step: int, more: Mapping[str, Any]) -> Tensor:
         """In a step, from 1, with `more` keyword arguments: (sides · pictures, channels, height, width) to the same."""
         self.attention.at(step)
         # The UNet empties the lists that it is given, and a step may have several predictions.
         more = {name: [*value] if isinstance(value, list) else value for name, value in more.items()}
+        latents = latents if self.beside is None else torch.cat([latents, self.beside], dim=1)
         prediction: Tensor = self.unet(latents, timestep, self.text, return_dict=False, **self.told, **more)[0]
         return prediction
 
 
 @contextlib.contextmanager
 def noise_predictor(
-    pipeline: Any, encoded: EncodedPrompt, latents: Tensor, *, isolate: int = 0, tiny: str = "nearest"
+    pipeline: Any,
+    encoded: EncodedPrompt,
+    latents: Tensor,
+    *,
+    isolate: int = 0,
+    tiny: str = "nearest",
+    beside: Tensor | None = None,
 ) -> Iterator[NoisePredictor]:
-    """For latents of this size, while the UNet reads the regions' texts; `isolate` and `tiny` are those of `regional`."""
+    """For latents of this size, while the UNet reads the regions' texts; `isolate` and `tiny` are those of `regional`.
+
+    `beside`, (pictures, channels, rows, columns), is given to it with the latents of each side.
+    """
     batch, (rows, columns) = len(latents), latents.shape[-2:]
     text, told = encoded.text.to(latents), conditions(pipeline, encoded.pooled, latents)
     how: dict[str, Any] = {"columns": columns, "rows": rows, "isolate": isolate, "tiny": tiny}
@@ -81,7 +101,8 @@ def noise_predictor(
         regional(pipeline.unet, text, encoded.regions, batch=batch, **how) as attention,
         regional_lora(pipeline, attention),
     ):
-        yield NoisePredictor(pipeline.unet, text, attention, told)
+        both = None if beside is None else beside.repeat(batch // len(beside), 1, 1, 1)
+        yield NoisePredictor(pipeline.unet, text, attention, told, beside=both)
 
 
 def denoise(
@@ -96,6 +117,7 @@ def denoise(
     start: Tensor | None = None,
     strength: float = 1.0,
     mask: Tensor | None = None,
+    beside: Tensor | None = None,
     generators: Sequence[torch.Generator] = (),
     controls: Sequence[Control] = (),
     isolate: int = 0,
@@ -108,8 +130,8 @@ def denoise(
     """Noise to clean latents with the pipeline's own scheduler and classifier-free guidance.
 
     With clean latents to `start` from, only the last steps are done, a share `strength` of all; where `mask`, (rows,
-    columns), is 0, `start` comes back after each. Noise that a scheduler draws in its steps (DDIM: as much as `eta`) is
-    picture k's from generator k. `isolate` and `tiny` are `regional`'s. Raises MixOfShowError for what is not finite.
+    columns), is 0, `start` comes back after each; for `beside` see `masked_channels`. Noise that a scheduler draws (DDIM:
+    `eta`) is picture k's from generator k. `isolate`, `tiny` are `regional`'s. Raises MixOfShowError for what is not finite.
     """
     scheduler, timesteps, latents = _begin(pipeline, noise, num_inference_steps, start, strength)
     skipped, sides = len(scheduler.timesteps) - len(timesteps), 2 if encoded.guided else 1
@@ -118,10 +140,8 @@ def denoise(
     def batched(latents: Tensor, timestep: Tensor) -> Tensor:
         return scheduler.scale_model_input(torch.cat([latents] * sides), timestep)
 
-    with noise_predictor(pipeline, encoded, torch.cat([latents] * sides), isolate=isolate, tiny=tiny) as predict:
-        for done, timestep in enumerate(timesteps):
-            if interrupted():
-                return latents
+    with noise_predictor(pipeline, encoded, torch.cat([latents] * sides), isolate=isolate, tiny=tiny, beside=beside) as predict:
+        for done, timestep in takewhile(lambda _: not interrupted(), enumerate(timesteps)):
             step = min((skipped + done) // scheduler.order + 1, num_inference_steps)
             context = StepContext(predict, timestep, step, num_inference_steps, batched)
             latents = correct(context, latents) if correct else latents

@@ -206,7 +206,7 @@ def _latents(given: Tensor | None, pipeline: Any, count: int, width: int, height
     if given is None:
         return None
     factor = pipeline.vae_scale_factor
-    expected = (count, pipeline.unet.config.in_channels, height // factor, width // factor)
+    expected = (count, pipeline.vae.config.latent_channels, height // factor, width // factor)
     require(tuple(given.shape) == expected, "latents", tuple(given.shape), f"shape {expected}")
     return given.to(pipeline._execution_device, pipeline.unet.dtype)
 

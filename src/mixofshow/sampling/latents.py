@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from mixofshow.bases.families import autoencoder
 from mixofshow.errors import MixOfShowError
@@ -18,7 +19,7 @@ from mixofshow.sampling.controls import at_level
 def initial_latents(pipeline: Any, generators: Sequence[torch.Generator], *, width: int, height: int) -> Tensor:
     """Noise, one picture per generator: (pictures, channels, height, width) of the latents."""
     factor = pipeline.vae_scale_factor
-    shape = (pipeline.unet.config.in_channels, height // factor, width // factor)
+    shape = (pipeline.vae.config.latent_channels, height // factor, width // factor)
     noise = torch.stack([torch.randn(*shape, generator=one, device=one.device) for one in generators])
     return noise.to(pipeline._execution_device, pipeline.unet.dtype)
 
@@ -42,10 +43,13 @@ def picture_latents(
 
     What the autoencoder leaves to chance in picture k comes from generator k.
     """
-    device = pipeline._execution_device
-    pictures = at_size(images, (width, height))
+    return _encoded(pipeline, pipeline.image_processor.preprocess(at_size(images, (width, height))), generators)
+
+
+def _encoded(pipeline: Any, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Latents of pixels from -1 to 1, (pictures or 1, 3, height, width), one for each generator."""
     with autoencoder(pipeline) as vae:
-        pixels = pipeline.image_processor.preprocess(pictures).to(device, vae.dtype)
+        pixels = pixels.to(pipeline._execution_device, vae.dtype)
         pixels = pixels.expand(len(generators), -1, -1, -1) if len(pixels) == 1 else pixels
         drawn = [
             vae.encode(one[None]).latent_dist.sample(generator)
@@ -53,6 +57,28 @@ def picture_latents(
         ]
     latents = (torch.cat(drawn) * vae.config.scaling_factor).to(pipeline.unet.dtype)
     return require_finite(latents, "the latents of the picture to start from")
+
+
+def masked_channels(
+    pipeline: Any,
+    images: Sequence[Image.Image],
+    mask: Image.Image | None,
+    generators: Sequence[torch.Generator],
+    like: Tensor,
+) -> Tensor:
+    """What an inpainting base is given beside latents, (pictures, 1 + channels, rows, columns) for latents like these.
+
+    It is the mask, 1 where it is white, and the latents of what it leaves of the pictures; the rest is grey. Without a
+    mask all of the picture is drawn anew.
+    """
+    height, width = (side * pipeline.vae_scale_factor for side in like.shape[-2:])
+    if mask is None:
+        free, left = torch.ones(1, 1, height, width), torch.zeros(1, 3, height, width)
+    else:
+        free = (torch.from_numpy(np.array(mask)) >= 128).float()[None, None]
+        left = pipeline.image_processor.preprocess(at_size(images, (width, height))) * (1 - free)
+    cells = functional.interpolate(free, size=like.shape[-2:]).to(like)
+    return torch.cat([cells.expand(len(like), -1, -1, -1), _encoded(pipeline, left, generators)], dim=1)
 
 
 def cells_of(mask: Image.Image, like: Tensor) -> Tensor:

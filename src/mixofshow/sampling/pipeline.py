@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from mixofshow.bases.families import clip_skipped, family_of
+from mixofshow.bases.families import clip_skipped, family_of, takes_masks
 from mixofshow.bases.parts import exclusive
 from mixofshow.concepts.adapters import silenced
 from mixofshow.concepts.concept import Concept
@@ -36,7 +36,7 @@ from mixofshow.sampling.attend import attend_and_excite
 from mixofshow.sampling.conditioning import EncodedPrompt, OwnText, RegionAdapters, adapters_of, encode
 from mixofshow.sampling.denoising import Control, denoise
 from mixofshow.sampling.inputs import Callback, Inputs, check_inputs
-from mixofshow.sampling.latents import at_size, cells_of, decode, initial_latents, picture_latents
+from mixofshow.sampling.latents import at_size, cells_of, decode, initial_latents, masked_channels, picture_latents
 from mixofshow.sampling.loaders import ConceptLoaderMixin, loading_options
 from mixofshow.sampling.regional_lora import own_texts
 from mixofshow.sampling.settings import Region
@@ -212,7 +212,8 @@ class _Pipeline(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
             stack.enter_context(model.active())
             how: dict[str, Any] = {"width": width, "height": height, "guided": inputs.guided, "steps": inputs.steps}
             encoded = encode(model, inputs.prompts, inputs.negatives, inputs.regions, own=own, **how)
-            start = self._latents_of(inputs.images, inputs, inputs.size) if inputs.images else None
+            afresh = takes_masks(self) and settings.image_strength == 1  # of the picture there is what the mask leaves
+            start = self._latents_of(inputs.images, inputs, inputs.size) if inputs.images and not afresh else None
             noise = self._noise(inputs, inputs.size) if inputs.latents is None else inputs.latents
             latents = self._denoise(encoded, inputs, noise, start, settings.image_strength)
             if settings.upscale > 1 and not self._interrupt:
@@ -243,7 +244,7 @@ class _Pipeline(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
     def _denoise(
         self, encoded: EncodedPrompt, inputs: Inputs, noise: Tensor, start: Tensor | None, strength: float
     ) -> Tensor:
-        settings = inputs.settings
+        settings, masked = inputs.settings, takes_masks(self)
 
         def step_end(step: int, timestep: Tensor, latents: Tensor) -> Tensor:
             changed = inputs.callback(self, step, timestep, {"latents": latents}) if inputs.callback else None
@@ -266,7 +267,8 @@ class _Pipeline(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
                 eta=inputs.eta,
                 start=start,
                 strength=strength,
-                mask=None if inputs.mask is None else cells_of(inputs.mask, noise),
+                mask=None if inputs.mask is None or masked else cells_of(inputs.mask, noise),
+                beside=masked_channels(self, inputs.images, inputs.mask, inputs.generators, noise) if masked else None,
                 generators=inputs.generators,
                 controls=inputs.controls,
                 isolate=settings.isolated_steps,

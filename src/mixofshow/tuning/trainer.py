@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 
-from mixofshow.bases.families import family_of, text_encoders
+from mixofshow.bases.families import family_of, refuse_inpainting, text_encoders
 from mixofshow.bases.loading import DTYPES, base_name, fingerprint
 from mixofshow.bases.parts import exclusive, refuse_adapters, refuse_hooks
 from mixofshow.concepts.concept import CLIP_SKIP, LARGEST_EMBEDDING, Concept, ConceptInfo
@@ -67,6 +67,7 @@ def tune(
     for notice in (*idle(given), slow_precision(settings, pipeline.device.type)):
         if notice:
             logger.warning("%s", notice)
+    refuse_inpainting(pipeline, "tuning")
     refuse_adapters(pipeline, "tuning")
     refuse_hooks(pipeline, "tuning")
     with _own_accelerate():
