@@ -12,7 +12,7 @@ from PIL import Image
 
 from mixofshow.evaluation import charts
 from mixofshow.evaluation.requests import ImageRequest
-from mixofshow.evaluation.results import FOOTNOTE, SuiteRun, alignment_table, measures
+from mixofshow.evaluation.results import FOOTNOTE, SuiteRun, alignment_table, identity_table, measures
 from mixofshow.evaluation.suite_settings import GROUPS, MEAN
 from mixofshow.outputs import write_text
 from mixofshow.sampling.pictures import embedded
@@ -70,7 +70,11 @@ def samples(run: SuiteRun) -> dict[str, Any]:
 
 def write_suite_report(path: Path, run: SuiteRun) -> None:
     """The paper's tables and figures with a suite's numbers and pictures, in one file."""
-    methods, bounds = run.results["methods"], run.results["bounds"]
+    bounds = run.results["bounds"]
+
+    def identity_rows(one: Mapping[str, Any]) -> list[list[str]]:
+        return [[name, *map(number, row)] for name, row in zip(one["names"], one["matrix"], strict=True)]
+
     write_page(
         path,
         "suite.html.j2",
@@ -79,13 +83,16 @@ def write_suite_report(path: Path, run: SuiteRun) -> None:
         means=[over for over in (MEAN, *GROUPS.values()) if over in bounds["image_alignment"]],
         paper=PAPER,
         table_of=partial(alignment_table, run.results),
+        identities=identity_table(run.results),
+        identity_rows=identity_rows,
         footnote=FOOTNOTE,
-        charts=_charts(methods, bounds) if charts.can_draw() else None,
+        charts=_charts(run.results) if charts.can_draw() else None,
     )
 
 
-def _charts(methods: Mapping[str, Any], bounds: Mapping[str, Any]) -> dict[str, Any]:
+def _charts(results: Mapping[str, Any]) -> dict[str, Any]:
     """Charts by what they show."""
+    methods, bounds = results["methods"], results["bounds"]
 
     def points(state: str, entries: Iterable[Mapping[str, Any]]) -> list[charts.Point]:
         return [(entry[state], *entry["intervals"][state]) for entry in entries]
@@ -106,4 +113,7 @@ def _charts(methods: Mapping[str, Any], bounds: Mapping[str, Any]) -> dict[str, 
         "fused": lines("fused"),
         "change": lines("change", 0.0),
         "matrices": {key: charts.matrix_chart(**method["interference"]) for key, method in methods.items()},
+        "identities": {
+            key: charts.matrix_chart(one["names"], one["matrix"]) for key, one in results["identity"].items()
+        },
     }

@@ -188,12 +188,22 @@ def _together(suite: Suite, model: DrawnBy, side: int) -> Iterator[WideRequest]:
     width, height = int(WIDE * side) // 8 * 8, side
     for number, names in enumerate(suite.compositions.together):
         place = suite.compositions.places[number % len(suite.compositions.places)]
-        concepts, boxes = [known[name] for name in names], columns(len(names), width, height)
-        prompt = _listed([one.noun for one in concepts], place)
-        regions = tuple(Region(_region_prompt(suite.base, concepts, own, place), box) for own, box in enumerate(boxes))
+        concepts = [known[name] for name in names]
+        prompt, regions = _listed([one.noun for one in concepts], place), tuple[Region, ...]()
+        boxes = equal_shares(len(names), width, height)
+        if suite.compositions.regions:
+            boxes = columns(len(names), width, height)
+            prompts = (_region_prompt(suite.base, concepts, own, place) for own in range(len(names)))
+            regions = tuple(map(Region, prompts, boxes))
         wide = {"regions": regions, "width": width, "height": height, "num": 1}
         seeds = range(suite.seed, suite.seed + suite.compositions.images)
         yield WideRequest(names, boxes, tuple(_request(suite, model, prompt, **wide, seed=seed) for seed in seeds))
+
+
+def equal_shares(count: int, width: int, height: int) -> tuple[tuple[int, int, int, int], ...]:
+    """Boxes of pixels side by side that share all of a picture: where things are, if no regions tell."""
+    edges = [round(number * width / count) for number in range(count + 1)]
+    return tuple((left, 0, right, height) for left, right in pairwise(edges))
 
 
 def columns(count: int, width: int, height: int) -> tuple[tuple[int, int, int, int], ...]:

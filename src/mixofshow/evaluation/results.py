@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from mixofshow.evaluation import metrics
+from mixofshow.evaluation.identities import identities, summarized
 from mixofshow.evaluation.metrics import interval
 from mixofshow.evaluation.requests import Arm, ImageRequest, PromptRequest, RequestPlan, WideRequest
 from mixofshow.evaluation.scorers import ImageTower
@@ -147,6 +148,18 @@ def region_hits(together: Iterable[WideRequest], judge: Judge) -> dict[str, Tens
     return {name: torch.stack(rows) for name, rows in hits.items()}
 
 
+def identity(together: Iterable[WideRequest], judge: Judge) -> dict[str, Any]:
+    """Who stands in pictures of several concepts, whichever region each is in; see identities.py."""
+    names, references = list(judge.references), list(judge.references.values())
+    return summarized(
+        [
+            [identities(places, references, [names.index(name) for name in one.names]) for places in judge.crops(one)]
+            for one in together
+        ],
+        names,
+    )
+
+
 def confusions(arm: Arm, judge: Judge) -> Tensor:
     """Asked for i, judged as j; pictures with other things in them are left out. (concepts, concepts)."""
     names = list(judge.references)
@@ -170,6 +183,7 @@ def results_of(suite: Suite, plan: RequestPlan, judges: Judges) -> dict[str, Any
         "region_accuracy": {
             key: _region_accuracy(region_hits(row, judges[MAIN])) for key, row in plan.together.items() if row
         },
+        "identity": {key: identity(row, judges[MAIN]) for key, row in plan.together.items() if row},
         "bounds": _bounds(plan, judges, over),
         "suite": suite.model_dump(mode="json"),
     }
@@ -294,13 +308,26 @@ def alignment_table(results: Mapping[str, Any], measure: str) -> tuple[list[str]
     return [measure.replace("_", " "), "base, class word", *methods], rows
 
 
+def identity_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: by method, who is recognized in pictures of several concepts, missing or doubled; over all and each."""
+    rows = []
+    for key, one in results["identity"].items():
+        asked = f"{one['accuracy']:.3f}", f"{one['missing']} of {one['asked']}", str(one["doubled"])
+        rows.append([key, "all", *asked])
+        for name, of in one["by_concept"].items():
+            rows.append([key, f"<{name}>", f"{of['accuracy']:.3f}", str(of["missing"]), str(of["doubled"])])
+    return ["several in a picture", "concept", "identity accuracy", "missing", "doubled"], rows
+
+
 def print_alignments(results: Mapping[str, Any]) -> None:
-    """The tables of alignments by all judges, on the terminal."""
+    """The tables of alignments by all judges, and of identities, on the terminal."""
     for measure in measures(results):
         if measure != f"{MAIN}_first":
             print_table(*alignment_table(results, measure))
     if any(results["drawn_by_the_base"].values()):
         say(FOOTNOTE)
+    if results["identity"]:
+        print_table(*identity_table(results))
 
 
 def summary(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -336,7 +363,7 @@ def write_results(results: Mapping[str, Any], folder: Path) -> None:
 
 
 def _rows(results: Mapping[str, Any]) -> Iterator[Sequence[Any]]:
-    """Every alignment, region accuracy and bound in a row of COLUMNS."""
+    """Every alignment, accuracy and bound in a row of COLUMNS."""
     for key, method in results["methods"].items():
         for measure in measures(results):
             for over, entry in {**method[measure], **method["by_concept"][measure]}.items():
@@ -346,6 +373,10 @@ def _rows(results: Mapping[str, Any]) -> Iterator[Sequence[Any]]:
         yield key, "region_accuracy", "mean", "fused", entry["value"], *entry["interval"]
         for name, value in entry["by_concept"].items():
             yield key, "region_accuracy", name, "fused", value, "", ""
+    for key, entry in results["identity"].items():
+        yield key, "identity_accuracy", "mean", "fused", entry["accuracy"], *entry["interval"]
+        for name, one in entry["by_concept"].items():
+            yield key, "identity_accuracy", name, "fused", one["accuracy"], "", ""
     bounds = results["bounds"]
     for measure in measures(results):
         for over, entry in {**bounds[measure], **bounds["by_concept"][measure]}.items():

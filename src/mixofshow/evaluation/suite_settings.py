@@ -123,11 +123,12 @@ class MethodEntry(Group):
 
 
 class Compositions(Group):
-    """Wide pictures of several concepts, each in a region of its own."""
+    """Wide pictures of several concepts, each in a region of its own, or all by one prompt."""
 
     together: tuple[tuple[str, ...], ...] = Field((), description="Names of concepts from left to right, per picture.")
     places: tuple[str, ...] = Field(("",), min_length=1, description="Said at the end of prompts, in turn.")
     images: int = Field(2, ge=1, le=1000, description="Pictures of each.")
+    regions: bool = Field(True, description="Without, one prompt draws them, and equal shares are their places.")
 
 
 class Suite(Group):

@@ -113,6 +113,9 @@ def _check_results(results, out):
     assert [sum(row) for row in method["interference"]["matrix"]] == pytest.approx([1, 1])
     assert 0 <= results["region_accuracy"]["ed-lora+average"]["value"] <= 1
     assert results["region_accuracy"]["ed-lora+average"]["regions"] == 4
+    identity = results["identity"]["ed-lora+average"]
+    assert (identity["asked"], list(identity["by_concept"])) == (4, list(results["names"]))
+    assert 0 <= identity["accuracy"] <= 1 and identity["missing"] >= identity["doubled"]
     assert set(results["bounds"]["image_alignment"]["mean"]) == {"lower", "upper"}
     assert results["cost"]["ed-lora+average"]["fuse"]["seconds"] > 0
     assert results["cost"]["ed-lora+average"]["tune"] is None
@@ -129,6 +132,8 @@ def _check_results(results, out):
     assert short["concepts"].keys() == {"lower_bound", "single", "ed-lora+average"} == short["text_alignment"].keys()
     assert short["concepts"]["single"]["clown"]["image_alignment"] == by_concept["clown"]["single"]
     page = (out / "report.html").read_text()
+    assert f"{identity['missing']} of 4" in page
+    assert [row for row in csv.DictReader((out / "results.csv").open()) if row["measure"] == "identity_accuracy"]
     assert set(re.findall(r'(?:src|href)="([a-z]+:)', page)) == {"data:"}
     assert "<script" not in page and page.count("data:image/svg+xml;base64,") >= 5
     assert "0.843\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}0.749" in page
