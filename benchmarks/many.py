@@ -1,121 +1,116 @@
-"""Twelve concepts in one model of the embedded base: what fusing them costs each, by way of fusing.
+"""Many concepts in one Emojiland: what fusing them costs each, by way of fusing, by both judges.
 
-    python benchmarks/many.py [--json FILE] [--folder out/many] [--ways gradient,average] [--counts 2,4,8,12]
-                              [--images 2] [--tuning words]
+    python -m emojiland tunability --out out/many      tunes eighteen things that the base does not know
+    python benchmarks/many.py [--folder out/many] [--json FILE] [--ways gradient,average] [--counts 2,4,8,14]
 
-Concepts are tuned once and kept in the folder. Each is then drawn on eight prompts by its own model and by every fused
-one, with equal seeds. A broken-off run goes on: what the JSON file has is not measured again. `--tuning words` changes
-only what cross-attention makes of the words; `attention` is ED-LoRA as the paper has it, whose changes of the picture's
-layers do not fit into one small model.
+Each concept is drawn at eight places by its own model and by every fused one, with equal seeds, and compared with its
+held-out pictures; `base` is what the base draws of the class word. A broken-off run goes on: what the JSON file has is
+not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Any, Final
 
 import torch
 from figures import keep, known
 
-from mixofshow import fuse, load_base, load_concept, make_settings, tune
-from mixofshow.bases.emojiland.concepts import SCENES, class_word, write_concept
+from emojiland.tunability import pictures_of
+from mixofshow import fuse, load_base, load_concept
+from mixofshow.bases.emojiland.concepts import NEW_TO_THE_BASE
 from mixofshow.concepts.concept import Concept
 from mixofshow.concepts.model import ConceptModel, with_concept
-from mixofshow.evaluation.metrics import image_alignment, text_scores
-from mixofshow.evaluation.scorers import judge_scorer, references_of
-from mixofshow.evaluation.suite import read_suite
-from mixofshow.evaluation.suite_settings import usual_prompts
-from mixofshow.evaluation.tasks import draw
+from mixofshow.evaluation.metrics import image_alignment
+from mixofshow.evaluation.scorers import imagenet_scorer, judge_scorer, references_of
 from mixofshow.fusion.settings import PAPER, FusionSettings
-from mixofshow.sampling.settings import Composition
 
-CONCEPTS: Final = (
-    *("reddog", "bluedog", "foxy", "mintcat", "greencop"),
-    *("greenhouse", "blueguitar", "bluecar", "teapot", "trophy"),
-    *("volcano", "candy-land"),
-)
-TUNING: Final[dict[str, dict[str, Any]]] = {
-    "words": {
-        "unet": {"targets": "keys-and-values", "rate": 3e-3, "rank": 8},
-        "text_encoder": {"rate": 3e-5},
-        "words": {"rate": 1e-2},
-    },
-    "attention": {},
-}
-SUITE: Final = Path(__file__).parents[1] / "examples/suites/emojiland-table1.yaml"
-PRIOR: Final = {key: read_suite(SUITE).methods[-1].fuse[key] for key in ("prior", "prior_prompts")}
-"""As where fourteen are fused; none of these is a prompt that anything is measured on."""
 WAYS: Final[dict[str, dict[str, Any]]] = {
-    "gradient": PRIOR,
-    "gradient-refitted": {**PRIOR, "refit": 100},
-    "gradient-no-prior": {},
-    "gradient-refined": {**PRIOR, "refine": 1},
-    "gradient-independent": {**PRIOR, "mode": "independent"},
+    "gradient": {},
+    "gradient-refitted": {"refit": 200},
+    "gradient-refined": {"refine": 1},
     "gradient-paper": {**PAPER, "options": {"ridge": 1e-6, "toward": "base"}},
     "lbfgs": {**PAPER, "method": "lbfgs"},
     "average": {"method": "average", "steps": 1},
     "ties": {"method": "ties", "steps": 1},
     "regmean": {"method": "regmean"},
 }
+SEED: Final = 100
+
+Scores = dict[str, dict[str, float]]
+"""By judge and concept, image alignment."""
 
 
 def main() -> None:
-    """Tune what is not there, then fuse and measure."""
+    """Measure each concept alone, then fused with the others."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--folder", type=Path, default=Path("out/many"))
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--ways", default=",".join(WAYS))
-    parser.add_argument("--images", type=int, default=2)
-    parser.add_argument("--tuning", choices=TUNING, default="words")
-    parser.add_argument("--counts", default=str(len(CONCEPTS)))
+    parser.add_argument("--counts", default="14")
     options = parser.parse_args()
     torch.set_flush_denormal(True)
     pipeline = load_base("emojiland")
-    concepts = [_concept(name, options.folder, options.tuning, pipeline) for name in CONCEPTS]
-    score = partial(_scored, folder=options.folder, images=options.images)
-    single = [score(with_concept(pipeline, concept), concept) for concept in concepts]
+    counts = [int(count) for count in options.counts.split(",")]
+    names = NEW_TO_THE_BASE[: max(counts)]
+    concepts = [load_concept(options.folder / f"{name}.safetensors", pipeline) for name in names]
+    scored = scoring(options.folder, concepts)
     figures = known(options.json)
-    for count in map(int, options.counts.split(",")):
-        found = figures.setdefault(options.tuning, {}).setdefault(str(count), {})
-        found["single"] = _mean(single[:count])
-        for way in (way for way in options.ways.split(",") if way not in found):
-            started = time.perf_counter()
-            model = fuse(concepts[:count], pipeline, FusionSettings.of(WAYS[way])).model
-            seconds = round(time.perf_counter() - started)
-            found[way] = _mean([score(model, concept) for concept in concepts[:count]])
-            image, text = (found[way][key] - found["single"][key] for key in found["single"])
-            print(f"{count}, {way}: {found[way]} ({image:+.4f}, {text:+.3f}), fused in {seconds} s", flush=True)
+
+    def measured(key: str, measure: Callable[[], Any]) -> Any:
+        if key not in figures:
+            figures[key] = measure()
             keep(figures, options.json)
+        return figures[key]
+
+    measured("base", lambda: scored([ConceptModel(pipeline)] * len(concepts), [one.info.class_word for one in concepts]))
+    alone = measured("alone", lambda: scored([with_concept(pipeline, one) for one in concepts]))
+
+    def fused(count: int, way: str) -> dict[str, Any]:
+        started = time.perf_counter()
+        model = fuse(concepts[:count], pipeline, FusionSettings.of(WAYS[way])).model
+        return {"seconds": round(time.perf_counter() - started), **scored([model] * count)}
+
+    for count, way in product(counts, options.ways.split(",")):
+        show(f"{way} {count}", measured(f"{way} {count}", partial(fused, count, way)), alone)
 
 
-def _concept(name: str, folder: Path, tuning: str, pipeline: Any) -> Concept:
-    path, pictures = folder / f"{name}-{tuning}.safetensors", folder / "pictures" / name
-    if not (pictures / "reference").is_dir():
-        write_concept(name, pictures)
-    if not path.is_file():
-        table = {"name": name, "class_word": class_word(name), "data": pictures / "train", "tracker": "none"}
-        tune(make_settings({**table, **TUNING[tuning]}), pipeline).save(path)
-    return load_concept(path, pipeline)
+def scoring(folder: Path, concepts: list[Concept]) -> Callable[..., Scores]:
+    """What looks at pictures of the first models' concepts, each asked for by its prompt or by another noun."""
+    judges = {"judge": judge_scorer().images, "imagenet": imagenet_scorer()}
+    kept = [references_of(folder / one.info.name / "reference") for one in concepts]
+    references = {judge: [look(images) for images in kept] for judge, look in judges.items()}
+
+    def scored(models: list[Any], nouns: list[str] | None = None) -> Scores:
+        asked = nouns or [one.prompt for one in concepts]
+        drawn = [pictures_of(model, noun, SEED) for model, noun in zip(models, asked, strict=False)]
+        return {
+            judge: {
+                one.info.name: round(image_alignment(look(images), own), 4)
+                for one, images, own in zip(concepts, drawn, references[judge], strict=False)
+            }
+            for judge, look in judges.items()
+        }
+
+    return scored
 
 
-def _scored(model: ConceptModel, concept: Concept, *, folder: Path, images: int) -> tuple[float, float]:
-    """Image and text alignment of a model's pictures of one concept."""
-    name, scorer = concept.info.name, judge_scorer()
-    by_category = usual_prompts("emojiland")["scene" if name in SCENES else "subject"]
-    prompts = (*by_category["context"], *by_category["attribute"][:3])
-    wanted = [Composition(prompt=prompt.format(concept.prompt), num=images, seed=100) for prompt in prompts]
-    made = scorer.images([image for one in wanted for image in draw(model, one)])
-    texts = scorer.texts([prompt.format(concept.info.class_word) for prompt in prompts for _ in range(images)])
-    references = scorer.images(references_of(folder / "pictures" / name / "reference"))
-    return image_alignment(made, references), float(text_scores(made, texts).mean())
-
-
-def _mean(scores: list[tuple[float, float]]) -> dict[str, float]:
-    image, text = (sum(row) / len(scores) for row in zip(*scores, strict=True))
-    return {"image_alignment": round(image, 4), "text_alignment": round(text, 3)}
+def show(title: str, found: dict[str, Any], alone: Scores) -> None:
+    """The mean change of every judge, and the concept that lost most."""
+    for judge in alone:
+        change = {name: value - alone[judge][name] for name, value in found[judge].items()}
+        worst = min(change, key=lambda name: change[name])
+        print(
+            f"{title}, {judge}: {mean(found[judge].values()):.4f} ({mean(change.values()):+.4f}), "
+            f"worst {worst} {change[worst]:+.4f}, fused in {found['seconds']} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -118,9 +118,7 @@ def assemble(
     vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
 ) -> StableDiffusionPipeline:
     """The parts as an ordinary pipeline."""
-    scheduler = DPMSolverMultistepScheduler.from_config(
-        noise_scheduler().config, timestep_spacing="linspace", final_sigmas_type="sigma_min"
-    )
+    scheduler = DPMSolverMultistepScheduler.from_config(noise_scheduler().config, timestep_spacing="linspace")
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,

@@ -72,8 +72,8 @@ def measure(
     bound: dict[str, list[Image.Image]] = {}
     for name, (folder, class_word) in things.items():
         concept = _tuned(pipeline, name, folder, class_word, out / f"{name}.safetensors")
-        drawn[name] = _draw(with_concept(pipeline, concept), concept.prompt, seed)
-        bound[name] = _draw(ConceptModel(pipeline), class_word, seed)
+        drawn[name] = pictures_of(with_concept(pipeline, concept), concept.prompt, seed)
+        bound[name] = pictures_of(ConceptModel(pipeline), class_word, seed)
         grid([*drawn[name], *bound[name]], columns=len(PROMPTS)).save(out / f"{name}.png")
         progress(len(drawn), len(things), {})
     kept = {name: references_of(folder / "reference") for name, (folder, _) in things.items()}
@@ -105,7 +105,8 @@ def _judged(look: ImageTower, drawn: Images, bound: Images, kept: Images) -> dic
     }
 
 
-def _draw(model: ConceptModel, noun: str, seed: int) -> list[Image.Image]:
+def pictures_of(model: ConceptModel, noun: str, seed: int) -> list[Image.Image]:
+    """The noun in each of the eight places."""
     return [image for prompt in PROMPTS for image in draw(model, Composition(prompt=prompt.format(noun), seed=seed))]
 
 
