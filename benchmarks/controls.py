@@ -21,11 +21,12 @@ from PIL import Image
 from sketches import centre_error, foreground, overlap, sketched
 
 from emojiland.control_networks import Layout, random_layout
-from emojiland.figures import rank_classes
+from emojiland.naming import Namer
 from mixofshow import MixOfShowPipeline
 from mixofshow.bases.emojiland.scenes import PLAIN_SCENES
 from mixofshow.bases.emojiland.world import SIZE, WIDE
 from mixofshow.bases.loading import EMBEDDED_CONTROLS
+from mixofshow.evaluation.scorers import imagenet_scorer
 from mixofshow.grids import grid
 from mixofshow.sampling.controls import load_control, make_control
 
@@ -65,8 +66,8 @@ def figures(images: list[Image.Image], layouts: list[Layout]) -> dict[str, float
         "centre_error": sum(centre_error(*pair) for pair in pairs) / len(pairs),
     }
     if layouts[0].sketch.width == SIZE:
-        named = rank_classes(images)
-        right = [ranked[0] == layout.picture.subjects[0] for ranked, layout in zip(named, layouts, strict=True)]
+        named = Namer.fitted(imagenet_scorer())(images, 1)
+        right = [guess == layout.picture.subjects for guess, layout in zip(named, layouts, strict=True)]
         found["class_accuracy"] = sum(right) / len(right)
     return {name: round(value, 3) for name, value in found.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import re
 import subprocess
@@ -203,3 +204,14 @@ def drawn_tree(drawing: str) -> dict[str, str]:
             parents[match.group(2)] = path[-1][1]
             path.append((depth, match.group(2)))
     return parents
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE.parents[1] / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_what_benchmarks_take_from_the_package_is_there(path: Path) -> None:
+    """Nobody runs them for months, and what they import is renamed meanwhile."""
+    taken = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    for node in taken:
+        if (node.module or "").split(".")[0] in {"mixofshow", "emojiland"}:
+            module = importlib.import_module(node.module)
+            missing = [one.name for one in node.names if not hasattr(module, one.name)]
+            assert not missing, f"{node.module} has no {', '.join(missing)}"
