@@ -21,6 +21,7 @@ FEW = FusionSettings(**PAPER, steps=3)
 EXACT = FusionSettings(**PAPER, steps=3, options={"ridge": 1e-6, "toward": "base"})
 EXACT_ALONE = {
     "gradient": {},
+    "contrastive": {},
     "average": {},
     "sum": {},
     "ties": {"density": 1.0},  # at any other density, entries of the one concept are cut

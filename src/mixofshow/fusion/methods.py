@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from mixofshow.concepts.changes import LowRank
 from mixofshow.errors import SettingsError, nearest, shown
+from mixofshow.fusion.contrast import Contrast
 from mixofshow.fusion.problem import LayerProblem
 from mixofshow.fusion.statistics import LayerStatistics
 
@@ -70,6 +71,44 @@ def gradient(problem: LayerProblem, *, ridge: float = 0.03, toward: Literal["ave
     middle = mean(problem) if toward == "average" else problem.zero()
     # Solved for the distance from D, so that rounding does not grow with D.
     return middle + solve_ridge(sums.moments, sums.rhs - middle @ sums.moments, ridge)
+
+
+@fusion_method("contrastive")
+def contrastive(
+    problem: LayerProblem,
+    *,
+    ridge: float = 0.03,
+    margin: Annotated[float, Field(ge=0, le=2)] = 1.0,
+    rounds: Annotated[int, Field(ge=1, le=100)] = 3,
+) -> Tensor:
+    """Contrastive fusion, after LoRACLR (Simsar et al., CVPR 2025, arXiv:2412.09622): kept away from the other concepts.
+
+    Gradient fusion's objective, and for each concept i the mean over the others j of max(0, m ‖(ΔW_i − ΔW_j) X_i‖ −
+    ‖(ΔW − ΔW_j) X_i‖)²: on what i reads, the fused layer is to be m (`margin`) times as far from j as i itself is. In the
+    paper negative pairs are what j makes of its own inputs, at one margin for all layers, and AdamW minimizes; here they
+    are what j makes of i's, for which moments are enough. Where the slope is 0,
+
+        ΔW = (Σ w_i (ΔW_i − Σ_j a_ij ΔW_j) C_i + λ D)(Σ w_i (1 − Σ_j a_ij) C_i + λI)⁻¹
+
+    with λ and D as in gradient fusion and a_ij of `Contrast.of`. That is solved by turns, from gradient fusion on, for at
+    most so many `rounds`; the best that is met is taken. At margin 0, and where nobody is near, it is gradient fusion.
+    """
+    contrast, middle = Contrast(problem, margin), mean(problem)
+    damping = ridge * problem.sums.moments.diagonal().mean()
+    best = found = gradient(problem, ridge=ridge)
+    least = float("inf")
+    for _ in range(rounds + 1):
+        loss, shares = contrast.of(found)
+        loss += float(damping * (found - middle).square().sum())
+        if loss >= least:
+            break
+        best, least = found, loss
+        if not shares.any():
+            break
+        sums = contrast.sums(shares)
+        damped = sums.moments + damping * torch.eye(len(sums.moments)).to(sums.moments)
+        found = middle + solve_ridge(damped, sums.rhs - middle @ sums.moments, 0.0)
+    return best
 
 
 @fusion_method("lbfgs", keeps_inputs=True)

@@ -11,6 +11,8 @@ from mixofshow.errors import SettingsError, shown
 from mixofshow.tables import Settings
 
 USUAL: Final = "gradient"
+DAMPING: Final = (USUAL, "contrastive")
+"""Methods that fit outputs under a ridge."""
 PAPER: Final[dict[str, Any]] = {
     "prompts": ("photo of a {}", "{}"),
     "picture_prompts": ("photo of a {}",),
@@ -75,7 +77,7 @@ class FusionSettings(RecordingSettings):
     weights: Weights | None = Field(
         None,
         description="How much concepts count: equal; energy: in each layer as 1 / ‖ΔW_i X_i‖², or if that is little as "
-        "1 / ‖0.25 W0 X_i‖²; or by name, as cat=2,dog=0.5. Default: energy for gradient fusion, equal for the others.",
+        "1 / ‖0.25 W0 X_i‖²; or by name, as cat=2,dog=0.5. Default: energy for gradient and contrastive fusion, equal for the others.",
     )
     prior: float = Field(0.0, ge=0, le=1e6, description="How much the base's own prompts count, against a concept's 1.")
     prior_prompts: tuple[str, ...] = Field(("", "a photo"), min_length=1, description="What they are.")
@@ -118,12 +120,12 @@ class FusionSettings(RecordingSettings):
     def exact(self) -> bool:
         """Whether moments must be exact to the last digit: where no ridge damps them, or later fusions use them too."""
         ridges = [float(value) for name, value in self.options.items() if name.rpartition(".")[2] == "ridge"]
-        return self.mode == "independent" or self.method != "gradient" or min(ridges, default=1.0) < DAMPED
+        return self.mode == "independent" or self.method not in DAMPING or min(ridges, default=1.0) < DAMPED
 
     @property
     def counting(self) -> Literal["equal", "energy"] | dict[str, float]:
         """The weights, as given or as they suit the method."""
-        return self.weights or ("energy" if self.method == "gradient" else "equal")
+        return self.weights or ("energy" if self.method in DAMPING else "equal")
 
 
 def asked(settings: FusionSettings | None, keys: Mapping[str, Any]) -> FusionSettings:
