@@ -2,6 +2,7 @@
 
     python -m emojiland tunability --out out/many      tunes eighteen things that the base does not know
     python benchmarks/many.py [--folder out/many] [--json FILE] [--ways gradient,average] [--counts 2,4,8,14]
+                              [--names clown,steamtrain]
 
 Each concept is drawn at eight places by its own model and by every fused one, with equal seeds, and compared with its
 held-out pictures; `base` is what the base draws of the class word. A broken-off run goes on: what the JSON file has is
@@ -40,6 +41,7 @@ WAYS: Final[dict[str, dict[str, Any]]] = {
     "average": {"method": "average", "steps": 1},
     "ties": {"method": "ties", "steps": 1},
     "regmean": {"method": "regmean"},
+    "contrastive": {"method": "contrastive"},
 }
 SEED: Final = 100
 
@@ -54,11 +56,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--counts", default="14")
+    parser.add_argument("--names", default=",".join(NEW_TO_THE_BASE), help="whom the folder has, in this order")
     options = parser.parse_args()
     torch.set_flush_denormal(True)
     pipeline = load_base("emojiland")
     counts = [int(count) for count in options.counts.split(",")]
-    names = NEW_TO_THE_BASE[: max(counts)]
+    names = options.names.split(",")[: max(counts)]
     concepts = [load_concept(options.folder / f"{name}.safetensors", pipeline) for name in names]
     scored = scoring(options.folder, concepts)
     figures = known(options.json)

@@ -1,6 +1,7 @@
 """Does each concept stand in its region, and what do the options beyond the paper change?
 
-    python benchmarks/regions.py [--json FILE] [--pictures FOLDER] [--compositions 120] [--parts accuracy,options]
+    python benchmarks/regions.py [--json FILE] [--pictures FOLDER] [--compositions 120] [--parts accuracy,options,ways]
+                                 [--model FOLDER]
 
 Parts that are run by themselves are added to those in the JSON file.
 
@@ -13,6 +14,10 @@ outside of the boxes. Beside it: concepts that start in the sixth step, after th
 one prompt for the whole picture; weight fusion; a background of its own for each region (`binding_accuracy`: of the
 four colours the judge names it in the region's crop); and `renders`, the world's own pictures of the same things, which
 tell what the judge itself gets wrong.
+
+ways: four ways to draw several concepts, at equal seeds: their LoRAs added up, by one prompt; fused, by one prompt;
+fused, with regions; un-fused, each region by its own LoRA. `--model` is a fused folder of the three, for these.
+`identity_accuracy`, `missing` and `doubled` are of who stands in a picture, wherever (evaluation/identities.py).
 
 options: the same for each option on fewer pictures, with its time over that of plain regions. `leakage` is how much
 a region's pixels (0 to 1) change when the prompt of the region beside it does.
@@ -39,7 +44,9 @@ from emojiland.figures import rank_scenes
 from mixofshow.bases.emojiland.concepts import SUBJECTS, class_word, concept_pictures
 from mixofshow.bases.emojiland.scenes import SCENES
 from mixofshow.bases.emojiland.world import SIZE, WIDE, compose, places
-from mixofshow.concepts.model import ConceptModel
+from mixofshow.concepts.adapters import summed_weights
+from mixofshow.concepts.model import ConceptModel, load_unfused, with_words
+from mixofshow.evaluation.identities import identities, summarized
 from mixofshow.evaluation.metrics import image_alignment, interference, nearest_concept
 from mixofshow.evaluation.scorers import judge_scorer
 from mixofshow.evaluation.tasks import draw
@@ -181,10 +188,14 @@ class Judge:
         wanted = torch.tensor([NAMES.index(name) for name in names])
         judged = nearest_concept(seen, list(self.references.values()))
         aligned = [image_alignment(row[None], self.references[name]) for row, name in zip(seen, names, strict=True)]
+        who = self.identity(seen, names)
         outside = [ranked[0] for ranked in rank_scenes([around(image) for image in images])]
         found: dict[str, Any] = {
             "region_accuracy": rounded((judged == wanted).double().mean()),
             "image_alignment": rounded(sum(aligned) / len(aligned)),
+            "identity_accuracy": rounded(who["accuracy"]),
+            "missing": who["missing"],
+            "doubled": who["doubled"],
             "scene_accuracy": share(scene == wide.scene for scene, wide in zip(outside, each, strict=True)),
             "confusion": [[rounded(one) for one in row] for row in interference(wanted, judged, len(NAMES))],
         }
@@ -193,6 +204,13 @@ class Judge:
             named = [next(scene for scene in ranked if scene in COLOURS) for ranked in rank_scenes(crops)]
             found["binding_accuracy"] = share(one == other for one, other in zip(named, backgrounds, strict=True))
         return found
+
+    def identity(self, seen: torch.Tensor, names: Sequence[str]) -> dict[str, Any]:
+        """Who stands in pictures whose crops were `seen`, and whose places were asked for by `names`, in one row."""
+        there, count = list(self.references.values()), len(BOXES)
+        asked = [[NAMES.index(name) for name in names[k : k + count]] for k in range(0, len(names), count)]
+        rows = [identities(crops, there, each) for crops, each in zip(seen.split(count), asked, strict=True)]
+        return summarized([rows], NAMES)
 
 
 def around(image: Image.Image) -> Image.Image:
@@ -213,13 +231,16 @@ def rounded(value: Any) -> float:
     return round(float(value), 3)
 
 
-def models() -> dict[str, ConceptModel]:
-    """The three fused as in the example, and by weights."""
-    made = {}
+def models(folder: Path | None, *, average: bool) -> dict[str, ConceptModel]:
+    """The three fused as in the example, or found in a folder; un-fused; added up, un-fused; and fused by weights."""
+    made = {} if folder is None else {"gradient": load_unfused(folder)}
     for name, given in (("gradient", {}), ("average", {"method": "average", "options": {}})):
-        job = make_job([EXAMPLE], given)
-        made[name] = fuse(job.concepts, job.pipeline, job.settings).model
-    return made
+        if name not in made and (average or name != "average"):
+            job = make_job([EXAMPLE], given)
+            made[name] = fuse(job.concepts, job.pipeline, job.settings).model
+    apart = with_words(made["gradient"].pipeline, made["gradient"].concepts)
+    added = summed_weights(apart.pipeline, [(one.deltas, 1.0) for one in apart.concepts])
+    return made | {"apart": apart, "added": replace(apart, weights=added)}
 
 
 def accuracy(known: dict[str, ConceptModel], judge: Judge, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -239,6 +260,24 @@ def accuracy(known: dict[str, ConceptModel], judge: Judge, count: int) -> tuple[
     for way, (asked, make) in ways.items():
         pictures[way] = make()
         figures[way] = judge.figures(pictures[way], asked)
+        report(way, figures[way])
+    return figures, pictures
+
+
+def ways(known: dict[str, ConceptModel], judge: Judge, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Figures, and pictures, of each of four ways to draw several concepts; cost over that of the first."""
+    asked = wides(count)
+    table: dict[str, tuple[str, dict[str, Any]]] = {
+        "LoRAs added up, one prompt": ("added", {"regions": False}),
+        "fused, one prompt": ("gradient", {"regions": False}),
+        "fused, with regions": ("gradient", {}),
+        "a LoRA for each region": ("apart", {"regional_lora": True}),
+    }
+    figures, pictures, seconds = {}, {}, {}
+    for way, (model, settings) in table.items():
+        pictures[way], seconds[way] = drawn(known[model], asked, **settings)
+        figures[way] = judge.figures(pictures[way], asked)
+        figures[way]["cost"] = round(seconds[way] / next(iter(seconds.values())), 2)
         report(way, figures[way])
     return figures, pictures
 
@@ -280,6 +319,7 @@ def with_a_cat(wanted: Composition) -> Composition:
 def report(way: str, figures: dict[str, Any]) -> None:
     """A line of the table."""
     numbers = "  ".join(f"{key} {value:.3f}" for key, value in figures.items() if isinstance(value, float))
+    numbers += "".join(f"  {key} {value}" for key, value in figures.items() if isinstance(value, int))
     print(f"{way:<32}{numbers}", flush=True)
 
 
@@ -295,11 +335,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--pictures", type=Path, help="folder for a sheet of pictures of each part")
     parser.add_argument("--compositions", type=int, default=120, help="wide pictures of each way; of options a quarter")
-    parser.add_argument("--parts", default="accuracy,options")
+    parser.add_argument("--parts", default="accuracy,options,ways")
+    parser.add_argument("--model", type=Path, help="folder of the three, fused, in place of fusing them")
     asked = parser.parse_args()
     torch.set_flush_denormal(True)
-    parts = {"accuracy": (accuracy, asked.compositions), "options": (options, -(-asked.compositions // 4))}
-    fused, judge = models(), Judge()
+    count = asked.compositions
+    parts = {"accuracy": (accuracy, count), "options": (options, -(-count // 4)), "ways": (ways, count)}
+    fused, judge = models(asked.model, average="accuracy" in asked.parts), Judge()
     result: dict[str, Any] = {"compositions": asked.compositions}
     for part in asked.parts.split(","):
         measure, count = parts[part]

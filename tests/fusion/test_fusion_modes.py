@@ -361,6 +361,29 @@ def test_weights_are_those_of_the_closed_form(weights, expected, double_pipeline
         assert float((change - wanted).norm() / wanted.norm()) < 1e-9, name
 
 
+def test_a_weight_may_be_of_one_kind_of_layer(double_pipeline, three, seen_apart, in_double):
+    settings = few(mode="independent", weights={"dog": 2.0, "dog.picture": 10.0, "cup.text": 5.0})
+    found = fuse(three, double_pipeline, settings, store=in_double).model.weights
+    expected = {"text": (1, 2, 5), "keys-and-values": (1, 2, 1), "picture": (1, 10, 1)}
+    assert {stage_of(name) for name in SOME_LAYERS} == set(expected)
+    for name in SOME_LAYERS:
+        base = matrix(layer(double_pipeline, name))
+        change, wanted = found[name] - base, closed_form(name, base, three, seen_apart, expected[stage_of(name)])
+        assert float((change - wanted).norm() / wanted.norm()) < 1e-9, name
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("bird", "weights: no concept is called bird"),
+        ("dog.pictures", "weights: expected dog or one of dog.text, dog.keys-and-values, dog.picture, found dog.pictures"),
+    ],
+)
+def test_weights_of_nobody_are_refused(key, message, double_pipeline, three):
+    with pytest.raises(BadInputError, match=message):
+        fuse(three, double_pipeline, few(weights={key: 2.0}))
+
+
 @pytest.mark.parametrize("factor", [1e-3, 3.0])
 def test_only_the_ratios_of_weights_count(factor, double_pipeline, three, in_double):
     weights = {"cat": 0.5, "dog": 10.0, "cup": 2.0}

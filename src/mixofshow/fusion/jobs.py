@@ -199,7 +199,7 @@ def edited_settings(settings: FusionSettings, given: Mapping[str, Any], concepts
     """The settings with given ones on top; weights by name stay for the concepts that are still there."""
     if isinstance(settings.weights, Mapping):
         names = {concept.info.name for concept in concepts}
-        kept = {name: weight for name, weight in settings.weights.items() if name in names}
+        kept = {name: weight for name, weight in settings.weights.items() if name.partition(".")[0] in names}
         asked = parse_weights(given.get("weights", kept or "equal"))
         given = {**given, "weights": {**kept, **asked} if isinstance(asked, Mapping) else asked}
     return on_top(settings, given)

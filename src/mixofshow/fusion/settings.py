@@ -77,7 +77,8 @@ class FusionSettings(RecordingSettings):
     weights: Weights | None = Field(
         None,
         description="How much concepts count: equal; energy: in each layer as 1 / ‖ΔW_i X_i‖², or if that is little as "
-        "1 / ‖0.25 W0 X_i‖²; or by name, as cat=2,dog=0.5. Default: energy for gradient and contrastive fusion, equal for the others.",
+        "1 / ‖0.25 W0 X_i‖²; or by name, as cat=2,dog=0.5, and in one kind of layer alone (text, keys-and-values, picture), as "
+        "dog.picture=3. Default: energy for gradient and contrastive fusion, equal for the others.",
     )
     prior: float = Field(0.0, ge=0, le=1e6, description="How much the base's own prompts count, against a concept's 1.")
     prior_prompts: tuple[str, ...] = Field(("", "a photo"), min_length=1, description="What they are.")

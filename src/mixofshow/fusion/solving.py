@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
 from torch import Tensor
 
 from mixofshow.concepts.concept import Concept
+from mixofshow.errors import BadInputError, shown
 from mixofshow.fusion.methods import METHODS, NEEDS_STATISTICS, STAGE_DEFAULTS, mean, method_settings
 from mixofshow.fusion.problem import LayerProblem
-from mixofshow.fusion.recording import STAGES, Stage
+from mixofshow.fusion.recording import STAGES, Stage, stage_of
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.statistics import LayerStatistics
 
@@ -117,7 +118,7 @@ def problem_of(
     elif settings.counting == "energy":
         weights = energy_weights(problem)
     else:
-        weights = [settings.counting.get(concept.info.name, 1.0) for concept in concepts]
+        weights = [weight_of(settings.counting, concept.info.name, stage_of(name)) for concept in concepts]
     problem = replace(problem, weights=[weight * count / sum(weights) for weight in weights])
     if not settings.prior:
         return problem
@@ -126,6 +127,22 @@ def problem_of(
     of_concepts, of_prior = (float(moments.diagonal().sum()) for moments in (problem.sums.moments, prior.moments))
     prior_weight = settings.prior * (of_concepts / count) / of_prior if of_prior > 0 else 0.0
     return replace(problem, prior=prior, prior_weight=prior_weight)
+
+
+def weight_of(table: Mapping[str, float], name: str, stage: Stage) -> float:
+    """What a concept counts in a stage's layers, where `table` says it for these (`name.stage`), or for all (`name`)."""
+    return table.get(f"{name}.{stage}", table.get(name, 1.0))
+
+
+def check_weights(table: Mapping[str, float], names: Collection[str]) -> None:
+    """Raise BadInputError unless a table of weights is of concepts of these names, or of one of them in a stage."""
+    if unknown := {key.partition(".")[0] for key in table} - set(names):
+        raise BadInputError(f"weights: no concept is called {shown(', '.join(sorted(unknown)))}")
+    for key in table:
+        name, dot, stage = key.partition(".")
+        if dot and stage not in STAGES:
+            known = ", ".join(f"{name}.{one}" for one in STAGES)
+            raise BadInputError(f"weights: expected {name} or one of {known}, found {shown(key)}")
 
 
 def energy_weights(problem: LayerProblem) -> list[float]:

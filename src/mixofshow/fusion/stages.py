@@ -35,6 +35,7 @@ from mixofshow.fusion.solving import (
     LayerReport,
     beside,
     check_method,
+    check_weights,
     looks_at_inputs,
     problem_of,
     report_of,
@@ -99,9 +100,8 @@ def fuse(
     ordered = sorted(given, key=lambda concept: concept.hash)
     vocabulary(ordered)  # so that two that claim one word are named before anything is recorded
     check_method(settings)
-    weighed = settings.weights.keys() if isinstance(settings.weights, Mapping) else set()
-    if unknown := weighed - {concept.info.name for concept in ordered}:
-        raise BadInputError(f"weights: no concept is called {', '.join(sorted(unknown))}")
+    if isinstance(settings.weights, Mapping):
+        check_weights(settings.weights, {concept.info.name for concept in ordered})
     refuse_adapters(pipeline, "fusing")
     refuse_hooks(pipeline, "fusing")
     if looks_at_inputs(settings) or settings.refit:
