@@ -1,0 +1,130 @@
+"""The client's side that belongs to its owner: what is offered, on which conditions, and what was decided before.
+
+All of it is in a folder of the client's own, which Flower's processes read; nothing of it is sent.
+
+    key           the client's key; only its public half leaves      tuned/       tuned concepts, and their checkpoints
+    client.json   what is offered                                   recordings/  what was recorded of them
+    asked/ said/  questions to the owner, and answers, by hash       fused.safetensors  the model, where it is wanted
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import Field, model_validator
+
+from mixofshow.errors import BadInputError, SettingsError
+from mixofshow.outputs import write_text
+from mixofshow.reading import parse_json, read_bytes
+from mixofshow.tables import Settings
+
+SETTINGS: Final = "client.json"
+KEY: Final = "key"
+ASKED: Final = "asked"
+SAID: Final = "said"
+YES: Final = "yes"
+NO: Final = "no"
+LOOKS_EVERY: Final = 0.5
+
+
+class Declined(BadInputError):
+    """Why a client does not do what the center asks. Its text goes to the center: there is nothing of the owner's in it."""
+
+
+class ClientSettings(Settings):
+    """What a client offers, and how."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$", description="The concept's name.")
+    class_word: str = Field("", max_length=64, description="Its class word, as for tune.")
+    data: Path | None = Field(None, description="Folder of pictures to tune on.")
+    concept: Path | None = Field(None, description="Or a concept file that is there already.")
+    judge: Path | None = Field(None, description="Folder of held-out pictures, to judge the fused model on.")
+    clip: str | None = Field(None, description="The CLIP that judges, on another base than emojiland.")
+    base: str = Field("emojiland", description="The client's own copy of the base model.")
+    device: str = "cpu"
+    approve: Literal["ask", "always"] = Field("ask", description="Whether the owner is asked before a file is sent.")
+    want_model: bool = Field(False, description="Whether the fused model is wanted.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ClientSettings:
+        """Raises SettingsError."""
+        if (self.data is None) == (self.concept is None):
+            raise SettingsError("give --data FOLDER to tune on, or --concept FILE, and not both")
+        if self.data is not None and not self.class_word:
+            raise SettingsError("--data needs --class-word, what the thing is: dog, chair, street …")
+        return self
+
+
+def save_settings(folder: Path, settings: ClientSettings) -> None:
+    """Keep them for Flower's processes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / SETTINGS, settings.model_dump_json(indent=1) + "\n")
+
+
+def read_settings(folder: Path) -> ClientSettings:
+    """What `save_settings` kept. Raises BadInputError."""
+    path = folder / SETTINGS
+    return ClientSettings.of(parse_json(read_bytes(path), str(path)), str(path))
+
+
+def approved(folder: Path, settings: ClientSettings, content: str, question: str) -> bool:
+    """Whether the owner lets what has the hash `content` go; waits for the answer, and asks once in a lifetime."""
+    if settings.approve == "always":
+        return True
+    said = folder / SAID / content
+    if not said.is_file():
+        (folder / ASKED).mkdir(exist_ok=True)
+        write_text(folder / ASKED / content, question + "\n")
+    while not said.is_file():
+        time.sleep(LOOKS_EVERY)
+    return approved_before(folder, content)
+
+
+def approved_before(folder: Path, content: str) -> bool:
+    """Whether the owner has said yes to what has the hash `content`."""
+    said = folder / SAID / content
+    return said.is_file() and said.read_text().strip() == YES
+
+
+def open_questions(folder: Path) -> dict[str, str]:
+    """What the owner has not answered yet, by hash."""
+    asked = {one.name: one.read_text().strip() for one in sorted((folder / ASKED).glob("*")) if one.is_file()}
+    return {content: question for content, question in asked.items() if not (folder / SAID / content).is_file()}
+
+
+def answer(folder: Path, content: str, *, yes: bool) -> None:
+    """Note the owner's answer for good."""
+    (folder / SAID).mkdir(exist_ok=True)
+    write_text(folder / SAID / content, (YES if yes else NO) + "\n")
+
+
+def own_concept(folder: Path, settings: ClientSettings, pipeline: Any, tuning: dict[str, Any]) -> Path:
+    """The file of the client's concept: given, tuned before with these settings, or tuned now, from where it stopped.
+
+    Raises MixOfShowError.
+    """
+    import hashlib
+    import json
+
+    from mixofshow.tuning.checkpoints import FOLDER, any_in
+    from mixofshow.tuning.settings import make_settings
+    from mixofshow.tuning.trainer import tune
+
+    if settings.concept is not None:
+        return settings.concept
+    table = {**tuning, "name": settings.name, "class_word": settings.class_word, "data": str(settings.data)}
+    key = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
+    target = folder / "tuned" / f"{settings.name}-{key}.safetensors"
+    if not target.is_file():
+        place = target.with_suffix("")
+        resume = any_in(place / FOLDER)
+        tune(
+            make_settings({**table, "tracker": "none"}),
+            pipeline,
+            folder=place,
+            resume=resume,
+            finished=lambda concept: concept.save(target),
+        )
+    return target
