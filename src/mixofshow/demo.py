@@ -43,6 +43,9 @@ from mixofshow.tuning.trainer import tune
 CONCEPTS: Final = ("clown", "steamtrain", "robot")
 """Two of one class, and something else between them."""
 QUICK_STEPS: Final = 4
+"""Recorded of each concept by `quick`."""
+SAMPLING_STEPS: Final = 15
+"""More change nothing in Emojiland's pictures."""
 WIDTH, HEIGHT = 160, 64
 SCENE: Final = "in the forest"
 
@@ -133,6 +136,7 @@ def _suite(files: Mapping[str, Path], deltas: Mapping[str, Path], *, quick: bool
             "prompts": {"subject": {category: row for category, row in chosen.items() if row}},
             "prior_prompts": [],
             "images_per_prompt": 1 if quick else 2,
+            "steps": SAMPLING_STEPS,
             "compositions": {"together": [CONCEPTS], "places": [SCENE], "images": 1 if quick else 4},
         }
     )
@@ -172,7 +176,7 @@ def _facts(run: SuiteRun, gradient: Fused, concepts: Sequence[Concept], base: An
     itself = image_alignment(made, look(run.references[name]))
     single = run.results["methods"]["gradient"]["by_concept"]["image_alignment"][name]["single"]
     equal = all(torch.equal(weight, back.model.weights[layer]) for layer, weight in there.model.weights.items())
-    again = Composition(prompt=f"a photo of a <{name}>", seed=1)
+    again = Composition(prompt=f"a photo of a <{name}>", seed=1, steps=SAMPLING_STEPS)
     first, second = (draw(gradient.model, again)[0].tobytes() for _ in range(2))
     return [
         f"gradient fusion fits at least as well as weight fusion in {better} of {len(gradient.layers)} layers",
