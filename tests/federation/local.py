@@ -53,7 +53,7 @@ class LocalGrid:
             sent = copy.deepcopy(message)  # as if through a network
             if (reply := copy.deepcopy(self.clients[node](sent))) is not None:
                 reply.metadata.__dict__["_reply_to_message_id"] = number
-                self.sent.append(reply)
+                self.sent.append(copy.deepcopy(reply))  # the center changes what it gets
                 self.replies[number] = reply
             numbers.append(number)
         return numbers

@@ -16,6 +16,10 @@ RUNS: Final = {"completed": "", "failed": "its app failed", "stopped": "it was s
 """How Flower says that a run has ended (`SubStatus`), and what is wrong then."""
 
 
+class Busy(ResourceError):
+    """The center is there, and has not answered yet."""
+
+
 @contextlib.contextmanager
 def control(folder: Path, address: str) -> Iterator[Any]:
     """Flower's client for the operator of the SuperLink at this address. Raises ResourceError where nobody answers."""
@@ -31,6 +35,8 @@ def control(folder: Path, address: str) -> Iterator[Any]:
     )
     try:
         yield client
+    except httpx.TimeoutException as error:
+        raise Busy(f"the center takes its time at {address} ({shown(error)})") from error
     except httpx.TransportError as error:
         raise ResourceError(f"the center does not answer at {address} ({shown(error)}); is it running?") from error
     except httpx.HTTPStatusError as error:

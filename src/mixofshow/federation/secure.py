@@ -13,6 +13,7 @@ of the masks' seeds let the sum be had also when clients drop out on the way. Th
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -25,6 +26,10 @@ from mixofshow.federation.fixed import LEVELS, MAX_CLIENTS
 
 LEAST: Final = 3
 MODULUS: Final = 2**32
+RECORD, MASKED = "secaggplus_configs", "masked_params"
+"""Where Flower has masked numbers in a reply (flwr 1.42, `secaggplus_constants`)."""
+PIECES: Final = "masked"
+"""Where they travel: a content has each name once, whatever kind of record."""
 MASKING: Final = (
     "flwr.client.mod.secure_aggregation.secaggplus_mod",
     "flwr.server.workflow.secure_aggregation.secaggplus_workflow",
@@ -78,7 +83,50 @@ def masked(message: Any, context: Any, terms: Any) -> Any:
         return Message(content, reply_to=asked)
 
     with strong_masks():
-        return secaggplus_mod(message, context, fit)
+        return _in_pieces(secaggplus_mod(message, context, fit))
+
+
+def _in_pieces(reply: Any) -> Any:
+    """A reply with its masked numbers as arrays of 32 bits, which Flower cuts into pieces: it sends them as one of 64."""
+    from flwr.app import Array, ArrayRecord
+
+    table = reply.content.config_records[RECORD]
+    if MASKED not in table:
+        return reply
+    numbers = [np.load(io.BytesIO(data), allow_pickle=False).astype("<u4") for data in table[MASKED]]
+    arrays = {f"{k:06d}": Array("uint32", one.shape, "bytes", one.tobytes()) for k, one in enumerate(numbers)}
+    reply.content.array_records[PIECES] = ArrayRecord(arrays)
+    del table[MASKED]
+    return reply
+
+
+def _whole_again(reply: Any) -> Any:
+    """The reply as Flower's workflow wants it. Raises BadInputError for arrays of another size than they say."""
+    arrays = None if reply.has_error() else reply.content.array_records.get(PIECES)
+    if not arrays:
+        return reply
+    masked_numbers = []
+    for one in arrays.values():
+        found = np.frombuffer(one.data, "<u4").astype(np.int64)
+        if found.size != int(np.prod(one.shape, dtype=np.int64)):
+            raise BadInputError("masked numbers of another shape than they say")
+        file = io.BytesIO()
+        np.save(file, found.reshape(one.shape), allow_pickle=False)
+        masked_numbers.append(file.getvalue())
+    reply.content.config_records[RECORD][MASKED] = masked_numbers
+    del reply.content[PIECES]
+    return reply
+
+
+class _Pieces:
+    """A grid whose replies are whole again."""
+
+    def __init__(self, grid: Any) -> None:
+        self.grid = grid
+
+    def send_and_receive(self, sent: Any, *, timeout: float | None = None) -> list[Any]:
+        """As Flower's."""
+        return [_whole_again(reply) for reply in self.grid.send_and_receive(sent, timeout=timeout)]
 
 
 def summed(grid: Any, context: Any, nodes: Sequence[int], asked: Any = None, *, timeout: float) -> tuple[list[Tensor], list[int]]:
@@ -104,7 +152,7 @@ def summed(grid: Any, context: Any, nodes: Sequence[int], asked: Any = None, *, 
     legacy = LegacyContext(context, strategy=strategy)
     strategy.prepare(legacy)
     with strong_masks():
-        workflow(grid, legacy)
+        workflow(_Pieces(grid), legacy)
     stayed = strategy.stayed
     if strategy.mean is None or len(stayed) < LEAST:
         raise BadInputError(f"secure: {len(stayed)} of {len(nodes)} clients took part to the end, expected {LEAST}")

@@ -1,0 +1,107 @@
+"""What a client does for its owner: tuning that a kill does not undo, figures of the fused model, and plain refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from flwr.app import Message
+from PIL import Image
+
+from mixofshow.errors import BadInputError, SettingsError
+from mixofshow.evaluation.scorers import Scorer
+from mixofshow.federation import judging, messages
+from mixofshow.federation.center import state_of
+from mixofshow.federation.join import supernode
+from mixofshow.federation.owner import ClientSettings, own_concept
+from mixofshow.tuning import run
+
+FEW = {"steps": 4, "batch_size": 1, "save_every": 1, "pictures": {"size": 64}}
+
+
+class Killed(BaseException):
+    """What no code of ours catches."""
+
+
+def pictures(folder):
+    folder.mkdir()
+    Image.new("RGB", (16, 16), "red").save(folder / "0.png")
+    return folder
+
+
+def test_tuning_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(tmp_path, golden_pipeline, monkeypatch):
+    offer = ClientSettings(name="thing", class_word="man", data=pictures(tmp_path / "data"))
+    whole = own_concept(tmp_path / "whole", offer, golden_pipeline, FEW)
+    save, saved = run.save, []
+
+    def killing(folder, step, *more):
+        save(folder, step, *more)
+        saved.append(step)
+        if step == 2 and len(saved) == 2:
+            raise Killed
+
+    monkeypatch.setattr(run, "save", killing)
+    with pytest.raises(Killed):
+        own_concept(tmp_path / "killed", offer, golden_pipeline, FEW)
+    found = own_concept(tmp_path / "killed", offer, golden_pipeline, FEW)
+    assert saved == [1, 2, 3]  # the last step needs no checkpoint
+    assert found.read_bytes() == whole.read_bytes()
+    monkeypatch.setattr(run, "save", lambda *_: pytest.fail("tuned twice"))
+    assert own_concept(tmp_path / "killed", offer, golden_pipeline, FEW) == found
+
+
+def test_a_client_judges_by_its_own_pictures_and_sends_three_numbers(federation, monkeypatch, tmp_path):
+    def images(made):
+        found = torch.stack([torch.frombuffer(bytearray(one.resize((4, 4)).tobytes()), dtype=torch.uint8).double() for one in made])
+        return torch.nn.functional.normalize(found, dim=-1)
+
+    monkeypatch.setattr("mixofshow.evaluation.scorers.scorer_for", lambda *args, **more: Scorer(images, lambda texts: None))
+    monkeypatch.setattr(judging, "PICTURES", 1)
+    monkeypatch.setattr(judging, "STEPS", 1)
+    held_out = pictures(tmp_path / "held-out")
+    federation.join("dogx", name="dogx", concept=federation.files["dogx"], approve="always", judge=held_out)
+    federation.join("manx")
+    report = federation.round(judge=True)
+    assert report.refused == {}
+    assert list(report.judged) == ["dogx"] and set(report.judged["dogx"]) == {"fused", "single", "base"}
+    assert all(-1 <= value <= 1 for value in report.judged["dogx"].values())
+
+
+@pytest.mark.parametrize("figures", [{"fused": float("nan")}, {"fused": 3.0}, {"fused": "high"}, {}])
+def test_figures_that_are_none_are_not_noted(federation, figures):
+    federation.join("dogx", name="dogx", concept=federation.files["dogx"], approve="always", judge=federation.folder)
+    honest = federation.clients["dogx"]
+
+    def lies(message):
+        if message.metadata.message_type != messages.JUDGE:
+            return honest(message)
+        return Message(messages.content_of({"single": 0.5, "base": 0.1, **figures}), reply_to=message)
+
+    federation.clients["dogx"] = lies
+    report = federation.round(judge=True)
+    assert report.judged == {} and report.fused and "dogx" in report.refused
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"name": "dog"}, "--data FOLDER"),
+        ({"name": "dog", "data": "x", "concept": "y"}, "not both"),
+        ({"name": "dog", "data": "x"}, "--class-word"),
+        ({"name": "../dog", "concept": "y"}, "name"),
+        ({"name": "dog", "concept": "y", "approve": "never"}, "approve"),
+    ],
+)
+def test_an_offer_that_is_none_is_refused_in_one_line(given, said):
+    with pytest.raises(SettingsError, match=said):
+        ClientSettings(**given)
+
+
+def test_a_folder_that_flower_cannot_be_told_is_refused(tmp_path):
+    with pytest.raises(BadInputError, match="quote"):
+        supernode(tmp_path / 'a"b', "center:1", tmp_path)
+
+
+def test_a_round_without_a_center_says_how_to_start_one(tmp_path):
+    with pytest.raises(BadInputError, match="mixofshow center"):
+        state_of(tmp_path)
+
