@@ -86,7 +86,7 @@ def test_after_ctrl_c_no_further_concept_is_begun_and_the_exit_code_is_130(make,
         begun.append(settings.name)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mixofshow.tuning.trainer.tune", interrupted)
+    monkeypatch.setattr("mixofshow.evaluation.previews.tune", interrupted)
     text = f"{{base: {GOLDEN_BASE}, class_word: man, data: {tmp_path}/pictures, concepts: [{{name: a}}, {{name: b}}]}}"
     (tmp_path / "both.yaml").write_text(text)
     monkeypatch.setattr(

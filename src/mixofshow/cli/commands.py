@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from mixofshow.cli import DEBUG, INTERRUPTED, convert, evaluate, federation, fuse, sample, tune
+from mixofshow.cli import DEBUG, INTERRUPTED, convert, evaluate, federation, fuse, sample, studio, tune
 
 
 class _Program(TyperGroup):
@@ -33,5 +33,5 @@ app = typer.Typer(
     help="Tune concepts on your pictures, fuse any number of them, draw them together, each where you put it.",
     epilog=f"{DEBUG}, anywhere in a command: errors in full length, with where they arose.",
 )
-for part in (tune, fuse, sample, convert, evaluate, federation):
+for part in (tune, fuse, sample, convert, evaluate, federation, studio):
     app.add_typer(part.app)

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from mixofshow.cli.options import BASE_PANEL, Device, bases, with_loading, with_settings
-from mixofshow.errors import SettingsError
 from mixofshow.progress import terminal_bar
 from mixofshow.sampling.settings import Composition
 from mixofshow.terminal import say
@@ -75,11 +74,11 @@ def sample(
     """Draw pictures, with regions if you like. Every setting of a composition is an option, on top of the YAML."""
     from mixofshow.outputs import check_outputs
     from mixofshow.sampling.composition import picture_paths
-    from mixofshow.sampling.drawing import draw_grid, draw_pictures, open_pipeline
+    from mixofshow.sampling.drawing import draw_grid, draw_pictures, drawn_together, open_pipeline
 
     typed = {"regions": region, "controls": control, "size": size, "image": image, "mask": mask}
     wanted, read = _wanted(composition, redo, given | {key: value for key, value in typed.items() if value})
-    concepts, wanted = _together(concept, wanted)
+    concepts, wanted = drawn_together(concept or [], wanted)
     model, base = _named(model, base)
     targets = picture_paths(out, wanted.num) if grid is None else _grid(grid, wanted, vary)
     check_outputs(files={"PNG": [*targets, show_layout]}, inputs=[*read, *bases(model, base), *concepts])
@@ -145,15 +144,3 @@ def _grid(grid: Path, wanted: Composition, vary: str | None) -> list[Path]:
 
     grid_rows(wanted, vary)
     return [grid]
-
-
-def _together(files: list[Path] | None, wanted: Composition) -> tuple[list[Path], Composition]:
-    """The concept files, and the composition: several draw only in regions. Raises SettingsError without any."""
-    if not files or len(files) == 1:
-        return files or [], wanted
-    if not wanted.regions and not wanted.redo:
-        raise SettingsError(
-            f"--concept: {len(files)} files without regions: give each its place by --region, or make one model of them by "
-            "mixofshow fuse"
-        )
-    return files, wanted.model_copy(update={"regional_lora": True})

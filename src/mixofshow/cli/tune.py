@@ -82,25 +82,12 @@ def _tune_one(settings: Any, target: Path, folder: Path, loading: dict[str, Any]
     from accelerate import PartialState
 
     from mixofshow.bases.loading import load_base
-    from mixofshow.evaluation.previews import preview_grids
-    from mixofshow.tuning.trainer import tune as run
+    from mixofshow.evaluation.previews import tune_into
 
-    state = PartialState()
+    hidden = not PartialState().is_main_process
     pipeline = load_base(settings.base, device=place, **{"dtype": settings.precision, **loading})
-    preview = preview_grids(pipeline, folder) if settings.preview_every else None
-
-    def save(concept: Any, place: Path) -> None:
-        concept.save(place)
-        steps, size = concept.info.settings["steps"], place.stat().st_size / 2**20
-        say(f"{place}: {settings.placeholder}, {settings.method}, {steps} steps, {size:.2f} MB")
-
-    def stopped(concept: Any, step: int) -> None:
-        """What is whole is not replaced by what is not."""
-        save(concept, folder / f"{step:06d}.safetensors" if target.exists() else target)
-
-    with terminal_bar(f"tuning {settings.placeholder}", hidden=not state.is_main_process) as progress:
-        watched: dict[str, Any] = {"progress": progress, "preview": preview, "stopped": stopped}
-        run(settings, pipeline, folder=folder, resume=resume, **watched, finished=lambda concept: save(concept, target))
+    with terminal_bar(f"tuning {settings.placeholder}", hidden=hidden) as progress:
+        tune_into(target, settings, pipeline, folder=folder, resume=resume, progress=progress, say=say)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from PIL import Image
 from mixofshow.errors import RegionError, SettingsError, nearest, shown
 from mixofshow.progress import Progress, silent
 from mixofshow.reading import named_in, parse_table, read_table
+from mixofshow.sampling.inputs import Callback
 from mixofshow.sampling.inset import draw_inset
 from mixofshow.sampling.pictures import PictureSource, embedded, is_embedded, read_picture
 from mixofshow.sampling.pipeline import MixOfShowPipeline
@@ -129,12 +130,17 @@ def picture_paths(path: Path, count: int) -> list[Path]:
 
 
 def compose(
-    pipeline: MixOfShowPipeline, composition: Composition, *, at_once: bool = False, progress: Progress = silent
+    pipeline: MixOfShowPipeline,
+    composition: Composition,
+    *,
+    at_once: bool = False,
+    progress: Progress = silent,
+    step_end: Callback | None = None,
 ) -> list[Image.Image]:
     """Draw a composition's pictures; picture k is made from seed + k.
 
     They are drawn one at a time, for rounding depends on how many are drawn together; `at_once`, in one batch, is
-    quicker. Raises BadInputError.
+    quicker. `step_end` is diffusers' `callback_on_step_end`. Raises BadInputError.
     """
     if composition.redo is not None:
         count = composition.num
@@ -156,6 +162,7 @@ def compose(
             seed=composition.seed + number,
             regional_lora=composition.regional_lora,
             controls=controls,
+            callback_on_step_end=step_end,
             progress=progress,
             **composition.settings,
         )

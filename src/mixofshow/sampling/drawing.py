@@ -24,6 +24,7 @@ from mixofshow.grids import grid
 from mixofshow.outputs import writing
 from mixofshow.progress import Progress, silent
 from mixofshow.sampling.composition import as_part, compose, variations
+from mixofshow.sampling.inputs import Callback
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.regions import bounding_cells, coverage, shape_of
 from mixofshow.sampling.replay import maker_of, resolved, save_picture
@@ -53,7 +54,7 @@ def open_pipeline(
     """
     ahead = [read_ahead(one) for one in concepts]
     if composition:
-        _require_known_words(composition, _known_words(model, ahead))
+        require_known_words(composition, known_words(model, ahead))
     load = load_unfused if regional_lora and not concepts and os.path.isdir(model) else load_model
     known = load(model, base=base, **loading)
     if concepts:
@@ -67,7 +68,19 @@ def open_pipeline(
     return MixOfShowPipeline.of(known)
 
 
-def _require_known_words(composition: Composition, known: Vocabulary | None) -> None:
+def drawn_together(files: Sequence[Path], composition: Composition) -> tuple[Sequence[Path], Composition]:
+    """The concept files, and the composition: several draw only in regions. Raises SettingsError without any."""
+    if len(files) < 2:
+        return files, composition
+    if not composition.regions and not composition.redo:
+        raise SettingsError(
+            f"--concept: {len(files)} files without regions: give each its place by --region, or make one model of them by "
+            "mixofshow fuse"
+        )
+    return files, composition.model_copy(update={"regional_lora": True})
+
+
+def require_known_words(composition: Composition, known: Vocabulary | None) -> None:
     """Raise TokenError for a word in a prompt that nobody will know."""
     if known is not None:
         known = replace(known, syntax=composition.prompt_syntax)
@@ -75,7 +88,7 @@ def _require_known_words(composition: Composition, known: Vocabulary | None) -> 
             known.split(prompt)
 
 
-def _known_words(model: str, concepts: Sequence[Concept | None]) -> Vocabulary | None:
+def known_words(model: str, concepts: Sequence[Concept | None]) -> Vocabulary | None:
     """The words that prompts may use, where small files tell: of our concepts, a fused folder, the embedded base."""
     if concepts:
         return None if None in concepts else vocabulary(filter(None, concepts))
@@ -94,10 +107,11 @@ def draw_pictures(
     *,
     layout: Path | None = None,
     progress: Progress = silent,
+    step_end: Callback | None = None,
 ) -> None:
-    """Write a composition's pictures and, if asked for, the regions over the first of them."""
+    """Write a composition's pictures and, if asked for, the regions over the first of them; see `compose`."""
     maker, composition = maker_of(pipeline), resolved(composition, pipeline)
-    images = compose(pipeline, composition, progress=progress)
+    images = compose(pipeline, composition, progress=progress, step_end=step_end)
     for number, (image, target) in enumerate(zip(images, targets, strict=True)):
         save_picture(image, target, composition, maker, number)
     if layout is not None:

@@ -1,0 +1,47 @@
+"""The studio in a browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mixofshow.cli.options import Base, Device, with_loading
+from mixofshow.terminal import say
+
+app = typer.Typer()
+
+
+@app.command()
+@with_loading
+def studio(
+    *,
+    workspace: Annotated[
+        Path, typer.Argument(help="Folder that holds everything: concepts, models, pictures, tuning.")
+    ] = Path("studio"),
+    base: Base = "emojiland",
+    concept: Annotated[
+        list[Path] | None, typer.Option("--concept", help="A concept file to put onto the shelf; any number.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where it listens.")] = 7860,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; one that others can reach needs --token.")
+    ] = "127.0.0.1",
+    token: Annotated[
+        str | None, typer.Option(envvar="MIXOFSHOW_TOKEN", help="What everybody must know who opens the page.")
+    ] = None,
+    device: Device = "cpu",
+    loading: dict[str, Any],
+) -> None:
+    """Open the studio: tune, fuse and draw in a browser. Needs the extra `studio`; Ctrl-C ends it."""
+    from mixofshow.studio.server import check_address, serve
+    from mixofshow.studio.shelf import put_on
+    from mixofshow.studio.workspace import Workspace
+
+    check_address(host, token)
+    place = Workspace(workspace.absolute(), base, {"device": device, **loading})
+    put_on(place, concept or [])
+    page, address = serve(place, host=host, port=port, token=token)
+    say(f"{address} (workspace {workspace}); Ctrl-C ends it")
+    page.block_thread()

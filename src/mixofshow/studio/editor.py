@@ -1,0 +1,110 @@
+"""The region editor: a component of our own, whose value is a composition's size and regions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import TypeAdapter
+
+from mixofshow.errors import SettingsError, shown
+from mixofshow.images import read_image
+from mixofshow.sampling.pictures import embedded
+from mixofshow.sampling.settings import Composition, Region
+from mixofshow.studio import web as gr
+from mixofshow.studio.forms import Field, fields_of
+from mixofshow.studio.shelf import Card
+from mixofshow.studio.web import source
+
+SCRIPTS: Final = ("editor.js", "canvas.js", "panel.js")
+BY_ITSELF: Final = ("prompt", "box", "polygon", "mask", "units", "adapters")
+"""Of a region's settings, those that the canvas and the list have places for, or that no form can ask."""
+LARGEST_SIDE: Final = 1024
+"""Of the picture under the regions, in pixels."""
+TYPES: Final[Mapping[str, Mapping[str, Any]]] = {
+    "whole": {"type": "number", "step": 1},
+    "number": {"type": "number", "step": "any"},
+    "text": {"type": "text"},
+}
+
+
+def region_editor(**props: Any) -> Any:
+    """The component. Its value is {width, height, regions}; `input` is its event for whatever a person does there."""
+    return gr.HTML(
+        html_template=source("editor.html"),
+        css_template=source("editor.css"),
+        js_on_load=source(*SCRIPTS),
+        apply_default_css=False,
+        fields=region_fields(),
+        **{"elem_id": "editor", "value": {"width": 64, "height": 64, "regions": []}, "cards": [], "advice": [], "picture": "", **props},
+    )
+
+
+def region_fields() -> list[dict[str, Any]]:
+    """The settings of a region that the list asks, from its schema."""
+    schema = TypeAdapter(Region).json_schema()
+    return [_asked(one) for one in fields_of(schema, leave_out=BY_ITSELF)]
+
+
+def _asked(field: Field) -> dict[str, Any]:
+    fallback = "" if field.default is None else str(field.default)
+    bounds = {"min": field.minimum, "max": field.maximum}
+    return {"key": field.key, "label": field.label, "fallback": fallback, **bounds, **TYPES[field.kind]}
+
+
+def value_of(composition: Composition, size: tuple[int, int]) -> dict[str, Any]:
+    """What the editor shows of a composition on a picture of (width, height): boxes and polygons in shares of it."""
+    width, height = size
+    dumped = composition.model_dump(mode="json", include={"regions"}, exclude_defaults=True).get("regions", [])
+    regions = [
+        _in_shares(one, table, width, height) for one, table in zip(composition.regions, dumped, strict=True)
+    ]
+    return {"width": width, "height": height, "regions": regions}
+
+
+def _in_shares(region: Region, table: Mapping[str, Any], width: int, height: int) -> dict[str, Any]:
+    numbers = [*(region.box or ()), *(one for point in region.polygon or () for one in point)]
+    across = (1, 1) if region.in_shares(max(numbers, default=0)) else (width, height)
+    found = {**table, "units": "share"}
+    if region.box:
+        found["box"] = [number / across[place % 2] for place, number in enumerate(region.box)]
+    if region.polygon:
+        found["polygon"] = [[x / across[0], y / across[1]] for x, y in region.polygon]
+    if region.feather and not region.in_shares(region.feather):
+        found["feather"] = region.feather / min(width, height)
+    return found
+
+
+def regions_of(value: Any) -> list[dict[str, Any]]:
+    """The regions in the editor's value, which may be anybody's. Raises SettingsError for what cannot be one."""
+    regions = value.get("regions") if isinstance(value, Mapping) else None
+    if not isinstance(regions, list) or not all(isinstance(one, Mapping) for one in regions):
+        raise SettingsError(f"regions: expected a list of tables, found {shown(regions)}")
+    return [dict(one) for one in regions]
+
+
+def cards_for(cards: Sequence[Card]) -> list[dict[str, Any]]:
+    """What the editor is told of concepts; all of it is only ever shown as text."""
+    return [
+        {
+            "word": card.word,
+            "prompt": f"a photo of a {card.word}",
+            "title": card.facts,
+            "picture": thumbnail(card.portrait, 64) if card.portrait else "",
+        }
+        for card in cards
+    ]
+
+
+def thumbnail(path: Path, side: int = LARGEST_SIDE) -> str:
+    """A picture as a text that a page shows, at most so large. Raises BadInputError."""
+    return thumbnail_of(path, side)[0]
+
+
+def thumbnail_of(path: Path, side: int = LARGEST_SIDE) -> tuple[str, tuple[int, int]]:
+    """The same, and the (width, height) of the picture itself. Raises BadInputError."""
+    image = read_image(path, shown(path.name)).image
+    size = image.size
+    image.thumbnail((side, side))
+    return embedded(image), size

@@ -1,0 +1,239 @@
+"""Tuning on the page: pictures, captions and masks of a concept in a folder of their own, and the job that tunes it."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from html import escape
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from PIL import Image, ImageChops
+
+from mixofshow.bases.loading import load_base
+from mixofshow.errors import DatasetError, MixOfShowError, SettingsError, shown
+from mixofshow.evaluation.previews import tune_into
+from mixofshow.images import opened, read_image
+from mixofshow.outputs import check_outputs, write_text, writing
+from mixofshow.reading import read_bytes, read_table
+from mixofshow.sampling.pictures import MAX_BYTES, read_picture
+from mixofshow.studio.commands import line
+from mixofshow.studio.compose import Studio
+from mixofshow.studio.forms import Field, fields_of
+from mixofshow.studio.jobs import Job
+from mixofshow.studio.shelf import file_name
+from mixofshow.studio.workspace import Workspace
+from mixofshow.tuning.captions import Naming
+from mixofshow.tuning.check import check_folder
+from mixofshow.tuning.checkpoints import any_in, run_folder
+from mixofshow.tuning.settings import TuningSettings, dotted_keys, make_settings, nested, with_presets
+
+logger = logging.getLogger(__name__)
+KIND: Final = "tune"
+NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,30}")
+SUFFIX_OF: Final = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "MPO": ".jpg"}
+ON_THE_PAGE: Final = ("name", "class_word", "data", "masks", "base", "prior.data")
+"""Settings with a place of their own, or that name other folders than the concept's."""
+FIRST: Final = {"preview_every": 50}
+"""What the page sets where the command line's default is another."""
+WIDE, HIGH = 480, 120
+"""Of the curve."""
+
+
+@cache
+def tuning_fields(base: str) -> list[Field]:
+    """The form of tuning, with the defaults that hold on this base."""
+    usual = with_presets(make_settings({"name": "x", "class_word": "x", "data": "x"}), base)
+    found = fields_of(TuningSettings.model_json_schema(), leave_out=ON_THE_PAGE)
+    values = {**dict(_flat(usual)), **FIRST}
+    return [replace(one, default=values[one.key]) for one in found]
+
+
+def _flat(settings: TuningSettings) -> Iterable[tuple[str, Any]]:
+    for key, _ in dotted_keys():
+        value: Any = settings
+        for part in key.split("."):
+            value = getattr(value, part)
+        yield key, value
+
+
+def folder_of(workspace: Workspace, name: str) -> Path:
+    """Where a concept's pictures, captions and masks are. Raises SettingsError for what cannot be a concept's name."""
+    if not NAME.fullmatch(name):
+        raise SettingsError(f"name: expected up to 31 lower-case letters, digits, '-', '_', found '{shown(name)}'")
+    return workspace.tuning / name
+
+
+def names(workspace: Workspace) -> list[str]:
+    """The concepts of which there are pictures."""
+    return sorted(one.parent.name for one in workspace.tuning.glob("*/pictures"))
+
+
+def pictures(workspace: Workspace, name: str) -> list[Path]:
+    """A concept's pictures."""
+    found = (folder_of(workspace, name) / "pictures").glob("*")
+    return sorted(one for one in found if one.suffix in SUFFIX_OF.values())
+
+
+def add_pictures(workspace: Workspace, name: str, uploads: Sequence[Path]) -> list[str]:
+    """Copy pictures that can be read into the concept's folder, numbered; a line for each that cannot, or is changed."""
+    place, said = folder_of(workspace, name) / "pictures", []
+    place.mkdir(parents=True, exist_ok=True)
+    taken = [int(one.stem) for one in pictures(workspace, name) if one.stem.isdecimal()]
+    number = max(taken, default=-1) + 1
+    for upload in uploads:
+        label = shown(upload.name)
+        try:
+            data = read_bytes(upload, MAX_BYTES, DatasetError, label)
+            notes = read_image(data, label, error=DatasetError).notes
+            with opened(data, label, error=DatasetError) as image:
+                suffix = SUFFIX_OF[image.format]
+        except MixOfShowError as error:
+            said.append(str(error))
+            continue
+        with writing(place / f"{number:03d}{suffix}") as temporary:
+            temporary.write_bytes(data)
+        said += [f"{label}: {note}" for note in notes]
+        number += 1
+    return said
+
+
+def captions(workspace: Workspace, name: str) -> list[list[str]]:
+    """A row for each picture: its file and its caption."""
+    rows = []
+    for picture in pictures(workspace, name):
+        file = picture.with_suffix(".txt")
+        rows.append([picture.name, file.read_text("utf-8", errors="replace").strip() if file.is_file() else ""])
+    return rows
+
+
+def write_captions(workspace: Workspace, name: str, rows: Sequence[Sequence[Any]]) -> int:
+    """Write the captions that were changed; an empty one removes its file. Returns how many pictures have one."""
+    files = {picture.name: picture.with_suffix(".txt") for picture in pictures(workspace, name)}
+    for picture, caption in ((str(row[0]), str(row[1] or "").strip()) for row in rows):
+        if picture not in files:
+            raise SettingsError(f"'{shown(picture)}': no picture of <{name}> is called so")
+        if caption:
+            write_text(files[picture], " ".join(caption.split()) + "\n")
+        else:
+            files[picture].unlink(missing_ok=True)
+    return sum(file.is_file() for file in files.values())
+
+
+def write_mask(workspace: Workspace, name: str, picture: str, regions: Sequence[Mapping[str, Any]]) -> Path:
+    """A picture's mask from what was painted over it. Raises SettingsError, RegionError."""
+    found = {one.name: one for one in pictures(workspace, name)}
+    if picture not in found:
+        raise SettingsError(f"'{shown(picture)}': no picture of <{name}> is called so")
+    painted = [one["mask"] for one in regions if str(one.get("mask", "")).startswith("data:image/png;base64,")]
+    if not painted:
+        raise SettingsError("paint with the brush what the concept is, then save")
+    size = read_image(found[picture], shown(picture), error=DatasetError).image.size
+    mask = Image.new("L", size)
+    for one in painted:
+        mask = ImageChops.lighter(mask, read_picture(one, "L").resize(size, Image.Resampling.BILINEAR))
+    target = folder_of(workspace, name) / "masks" / f"{Path(picture).stem}.png"
+    with writing(target) as temporary:
+        mask.save(temporary, "PNG")
+    return target
+
+
+def findings(workspace: Workspace, name: str, class_word: str) -> list[str]:
+    """What `mixofshow check` says of the folder, a line each."""
+    naming = Naming(f"<{name}>", [f"<{name}{number}>" for number in (1, 2)], class_word or "object")
+    found = check_folder(folder_of(workspace, name) / "pictures", naming=naming)
+    return [f"{one.level}: {one}" for one in found] or ["nothing to say: every picture is used as it is"]
+
+
+def settings_file(workspace: Workspace, name: str) -> Path:
+    """The YAML of a concept's settings, as `mixofshow tune` reads it."""
+    return folder_of(workspace, name) / "tune.yaml"
+
+
+def command(workspace: Workspace, name: str, *, resume: bool = False) -> str:
+    """The command line that tunes the same."""
+    target = workspace.shown(workspace.concepts / f"{name}.safetensors")
+    words = ["tune", workspace.shown(settings_file(workspace, name)), "--out", target]
+    return line(workspace, *words, *(["--resume"] if resume else []), device="auto")
+
+
+def start_tuning(studio: Studio, name: str, class_word: str, given: Mapping[str, Any], *, resume: bool) -> Job:
+    """Write the settings, and tune by them in a job. Raises SettingsError, DatasetError, BadInputError."""
+    workspace = studio.workspace
+    data = folder_of(workspace, name) / "pictures"
+    table = nested({"name": name, "class_word": class_word, "data": str(data), "base": workspace.base, **FIRST, **given})
+    settings = make_settings(table, "settings")
+    if not pictures(workspace, name):
+        raise DatasetError(f"<{name}> has no pictures yet; drop some first")
+    target = workspace.concepts / f"{name}.safetensors"
+    folder = run_folder(target)
+    check_outputs(files={"safetensors": [target]}, shared=[folder], inputs=[data])
+    if any_in(folder / "checkpoints") and not resume:
+        _put_aside(workspace, folder)
+    in_yaml = {**table, "data": workspace.shown(data)}
+    write_text(settings_file(workspace, name), yaml.safe_dump(in_yaml, sort_keys=False, allow_unicode=True))
+
+    def work(job: Job) -> list[Path]:
+        studio.engine.forget()
+        pipeline = load_base(workspace.base, **{"dtype": settings.precision, **workspace.loading})
+        how: dict[str, Any] = {"folder": folder, "resume": resume, "progress": job.progress, "say": job.said.append}
+        tune_into(target, settings, pipeline, **how)
+        return [target]
+
+    job = studio.jobs.submit(KIND, f"tuning <{name}>", work)
+    job.facts = name
+    return job
+
+
+def _put_aside(workspace: Workspace, folder: Path) -> None:
+    """An earlier run's checkpoints and previews, so that a new one begins with its first step."""
+    removed = workspace.folder / "removed"
+    removed.mkdir(exist_ok=True)
+    folder.rename(removed / file_name(folder.name, [one.name for one in removed.iterdir()]))
+
+
+def known(workspace: Workspace, name: str) -> dict[str, Any]:
+    """The settings of a concept that was tuned here before, by dotted keys; empty for a new one."""
+    file = settings_file(workspace, name)
+    if not file.is_file():
+        return {}
+    given = make_settings(read_table(file), str(file)).model_dump(mode="json", exclude_unset=True)
+    return dict(_dotted(given, ""))
+
+
+def _dotted(table: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def previews(workspace: Workspace, name: str) -> list[Path]:
+    """Preview grids of the concept's run, the first first."""
+    folder = run_folder(workspace.concepts / f"{name}.safetensors")
+    return sorted(one for one in folder.glob("*.png") if one.stem.isdecimal())
+
+
+def curve(points: Sequence[tuple[int, float]]) -> str:
+    """The loss by step, as a drawing in HTML, smoothed over a twentieth of it."""
+    if len(points) < 2:
+        return ""
+    window = max(1, len(points) // 20)
+    losses = [loss for _, loss in points]
+    recent = [losses[max(0, end - window) : end] for end in range(1, len(losses) + 1)]
+    smooth = [sum(one) / len(one) for one in recent]
+    low, high = min(smooth), max(smooth)
+    scale = (HIGH - 10) / ((high - low) or 1)
+    path = " ".join(
+        f"{WIDE * number / (len(smooth) - 1):.1f},{HIGH - 5 - (loss - low) * scale:.1f}" for number, loss in enumerate(smooth)
+    )
+    label = escape(f"Loss from {smooth[0]:.3g} at step {points[0][0]} to {smooth[-1]:.3g} at step {points[-1][0]}")
+    return (
+        f'<figure class="curve"><svg viewBox="0 0 {WIDE} {HIGH}" role="img" aria-label="{label}"><polyline points="{path}" '
+        f'fill="none" stroke="currentColor" stroke-width="2"/></svg><figcaption>{label}</figcaption></figure>'
+    )

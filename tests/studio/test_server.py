@@ -1,0 +1,132 @@
+"""The studio's server: one page, drawn on through Gradio's client, that lets in only whom it should and fetches nothing."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixofshow.errors import SettingsError
+from mixofshow.studio import compose
+from mixofshow.studio.drawing import OWN
+from mixofshow.studio.forms import values_of
+from mixofshow.studio.workspace import Workspace
+
+pytest.importorskip("gradio")
+pytestmark = pytest.mark.filterwarnings("default")  # the client's own are no errors of ours
+
+CLOWN = Path(__file__).parents[2] / "examples" / "concepts" / "clown.safetensors"
+
+
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def open_studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """`open_studio("--token", …)` serves a new workspace in a process of its own; returns its address and workspace."""
+    running = []
+
+    def opened(*options: str) -> tuple[str, Workspace]:
+        folder, port = tmp_path_factory.mktemp("studio"), free_port()
+        command = [sys.executable, "-m", "mixofshow", "studio", str(folder), "--concept", str(CLOWN)]
+        child = subprocess.Popen([*command, "--port", str(port), *options], stdout=subprocess.PIPE, text=True)
+        running.append(child)
+        assert child.stdout
+        line = child.stdout.readline()
+        assert line.startswith(f"http://127.0.0.1:{port}/ "), line
+        return line.split()[0], Workspace(folder)
+
+    yield opened
+    for child in running:
+        child.terminate()
+        child.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def address_and_workspace(open_studio: Any) -> tuple[str, Workspace]:
+    return open_studio()
+
+
+def test_a_picture_is_drawn_through_the_page(address_and_workspace: tuple[str, Workspace]) -> None:
+    from gradio_client import Client
+
+    address, workspace = address_and_workspace
+    client = Client(address, verbose=False)
+    canvas = {"regions": [{"prompt": "a <clown>", "box": [0, 0, 1, 1], "units": "share"}]}
+    more = values_of(compose.more_fields(), {"steps": 1})
+    said = client.predict(canvas, "a <clown>", "", 32, 32, 7, 1, *more, OWN, api_name="/draw")
+    assert "drawing picture 0001" in said
+    deadline = time.monotonic() + 60
+    while not workspace.picture_files() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    (picture,) = workspace.picture_files()
+    assert compose.recalled(picture).seed == 7
+    assert compose.recalled(workspace.picture_files()[0]).steps == 1
+    refused = client.predict(canvas, "<b>bold</b>", "", 33, 32, 7, 1, *more, OWN, api_name="/draw")
+    assert "unknown concept &#x27;&lt;b&gt;&#x27;" in refused
+    client.close()
+
+
+def test_only_this_machines_names_lead_to_it(address_and_workspace: tuple[str, Workspace]) -> None:
+    import httpx
+
+    address, _ = address_and_workspace
+    assert httpx.get(address).status_code == 200
+    assert httpx.get(address, headers={"host": "rebound.example"}).status_code == 400
+    for path in ("docs", "openapi.json", "monitoring"):
+        assert httpx.get(address + path).status_code >= 400
+
+
+def test_files_outside_of_the_workspace_are_not_served(address_and_workspace: tuple[str, Workspace]) -> None:
+    import httpx
+
+    address, workspace = address_and_workspace
+    inside, outside = workspace.canvas, workspace.folder.parent / "secret.txt"
+    inside.write_text("prompt: x")
+    outside.write_text("secret")
+    assert httpx.get(f"{address}gradio_api/file={inside}").text == "prompt: x"
+    for path in (outside, inside.parent / ".." / "secret.txt", "/etc/hostname"):
+        assert httpx.get(f"{address}gradio_api/file={path}").status_code in (403, 404)
+
+
+def test_the_page_names_nothing_to_fetch_from_elsewhere(address_and_workspace: tuple[str, Workspace]) -> None:
+    import httpx
+
+    config = httpx.get(f"{address_and_workspace[0]}config").json()
+    assert config["analytics_enabled"] is False and config["run_history"] is False
+    theme = httpx.get(f"{address_and_workspace[0]}theme.css").text
+    assert "fonts.googleapis" not in theme and "@import" not in theme
+
+
+def test_with_a_token_nobody_comes_in_without(open_studio: Any) -> None:
+    import httpx
+
+    address, workspace = open_studio("--token", "open sesame")
+    workspace.canvas.write_text("prompt: x")
+    assert httpx.get(f"{address}gradio_api/file={workspace.canvas}").status_code == 401
+    assert httpx.get(f"{address}config").status_code == 401
+    with httpx.Client() as visitor:
+        wrong = visitor.post(f"{address}login", data={"username": "me", "password": "open sesam"})
+        assert wrong.status_code == 400
+        assert visitor.post(f"{address}login", data={"username": "me", "password": "open sesame"}).status_code == 200
+        assert visitor.get(f"{address}gradio_api/file={workspace.canvas}").text == "prompt: x"
+
+
+def test_a_port_that_is_taken_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixofshow.studio import server
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(SettingsError, match="give another port"):
+            server.check_port("127.0.0.1", taken.getsockname()[1])

@@ -1,0 +1,329 @@
+"""What the studio does, without a page: forms, compositions, advice, jobs, and drawing the command line's bytes."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from pydantic import BaseModel, Field
+
+from mixofshow import cli
+from mixofshow.errors import BadInputError, MixOfShowError, SettingsError
+from mixofshow.fusion.settings import FusionSettings
+from mixofshow.reading import read_table
+from mixofshow.sampling.composition import make_composition
+from mixofshow.sampling.pictures import embedded
+from mixofshow.sampling.replay import Maker, save_picture
+from mixofshow.sampling.settings import Composition, Region
+from mixofshow.studio import compose, web
+from mixofshow.studio.advice import advice, completed
+from mixofshow.studio.compose import Studio
+from mixofshow.studio.drawing import OWN
+from mixofshow.studio.editor import region_fields, regions_of, value_of
+from mixofshow.studio.forms import fields_of, table_of, values_of
+from mixofshow.studio.jobs import Job, Jobs
+from mixofshow.studio.server import check_address
+from mixofshow.studio.shelf import cards, file_name, named_in, put_on, unreadable
+from mixofshow.studio.workspace import Workspace, as_yaml
+from mixofshow.tuning.settings import TuningSettings, dotted_keys
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "concepts"
+FILES = [EXAMPLES / f"{name}.safetensors" for name in ("clown", "steamtrain")]
+BOX = {"prompt": "a <clown>", "box": [0.0, 0.0, 0.5, 1.0], "units": "share"}
+
+
+@pytest.fixture
+def studio(tmp_path: Path) -> Studio:
+    workspace = Workspace(tmp_path / "work")
+    put_on(workspace, FILES)
+    return Studio(workspace)
+
+
+def parts(canvas: dict[str, Any], prompt: str = "", **values: Any) -> list[Any]:
+    """The page's parts as they are when it opens, with some filled in."""
+    plain = [values.pop(key, None) for key in compose.PLAIN[1:]]
+    more = values_of(compose.more_fields(), values)
+    return [canvas, prompt, *plain, *more]
+
+
+# Forms.
+
+
+@pytest.mark.parametrize("model", [TuningSettings, FusionSettings])
+def test_a_form_has_every_setting_and_only_those(model: type[BaseModel]) -> None:
+    assert [one.key for one in fields_of(model.model_json_schema())] == [key for key, _ in dotted_keys(model)]
+
+
+def test_every_key_of_a_composition_has_its_place() -> None:
+    keys = {*compose.ON_THE_PAGE, *(one.key for one in compose.more_fields())}
+    assert keys == set(Composition.model_fields)
+
+
+def test_a_form_left_alone_says_nothing_and_one_filled_in_says_just_that() -> None:
+    fields = fields_of(TuningSettings.model_json_schema())
+    assert table_of(fields, values_of(fields, {})) == {}
+    given = {"name": "cat", "unet.rank": 8, "captions.shuffle": True, "unet.targets": "all", "loss.min_snr": 5.0}
+    assert table_of(fields, values_of(fields, given)) == given
+
+
+def test_a_form_reads_what_has_several_kinds_as_yaml_and_lists_by_line() -> None:
+    class Odd(BaseModel):
+        isolate: int | bool = False
+        prompts: tuple[str, ...] = ("{}",)
+        author: str | None = None
+        rank: int = Field(4, ge=1, le=8)
+
+    fields = fields_of(Odd.model_json_schema())
+    assert [(one.kind, one.minimum, one.maximum) for one in fields][-1] == ("whole", 1, 8)
+    assert table_of(fields, ["true", "a {}\n\n{} b", "yes", ""]) == {
+        "isolate": True,
+        "prompts": ["a {}", "{} b"],
+        "author": "yes",
+    }
+
+
+def test_the_list_of_regions_asks_what_a_region_has() -> None:
+    asked = {one["key"] for one in region_fields()}
+    assert asked | {"prompt", "box", "polygon", "mask", "units", "adapters"} == set(Region.__dataclass_fields__)
+
+
+# Compositions.
+
+REGIONS = [
+    BOX | {"feather": 0.1, "strength": 0.5, "first_step": 2},
+    {"prompt": "b", "polygon": [[0.0, 0.0], [1.0, 0.0], [0.5, 1.0]], "units": "share", "negative_prompt": "c"},
+]
+
+
+def test_a_composition_comes_back_as_it_was_put_together(studio: Studio) -> None:
+    canvas = {"width": 96, "height": 64, "regions": REGIONS}
+    made = compose.composition_from(*parts(canvas, "all", width=96, height=64, seed=3, num=2, steps=7, isolate=True))
+    assert (made.prompt, made.width, made.seed, made.num, made.steps, made.isolate) == ("all", 96, 3, 2, 7, True)
+    again = compose.parts_of(studio, made)
+    assert again[0] == canvas
+    assert compose.composition_from(*again) == made
+
+
+def test_what_is_on_the_canvas_is_kept_and_another_page_finds_it(studio: Studio) -> None:
+    made = compose.composition_from(*parts({"regions": REGIONS}, "ein Clown – draußen"))
+    compose.keep(studio, made, OWN)
+    assert Studio(studio.workspace).workspace.composition() == made
+    assert read_table(studio.workspace.canvas)["prompt"] == "ein Clown – draußen"
+
+
+def test_a_canvas_that_cannot_be_read_is_put_aside_and_not_lost(studio: Studio) -> None:
+    for number in (1, 2):
+        studio.workspace.canvas.write_text(f"prompt: [{number}")
+        assert studio.workspace.composition() == Composition(prompt="")
+        studio.workspace.keep(Composition(prompt="new"))
+        aside = studio.workspace.folder / f"composition-aside-{number}.yaml"
+        assert aside.read_text() == f"prompt: [{number}"
+
+
+def test_pixels_become_shares_of_the_picture() -> None:
+    regions = ({"prompt": "a", "box": [16, 8, 80, 64], "feather": 6.4}, {"prompt": "b", "box": [0, 0, 0.5, 1]})
+    found = value_of(make_composition({"prompt": "", "regions": regions}), (160, 64))
+    assert found["regions"][0]["box"] == [0.1, 0.125, 0.5, 1.0]
+    assert found["regions"][0]["feather"] == pytest.approx(0.1)
+    assert found["regions"][1]["box"] == [0.0, 0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    "region",
+    [
+        {"prompt": "a", "mask": "/etc/hostname"},
+        {"prompt": "a", "mask": "../secret.png"},
+        {"prompt": "a", "box": [0, 0, 1], "units": "share"},
+        {"prompt": "a", "box": [0, 0, 1, 1], "boxx": 1},
+        {"prompt": 5, "box": [0, 0, 1, 1]},
+        {"prompt": "a", "polygon": "all"},
+        {},
+        "<img src=x onerror=alert(1)>",
+        None,
+    ],
+)
+def test_no_visitor_names_a_file_or_breaks_the_page(region: Any) -> None:
+    with pytest.raises(MixOfShowError) as refused:
+        compose.composition_from(*parts({"regions": [region]}))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("value", [None, 5, "text", {"regions": 5}, {"regions": {}}, {}])
+def test_a_value_that_is_no_canvas_is_refused(value: Any) -> None:
+    with pytest.raises(SettingsError, match="regions: expected a list"):
+        regions_of(value)
+
+
+# What a region lacks.
+
+
+@pytest.mark.parametrize(
+    ("prompts", "base", "said"),
+    [
+        (["", "a <steamtrain>"], "other", ["Say what is in this region.", ""]),
+        (["a <clwn>", "a <steamtrain>"], "other", ["did you mean '<clown>'", ""]),
+        (["a cook", "a <steamtrain>"], "other", ["No concept's name", ""]),
+        (["a <clown>", "a <steamtrain>"], "other", ["", ""]),
+        (["a <clown>", "a car and a <steamtrain>"], "emojiland", ["as: a photo of a <clown> and a cook", ""]),
+    ],
+)
+def test_what_a_regions_prompt_lacks_is_said(studio: Studio, prompts: list[str], base: str, said: list[str]) -> None:
+    boxes = ([0, 0, 0.5, 1], [0.5, 0, 1, 1])
+    regions = [{"prompt": prompt, "box": box} for prompt, box in zip(prompts, boxes, strict=True)]
+    found = advice(make_composition({"prompt": "", "regions": regions}), cards(studio.workspace), base)
+    assert all(part in line and bool(part) == bool(line) for part, line in zip(said, found, strict=True))
+
+
+def test_written_prompts_lack_nothing_and_go_from_left_to_right(studio: Studio) -> None:
+    shelf = cards(studio.workspace)
+    right, left = {"prompt": "<clown>", "box": [0.5, 0, 1, 1]}, {"prompt": "<steamtrain>", "box": [0, 0, 0.5, 1]}
+    made = completed(make_composition({"prompt": "", "regions": [right, left]}), shelf, "emojiland", "in the forest")
+    assert made.prompt == "a photo of a <steamtrain> and a <clown> in the forest"
+    assert made.regions[0].prompt == "a photo of a cook and a <clown> in the forest"
+    assert advice(made, shelf, "emojiland") == ["", ""]
+
+
+# The shelf.
+
+
+def test_the_shelf_says_what_files_say_and_what_is_wrong_with_others(studio: Studio) -> None:
+    (studio.workspace.concepts / "bad.safetensors").write_bytes(b"\x80\x04K\x01." + bytes(100))
+    assert [card.word for card in cards(studio.workspace)] == ["<clown>", "<steamtrain>"]
+    assert "a cook" in cards(studio.workspace)[0].facts
+    (problem,) = unreadable(studio.workspace)
+    assert "pickles are never opened" in problem
+    composition = make_composition({"prompt": "a <Clown1> here"})
+    assert [card.name for card in named_in(composition, cards(studio.workspace))] == ["clown"]
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("My Dog!", "my-dog"), ("../../etc/x", "etc-x"), ("<b>", "b"), ("日本", "concept"), ("clown", "clown-2")]
+)
+def test_a_concept_is_called_by_a_plain_name(text: str, name: str) -> None:
+    assert file_name(text, ["clown"]) == name
+
+
+def test_a_strangers_text_is_never_html() -> None:
+    assert web.line('<img src=x onerror="alert(1)">') == (
+        '<p class="line good" role="status">&lt;img src=x onerror=&quot;alert(1)&quot;&gt;</p>'
+    )
+
+
+# Jobs.
+
+
+def test_jobs_are_done_in_turn_and_say_how_they_ended() -> None:
+    jobs, order = Jobs(), list[str]()
+
+    def work(name: str, error: BaseException | None = None) -> Any:
+        def act(job: Job) -> list[Path]:
+            order.append(name)
+            if error:
+                raise error
+            return [Path(name)]
+
+        return act
+
+    errors = {"one": None, "two": BadInputError("no <b>"), "three": ZeroDivisionError("x")}
+    ends = [jobs.submit("a", name, work(name, error)) for name, error in errors.items()]
+    for job in ends:
+        jobs.wait(job)
+    assert order == ["one", "two", "three"]
+    assert [job.state for job in ends] == ["done", "failed", "failed"]
+    assert ends[0].results == (Path("one"),)
+    assert ends[1].line == "no <b>"
+    assert ends[2].line.startswith("a fault of the program (ZeroDivisionError")
+
+
+def test_stopping_ends_what_is_at_work_as_ctrl_c_does_and_what_waits_never_begins() -> None:
+    jobs, begun = Jobs(), threading.Event()
+
+    def endless(job: Job) -> list[Path]:
+        begun.set()
+        while True:
+            job.progress(1, 2, {"loss": 0.5})
+
+    first, second = jobs.submit("a", "one", endless), jobs.submit("a", "two", endless)
+    other = jobs.submit("b", "three", lambda job: [])
+    begun.wait(30)
+    assert jobs.latest("a") is first
+    jobs.stop("a")
+    assert jobs.wait(other, 30).state == "done"
+    assert (first.state, second.state, first.figures) == ("stopped", "stopped", {"loss": 0.5})
+
+
+# Drawing.
+
+
+def test_a_picture_has_the_bytes_that_its_command_line_gives(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    canvas = {"regions": [BOX, {"prompt": "a <steamtrain>", "box": [0.5, 0, 1, 1], "units": "share"}]}
+    composition = compose.composition_from(*parts(canvas, "a <clown>", width=96, height=32, num=2, steps=2, seed=5))
+    monkeypatch.setattr("mixofshow.studio.drawing.PREVIEW_SECONDS", 0.0)
+    job = studio.jobs.wait(compose.start_drawing(studio, composition, OWN))
+    assert job.line == "drawing 2 pictures: done", job.said
+    assert job.preview is not None and job.preview.size == (96, 32)
+    first, second = sorted(job.results)
+    assert (compose.caption(first), compose.caption(second)) == ("0001 · seed 5", "0002 · seed 6")
+    monkeypatch.chdir(studio.workspace.folder)
+    monkeypatch.setattr(sys, "argv", shlex.split(compose.command_of(second)))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert Path("picture.png").read_bytes() == second.read_bytes()
+    again = compose.recalled(second)
+    assert again.regions == composition.regions and again.seed == 6
+    assert compose.drawn_by_of(second) == OWN
+
+
+def test_what_cannot_be_drawn_is_refused_before_anything_is_written(studio: Studio) -> None:
+    two = compose.composition_from(*parts({"regions": []}, "a <clown> and a <steamtrain>"))
+    for composition, drawn_by, said in [
+        (two, OWN, "2 files without regions"),
+        (two, "lost", "no fused model is called 'lost'"),
+        (two.model_copy(update={"num": 65}), OWN, "at most 64"),
+        (two.model_copy(update={"prompt": "a <clwn>"}), OWN, "unknown concept '<clwn>'"),
+    ]:
+        with pytest.raises(BadInputError, match=said):
+            compose.start_drawing(studio, composition, drawn_by)
+    assert studio.workspace.picture_files() == []
+    with pytest.raises(SettingsError, match="no picture is called"):
+        compose.picture_named(studio, "../composition")
+
+
+def test_what_the_page_cannot_show_of_a_picture_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    start = embedded(Image.new("RGB", (8, 8)))
+    made = make_composition({"prompt": "a", "image": start, "seed": 4})
+    maker = Maker(base="b", hash="h", concepts={}, versions={}, device="cpu", threads=1)
+    save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.png", made, maker)
+    found = compose.recalled(tmp_path / "a.png")
+    assert found == made.model_copy(update={"image": None})
+    assert "also made from image" in caplog.text
+
+
+def test_a_composition_read_back_from_its_file_is_the_same(tmp_path: Path) -> None:
+    mask = embedded(Image.new("L", (4, 4), 128))
+    made = make_composition({"prompt": "ü: #x", "regions": [{"prompt": "- a", "mask": mask}], "guidance_scale": 3})
+    (tmp_path / "a.yaml").write_text(as_yaml(made), encoding="utf-8")
+    assert make_composition(read_table(tmp_path / "a.yaml")) == made
+
+
+# Who may come in.
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
+def test_an_address_that_others_reach_needs_a_token(host: str) -> None:
+    with pytest.raises(SettingsError, match="give a token"):
+        check_address(host, None)
+    check_address(host, "a long secret")
+    with pytest.raises(SettingsError, match="at least 8"):
+        check_address(host, "short")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.0.0.5"])
+def test_this_machine_alone_needs_none(host: str) -> None:
+    check_address(host, None)
