@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 from flwr.app import Message
@@ -105,3 +110,20 @@ def test_a_round_without_a_center_says_how_to_start_one(tmp_path):
     with pytest.raises(BadInputError, match="mixofshow center"):
         state_of(tmp_path)
 
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks at processes as Linux shows them")
+def test_an_app_ends_at_once_with_the_process_that_started_it(tmp_path):
+    app = tmp_path / "flwr-clientapp"
+    lines = ("import time", "from mixofshow.federation.watched import end_with_flower as end", "end()")
+    app.write_text("\n".join([*lines, "print('up', flush=True)", "time.sleep(600)", ""]))
+    starter = f"import subprocess, sys\none = subprocess.Popen([sys.executable, {str(app)!r}])\nprint(one.pid, flush=True)\none.wait()\n"
+    with subprocess.Popen([sys.executable, "-c", starter], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        said = {parent.stdout.readline().strip(), parent.stdout.readline().strip()}
+        (pid,) = said - {"up"}
+        parent.kill()
+        end = time.monotonic() + 60
+        while (state := Path(f"/proc/{pid}/stat")).exists() and state.read_text().split()[2] != "Z":
+            assert time.monotonic() < end, "it lives on"
+            time.sleep(0.1)

@@ -24,6 +24,7 @@ from mixofshow.concepts.concept import load_concept
 from mixofshow.federation.keys import admit, make_node_key
 from mixofshow.federation.owner import answer, open_questions
 
+pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[2] / "examples" / "concepts"
 NAMES = ("clown", "robot", "steamtrain")
 QUICK = {"method": "average", "guard": False}

@@ -18,8 +18,10 @@ def main(grid: Grid, context: Context) -> None:
     from mixofshow.federation.center import FOLDER_VARIABLE, ROUNDS, state_of
     from mixofshow.federation.plan import Plan
     from mixofshow.federation.rounds import Round
+    from mixofshow.federation.watched import end_with_flower
     from mixofshow.reading import parse_json, read_bytes
 
+    end_with_flower()
     logging.basicConfig(level=logging.WARNING)
     folder = Path(os.environ[FOLDER_VARIABLE])
     place = folder / ROUNDS / _plain(str(context.run_config["round"]))

@@ -5,14 +5,17 @@ Flower's own servers live on when their parent is killed, with their ports and t
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
 import threading
 import time
 from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Final
 
-EVERY = 0.5
+EVERY: Final = 0.5
 """Seconds between looks."""
 
 
@@ -22,6 +25,23 @@ def main() -> None:
     sys.argv = sys.argv[1:]
     (command,) = entry_points(group="console_scripts", name=sys.argv[0])
     sys.exit(command.load()())
+
+
+@functools.cache
+def end_with_flower() -> None:
+    """In a process that Flower started for an app: end at once when whoever started it is gone.
+
+    Its own way, at a signal, waits for answers of servers that are gone (flwr 1.42), and the app would go on holding its
+    folder, which its successor needs.
+    """
+    if Path(sys.argv[0]).name in ("flwr-clientapp", "flwr-serverapp"):
+        threading.Thread(target=_end_at_once_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_at_once_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(EVERY)
+    os._exit(1)
 
 
 def _end_with(parent: int) -> None:
