@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -15,19 +17,22 @@ from mixofshow.bases.emojiland.concepts import write_concept
 from mixofshow.bases.loading import load_base
 from mixofshow.concepts.concept import load_concept
 from mixofshow.concepts.interchange.exporting import export_concept
-from mixofshow.errors import BadInputError, DatasetError, SettingsError
+from mixofshow.errors import BadInputError, DatasetError, MixOfShowError, SettingsError
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.images import read_grey
 from mixofshow.reading import read_table
+from mixofshow.sampling.composition import make_composition
 from mixofshow.sampling.pictures import embedded
-from mixofshow.studio import fusing, shelf, tuning
+from mixofshow.studio import compose, fusing, measuring, shelf, tuning
 from mixofshow.studio.commands import line, options
 from mixofshow.studio.compose import Studio
+from mixofshow.studio.drawing import OWN
 from mixofshow.studio.forms import table_of, values_of
 from mixofshow.studio.workspace import Workspace
 from mixofshow.tuning.settings import make_settings, with_presets
 
-EXAMPLES = Path(__file__).parents[2] / "examples" / "concepts"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples" / "concepts"
 QUICK = {"steps": 2, "prompts": ["photo of a {}"], "picture_prompts": ["photo of a {}"]}
 
 
@@ -221,3 +226,90 @@ def test_tuning_without_pictures_is_refused(studio: Studio) -> None:
         tuning.start_tuning(studio, "foxy", "dog", {}, resume=False)
     with pytest.raises(SettingsError, match="did you mean 'steps'"):
         tuning.start_tuning(studio, "foxy", "dog", {"stepz": 3}, resume=False)
+
+
+# Uploads.
+
+
+def _picture(**how: Any) -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(data, **how)
+    return data.getvalue()
+
+
+def _doors() -> dict[str, Any]:
+    """What takes uploads, by what it takes."""
+
+    def in_folder(studio: Studio, path: Path) -> None:
+        (said,) = tuning.add_pictures(studio.workspace, "foxy", [path])
+        raise DatasetError(said)
+
+    return {
+        "a training picture": in_folder,
+        "a picture of ours": lambda _, path: compose.recalled(path),
+        "a concept": lambda studio, path: shelf.taken_in(studio.workspace, path, path.name, {}),
+        "results": lambda _, path: measuring.tables(measuring.results_in(path)),
+    }
+
+
+UPLOADS = {
+    "nothing": b"",
+    "a text": b"<script>alert(1)</script>",
+    "zeros": bytes(1000),
+    "half a picture": _picture(format="PNG")[:40],
+    "an animation": _picture(format="GIF", save_all=True, append_images=[Image.new("RGB", (8, 8), "red")]),
+    "a drawing": b'<svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)"/>',
+    "a pickle": b"\x80\x04K\x01." + bytes(100),
+    "half a concept": (100).to_bytes(8, "little") + b"{",
+    "JSON of another kind": b'{"a": [1, 2',
+    "a lie about its length": (2**60).to_bytes(8, "little") + b"{}",
+}
+
+
+@pytest.mark.parametrize("door", _doors())
+def test_malformed_uploads_are_refused_in_one_line(studio: Studio, tmp_path: Path, door: str) -> None:
+    path = tmp_path / "<img src=x>.png"
+    for data in UPLOADS.values():
+        path.write_bytes(data)
+        with pytest.raises(MixOfShowError) as refused:
+            _doors()[door](studio, path)
+        assert str(refused.value) and "\n" not in str(refused.value)
+    assert len(shelf.cards(studio.workspace)) == 2
+
+
+# Comparing and measuring.
+
+
+def test_a_comparison_draws_every_way_that_can_on_one_seed(studio: Studio) -> None:
+    two = [{"prompt": f"a <{name}>", "box": box} for name, box in (("clown", [0, 0, 0.5, 1]), ("robot", [0.5, 0, 1, 1]))]
+    composition = make_composition({"prompt": "", "regions": two, "steps": 1, "width": 32, "height": 32, "num": 3})
+    studio.jobs.wait(fusing.start_fusing(studio, ["<clown>"], "one", {"method": "average", **QUICK}))
+    studio.jobs.wait(fusing.start_fusing(studio, ["<clown>", "<robot>"], "both", {"method": "average", **QUICK}))
+    job = studio.jobs.wait(compose.start_comparing(studio, composition, OWN))
+    assert job.state == "done", job.line
+    labels = [label for _, label in job.facts]
+    assert labels == [f"by {OWN}", "by both", "without regions, by both", "without regions, by one"]
+    drawn = [compose.recalled(path) for path in job.results]
+    assert {one.seed for one in drawn} == {0} and [len(one.regions) for one in drawn] == [2, 2, 0, 0]
+
+
+def test_a_suites_results_are_shown_and_other_files_refused(tmp_path: Path) -> None:
+    values = {"single": 0.8, "fused": 0.7, "change": -0.1}
+    (tmp_path / "other.json").write_text("[1]")
+    with pytest.raises(SettingsError, match="not the results"):
+        measuring.results_in(tmp_path / "other.json")
+    with pytest.raises(SettingsError, match="hold no"):
+        measuring.tables({"methods": {"a": values}, "bounds": {}})
+    results = json.loads((ROOT / "benchmarks" / "results" / "2026-11-24-table1.json").read_text())
+    alignment, (head, rows) = measuring.tables(results)
+    assert alignment[0][0] and len(rows) + 1 == len(head) == len(rows[0])
+
+
+def test_what_is_measured_needs_pictures_held_out(studio: Studio, pictures: list[Path]) -> None:
+    with pytest.raises(DatasetError, match="no concept has held-out"):
+        measuring.start_measuring(studio, 1)
+    with pytest.raises(SettingsError, match="no concept on the shelf"):
+        measuring.add_held_out(studio.workspace, "<x>", pictures)
+    assert measuring.add_held_out(studio.workspace, "<clown>", pictures) == []
+    assert [card.name for card in measuring.measurable(studio.workspace)] == ["clown"]
+    assert "concepts/clown.safetensors=measured/clown" in measuring.command(studio.workspace, 2)

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from mixofshow.errors import SettingsError, shown
+from mixofshow.errors import MixOfShowError, SettingsError, shown
 from mixofshow.outputs import write_text
 from mixofshow.sampling.composition import make_composition
 from mixofshow.sampling.pipeline import MixOfShowPipeline
@@ -30,6 +30,8 @@ HIDDEN: Final = ("image", "mask", "controls", "redo", "redo_margin")
 """Keys that the page has no place for yet."""
 ON_THE_PAGE: Final = (*PLAIN, "regions", "regional_lora", *HIDDEN)
 """Of a composition's keys, those that are not in the form."""
+MOST_WAYS: Final = 4
+"""Models that a comparison draws by, at most."""
 MOST_AT_ONCE: Final = 64
 """Pictures that one click draws, at most."""
 
@@ -121,6 +123,38 @@ def start_drawing(studio: Studio, composition: Composition, drawn_by: str) -> Jo
     orders = written(studio, [(one, drawn_by) for one in alone])
     title = f"drawing {len(orders)} pictures" if len(orders) > 1 else f"drawing picture {orders[0].file.stem}"
     return studio.jobs.submit("draw", title, lambda job: draw(studio.engine, orders, job))
+
+
+def start_comparing(studio: Studio, composition: Composition, drawn_by: str) -> Job:
+    """A job that draws the first picture in every way there is, on one seed: as it is, by other models, without regions.
+
+    Raises SettingsError, TokenError where not even the way that was chosen can draw it.
+    """
+    alone = composition.model_copy(update={"num": 1})
+    check(studio.workspace, order(studio.workspace, studio.workspace.canvas, alone, drawn_by), alone)
+    ways = [drawn_by, *(way for way in (OWN, *studio.workspace.model_names()) if way != drawn_by)][:MOST_WAYS]
+    plain = alone.model_copy(update={"regions": ()})
+    wanted = [(f"by {way}", alone, way) for way in ways]
+    wanted += [(f"without regions, by {way}", plain, way) for way in ways if alone.regions]
+    possible = [one for one in wanted if _can_draw(studio, one[1], one[2])]
+    orders = written(studio, [(one, way) for _, one, way in possible])
+    labels = [label for label, _, _ in possible]
+
+    def work(job: Job) -> list[Path]:
+        job.facts = list(zip((one.target for one in orders), labels, strict=True))
+        return draw(studio.engine, orders, job)
+
+    return studio.jobs.submit("draw", f"drawing {len(orders)} ways to compare", work)
+
+
+def _can_draw(studio: Studio, composition: Composition, way: str) -> bool:
+    """Whether this way knows all words, and has any concept to draw."""
+    try:
+        asked = order(studio.workspace, studio.workspace.canvas, composition, way)
+        check(studio.workspace, asked, composition)
+    except MixOfShowError:
+        return False
+    return bool(asked.model or asked.concepts)
 
 
 def written(studio: Studio, wanted: Sequence[tuple[Composition, str]]) -> list[Order]:

@@ -8,6 +8,7 @@ from mixofshow.studio import web as gr
 from mixofshow.studio.compose import Studio
 from mixofshow.studio.tab_compose import ComposeTab
 from mixofshow.studio.tab_concepts import ConceptsTab
+from mixofshow.studio.tab_measure import MeasureTab
 from mixofshow.studio.tab_tune import TuneTab
 
 TITLE = "mixofshow studio"
@@ -24,5 +25,7 @@ def make_page(studio: Studio) -> Any:
                 ConceptsTab(studio)
             with gr.Tab("Tune", id="tune"):
                 TuneTab(studio)
+            with gr.Tab("Measure", id="measure"):
+                MeasureTab(studio)
         page.load(compose.loaded, None, [*compose.parts, compose.drawn_by], show_progress="hidden", api_visibility="private")
     return page

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +13,7 @@ from mixofshow.studio.compose import Studio
 from mixofshow.studio.drawing import OWN, shelf_of
 from mixofshow.studio.editor import cards_for, region_editor
 from mixofshow.studio.forms import component
-from mixofshow.studio.jobs import outcome
+from mixofshow.studio.jobs import Job, outcome
 
 SHOWN: Final = 60
 """Pictures in the strip, at most."""
@@ -57,11 +57,14 @@ class ComposeTab:
     def _drawing(self) -> None:
         with gr.Row():
             self.draw = gr.Button("Draw", variant="primary", elem_id="draw")
+            self.compare = gr.Button("Compare", elem_id="compare")
             self.stop = gr.Button("Cancel", elem_id="cancel")
         self.status = gr.HTML(elem_id="draw-status")
         self.preview = gr.Image(label="As it forms", interactive=False, visible=False, elem_id="preview", buttons=[])
 
     def _pictures(self) -> None:
+        title = "Side by side, on one seed: as composed, by other models, without regions"
+        self.beside = gr.Gallery(label=title, columns=6, height="auto", buttons=[], visible=False, elem_id="beside")
         self.strip = gr.Gallery(
             label="Pictures: a click brings the composition back",
             columns=6,
@@ -87,12 +90,13 @@ class ComposeTab:
         gr.on(changes, self.edited, everything, [self.editor, self.advice], trigger_mode="always_last", **quiet)
         self.fill.click(self.filled, [*everything, self.scene], [*self.parts, self.advice], **quiet)
         self.draw.click(self.drawn, everything, self.status, api_name="draw", show_progress="hidden")
+        self.compare.click(self.compared, everything, self.status, **quiet)
         self.stop.click(lambda: self.studio.jobs.stop(KIND), **quiet)
         back = [*self.parts, self.drawn_by, self.chosen, self.command, self.png, self.yaml, self.advice]
         self.strip.select(self.picked, None, back, **quiet)
         self.dropped.upload(self.brought, self.dropped, [*self.parts, self.advice, self.dropped_said], **quiet)
         watched = [self.seen, self.status, self.preview, self.strip, self.command, self.png, self.yaml, self.editor]
-        gr.Timer(1).tick(self.watched, self.seen, [*watched, self.drawn_by], **quiet)
+        gr.Timer(1).tick(self.watched, self.seen, [*watched, self.drawn_by, self.beside], **quiet)
 
     def loaded(self) -> list[Any]:
         """What a page shows that has just been opened: what the workspace holds."""
@@ -130,11 +134,17 @@ class ComposeTab:
 
     def drawn(self, *values: Any) -> str:
         """Begin to draw; returns the line about it."""
+        return self._begun(compose.start_drawing, values)
 
+    def compared(self, *values: Any) -> str:
+        """Begin to draw it in every way; returns the line about it."""
+        return self._begun(compose.start_comparing, values)
+
+    def _begun(self, start: Callable[[Studio, Composition, str], Job], values: Sequence[Any]) -> str:
         def act() -> str:
             composition = compose.composition_from(*values[:-1])
             compose.keep(self.studio, composition, values[-1])
-            return compose.start_drawing(self.studio, composition, values[-1]).line
+            return start(self.studio, composition, values[-1]).line
 
         line, _, error = outcome(act)
         return gr.line(error or line, bad=bool(error))
@@ -174,7 +184,7 @@ class ComposeTab:
         shelf, models = shelf_of(self.studio.workspace, OWN), self.studio.workspace.model_names()
         now = (job and (id(job), job.line, id(job.preview)), [file.name for file in files], shelf, models)
         if now == seen:
-            return [gr.skip()] * 9
+            return [gr.skip()] * 10
         before: Any = seen or (None, [], [], [])
         finished = [one for one in files if one.name not in before[1]]
         newest = finished[0] if finished and seen is not None else None
@@ -189,7 +199,14 @@ class ComposeTab:
             *(_files(newest) if newest else [gr.skip()] * 3),
             gr.HTML(**under) if under else gr.skip(),
             gr.Dropdown(choices=[OWN, *models]) if models != before[3] else gr.skip(),
+            _side_by_side(job) if job and job.facts else gr.Gallery(visible=False),
         ]
+
+
+def _side_by_side(job: Job) -> Any:
+    """What a comparison has drawn so far, each with the way in which it was."""
+    there = [(str(file), label) for file, label in job.facts if file in job.results]
+    return gr.Gallery(value=there, visible=bool(there))
 
 
 def _files(picture: Path) -> list[Any]:

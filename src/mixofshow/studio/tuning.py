@@ -80,11 +80,14 @@ def pictures(workspace: Workspace, name: str) -> list[Path]:
 
 
 def add_pictures(workspace: Workspace, name: str, uploads: Sequence[Path]) -> list[str]:
-    """Copy pictures that can be read into the concept's folder, numbered; a line for each that cannot, or is changed."""
-    place, said = folder_of(workspace, name) / "pictures", []
+    """Copy pictures into the concept's folder; see `copy_pictures`."""
+    return copy_pictures(folder_of(workspace, name) / "pictures", uploads)
+
+
+def copy_pictures(place: Path, uploads: Sequence[Path]) -> list[str]:
+    """Copy pictures that can be read into a folder, numbered; a line for each that cannot, or that is changed when read."""
     place.mkdir(parents=True, exist_ok=True)
-    taken = [int(one.stem) for one in pictures(workspace, name) if one.stem.isdecimal()]
-    number = max(taken, default=-1) + 1
+    number, said = max((int(one.stem) for one in place.iterdir() if one.stem.isdecimal()), default=-1) + 1, []
     for upload in uploads:
         label = shown(upload.name)
         try:
