@@ -21,6 +21,8 @@ fused, with regions; un-fused, each region by its own LoRA. `--model` is a fused
 
 options: the same for each option on fewer pictures, with its time over that of plain regions. `leakage` is how much
 a region's pixels (0 to 1) change when the prompt of the region beside it does.
+
+places: places that are found, beside boxes by hand, see places.py.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from random import Random
 from typing import Any, Final
 
 import numpy as np
+import places
 import torch
 from figures import keep, known
 from PIL import Image
@@ -43,7 +46,8 @@ from PIL import Image
 from emojiland.figures import rank_scenes
 from mixofshow.bases.emojiland.concepts import SUBJECTS, class_word, concept_pictures
 from mixofshow.bases.emojiland.scenes import SCENES
-from mixofshow.bases.emojiland.world import SIZE, WIDE, compose, places
+from mixofshow.bases.emojiland.world import SIZE, WIDE, compose
+from mixofshow.bases.emojiland.world import places as laid_out
 from mixofshow.concepts.adapters import summed_weights
 from mixofshow.concepts.model import ConceptModel, load_unfused, with_words
 from mixofshow.evaluation.identities import identities, summarized
@@ -166,7 +170,7 @@ def renders(asked: Sequence[Wide]) -> list[Image.Image]:
         pairs = [(name, SUBJECTS[name].picture()) for name in wide.names]
         for number in range(wide.count):
             random = Random(wide.seed + number)
-            laid = places(random, len(pairs), width=WIDE)
+            laid = laid_out(random, len(pairs), width=WIDE)
             images.append(compose(pairs, wide.scene, random, width=WIDE, laid=laid).image)
     return images
 
@@ -329,21 +333,39 @@ def side_by_side(pictures: dict[str, list[Image.Image]], count: int) -> Image.Im
     return grid(shown, count, row_labels=list(pictures))
 
 
+def found_places(asked: argparse.Namespace) -> None:
+    """The part `places`, see places.py; a fifth as many pictures of each case."""
+    cases = asked.cases.split(",")
+    found, pictures = places.measure(places.fused(asked.concepts), -(-asked.compositions // 5), cases)
+    before = known(asked.json)
+    keep(before | {"places": before.get("places", {}) | found}, asked.json)
+    if asked.pictures:
+        asked.pictures.mkdir(parents=True, exist_ok=True)
+        for case, ways_drawn in pictures.items():
+            side_by_side(ways_drawn, min(SHOWN, len(ways_drawn["auto"]))).save(asked.pictures / f"places, {case}.png")
+
+
 def main() -> None:
     """Fuse, draw, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--pictures", type=Path, help="folder for a sheet of pictures of each part")
     parser.add_argument("--compositions", type=int, default=120, help="wide pictures of each way; of options a quarter")
-    parser.add_argument("--parts", default="accuracy,options,ways")
+    parser.add_argument("--parts", default="accuracy,options,ways,places")
     parser.add_argument("--model", type=Path, help="folder of the three, fused, in place of fusing them")
+    parser.add_argument("--cases", default=",".join(places.CASES), help="of places")
+    parser.add_argument("--concepts", type=Path, help="folder of concepts for places, which are tuned where they are not")
     asked = parser.parse_args()
     torch.set_flush_denormal(True)
     count = asked.compositions
     parts = {"accuracy": (accuracy, count), "options": (options, -(-count // 4)), "ways": (ways, count)}
-    fused, judge = models(asked.model, average="accuracy" in asked.parts), Judge()
     result: dict[str, Any] = {"compositions": asked.compositions}
-    for part in asked.parts.split(","):
+    chosen = asked.parts.split(",")
+    if "places" in chosen:
+        chosen.remove("places")
+        found_places(asked)
+    fused, judge = (models(asked.model, average="accuracy" in chosen), Judge()) if chosen else ({}, None)
+    for part in chosen:
         measure, count = parts[part]
         result[part], pictures = measure(fused, judge, count)
         if asked.pictures:

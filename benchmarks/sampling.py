@@ -1,10 +1,13 @@
 """What regions cost: sampling with regions beside plain diffusers, of the same model, size and steps.
 
-    python benchmarks/sampling.py [--json FILE] [--repeats 5] [--steps 2] [--bases sd15,emojiland]
+    python benchmarks/sampling.py [--json FILE] [--repeats 5] [--steps 2] [--bases sd15,emojiland] [--shrink 1] [--no-counts]
 
-Three regions cover 75 % of the picture: SD 1.5 at 1024×512, Emojiland at 160×64. Both ways draw latents, with
-classifier-free guidance, encoding of the prompts included, and take turns; medians count. Then the same against the
-number of regions. Bases that are run by themselves are added to those in the JSON file.
+Three regions cover 75 % of the picture: SD 1.5 at 1024×512, SDXL at 1024×1024, Emojiland at 160×64. All ways draw latents,
+with classifier-free guidance, encoding of the prompts included, and take turns; medians count. `three_loras` is with a LoRA
+of its own for each region: the three example concepts on Emojiland, random ED-LoRAs of rank 4 on the others. Then plain
+regions against their number. Bases that are run by themselves are added to those in the JSON file. `--shrink 4` makes sides
+a quarter as long, which flatters nobody: what a LoRA costs grows with the cells, attention with their square. Times are
+the processor's where there is no GPU, since those of the clock depend on what else the machine does.
 
 `max_error` is the largest difference between one layer's regional attention and the formula
 h[M_i] = softmax(Q(z_i) K_iᵀ/√d) V_i, written out naively on random tensors.
@@ -22,15 +25,18 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention
 from figures import keep, known
-from shapes import BASES
+from shapes import BASES, random_concept
 from torch import Tensor, nn
 
-from mixofshow.concepts.model import ConceptModel
+from mixofshow.concepts.concept import Concept, load_concept
+from mixofshow.concepts.model import ConceptModel, with_words
 from mixofshow.sampling.attention import RegionText, regional
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.regions import Region, Shape, cells
 
-SIZES = {"sd15": (1024, 512), "emojiland": (160, 64)}
+SIZES = {"sd15": (1024, 512), "sdxl": (1024, 1024), "emojiland": (160, 64)}
+EXAMPLES = Path(__file__).parents[1] / "examples" / "concepts"
+CONCEPTS = ("clown", "steamtrain", "robot")
 COUNTS = (1, 2, 4, 8, 16)
 THIRDS = [(k / 3, 0.125, (k + 1) / 3, 0.875) for k in range(3)]
 """Boxes of three regions that cover 75 % of the picture."""
@@ -44,6 +50,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--bases", default="sd15,emojiland")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shrink", type=int, default=1, help="of SD 1.5 and SDXL: sides so many times shorter")
+    parser.add_argument("--no-counts", action="store_true", help="only three regions")
     options = parser.parse_args()
     torch.set_flush_denormal(True)
     figures: dict[str, float] = known(options.json)
@@ -51,12 +59,29 @@ def main() -> None:
     print(f"max_error {figures['max_error']:.1e}")
     for base in options.bases.split(","):
         pipeline = BASES[base]().to(options.device)
-        steps = options.steps if base == "sd15" else 10 * options.steps
-        ways = {"plain": plain(pipeline, base, steps), "three regions": ours(pipeline, base, steps, THIRDS)}
+        shrink = 1 if base == "emojiland" else options.shrink
+        width, height = (side // shrink for side in SIZES[base])
+        how: dict[str, Any] = {
+            "width": width,
+            "height": height,
+            "num_inference_steps": 10 * options.steps if base == "emojiland" else options.steps,
+            "guidance_scale": 5.0,
+            "output_type": "latent",
+        }
+        ways = {
+            "plain": plain(pipeline, how),
+            "three regions": ours(pipeline, how, THIRDS),
+            "three LoRAs": ours(pipeline, how, THIRDS, concepts=concepts_for(base, pipeline)),
+        }
         seconds = taking_turns(ways, options.repeats)
-        figures[f"{base}_three_regions"] = seconds["three regions"] / seconds["plain"]
-        print(f"{base}: plain {seconds['plain']:.2f} s, three regions × {figures[f'{base}_three_regions']:.3f}")
-        counted = {str(count): ours(pipeline, base, steps, columns_of(count)) for count in COUNTS}
+        small = f"_at_{width}x{height}" if shrink > 1 else ""
+        for way in ("three regions", "three LoRAs"):
+            figures[f"{base}{small}_{way.lower().replace(' ', '_')}"] = seconds[way] / seconds["plain"]
+            print(f"{base}{small}: plain {seconds['plain']:.2f} s, {way} × {seconds[way] / seconds['plain']:.3f}", flush=True)
+        keep(figures, options.json)
+        if options.no_counts:
+            continue
+        counted = {str(count): ours(pipeline, how, columns_of(count)) for count in COUNTS}
         for count, taken in taking_turns(counted, max(1, options.repeats // 2)).items():
             print(f"  {count:>2} regions × {taken / seconds['plain']:.3f}")
         keep(figures, options.json)
@@ -67,38 +92,37 @@ def taking_turns(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, 
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, way in ways.items():
-            start = time.perf_counter()
+            now = time.perf_counter if torch.cuda.is_available() else time.process_time
+            start = now()
             way()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn:
-                taken[name].append(time.perf_counter() - start)
+                taken[name].append(now() - start)
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def plain(pipeline: Any, base: str, steps: int) -> Callable[[], Any]:
+def concepts_for(base: str, pipeline: Any) -> list[Concept]:
+    """Three concepts of the base, one for each region."""
+    if base == "emojiland":
+        return [load_concept(EXAMPLES / f"{name}.safetensors", pipeline) for name in CONCEPTS]
+    return [random_concept(pipeline, name) for name in CONCEPTS]
+
+
+def plain(pipeline: Any, how: dict[str, Any]) -> Callable[[], Any]:
     """One picture by plain diffusers."""
-    width, height = SIZES[base]
     pipeline.set_progress_bar_config(disable=True)
-    return lambda: pipeline(
-        "a dog", width=width, height=height, num_inference_steps=steps, guidance_scale=5.0, output_type="latent"
-    )
+    return lambda: pipeline("a dog", **how)
 
 
-def ours(pipeline: Any, base: str, steps: int, boxes: Sequence[tuple[float, ...]]) -> Callable[[], Any]:
-    """The same with regions."""
-    width, height = SIZES[base]
-    draw = MixOfShowPipeline.of(ConceptModel(pipeline))
-    regions = [Region("a cat", box) for box in boxes]  # type: ignore[arg-type]
-    return lambda: draw(
-        "a dog",
-        regions=regions,
-        width=width,
-        height=height,
-        num_inference_steps=steps,
-        guidance_scale=5.0,
-        output_type="latent",
-    )
+def ours(
+    pipeline: Any, how: dict[str, Any], boxes: Sequence[tuple[float, ...]], concepts: Sequence[Concept] = ()
+) -> Callable[[], Any]:
+    """The same with regions, and with concepts, each region by the LoRA of its own."""
+    draw = MixOfShowPipeline.of(with_words(pipeline, concepts) if concepts else ConceptModel(pipeline))
+    prompts = [f"a <{one.info.name}>" for one in concepts] or ["a cat"] * len(boxes)
+    regions = [Region(prompt, box) for prompt, box in zip(prompts, boxes, strict=True)]  # type: ignore[arg-type]
+    return lambda: draw("a dog", regions=regions, regional_lora=bool(concepts), **how)
 
 
 def columns_of(count: int) -> list[tuple[float, ...]]:

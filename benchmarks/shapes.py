@@ -105,7 +105,7 @@ def _frozen(pipeline: Any) -> Any:
     return pipeline
 
 
-BASES = {"sd15": sd15, "emojiland": lambda: load_base("emojiland")}
+BASES = {"sd15": sd15, "sdxl": sdxl, "emojiland": lambda: load_base("emojiland")}
 
 
 def save_half(name: str, folder: Path) -> None:

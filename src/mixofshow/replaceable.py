@@ -14,6 +14,7 @@ KINDS: Final = {
     "PNG": rb"\x89PNG",
     "HTML": rb"(?i)\s*<!doctype html",
     "JSON": rb'\s*(\{\s*(\}|"(findings|image_alignment|schema|references)":)|\[\s*(\]|\{\s*"pair":))',
+    "YAML": rb"# A composition of mixofshow: ",
     "CSV": rb"\w+(,\w+)+\r?\n",
 }
 """Kinds of files that we write, and how those of each begin; of those that others write too, only ours."""

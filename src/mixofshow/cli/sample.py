@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from mixofshow.cli.options import BASE_PANEL, Device, bases, with_loading, with_settings
+from mixofshow.errors import SettingsError, shown
 from mixofshow.progress import terminal_bar
-from mixofshow.sampling.settings import Composition
+from mixofshow.sampling.settings import AUTO, Composition
 from mixofshow.terminal import say
 
 app = typer.Typer()
@@ -38,10 +39,30 @@ Redo = Annotated[
     Path | None, typer.Option(help="Picture of which only one --region, its number or a box, or a --mask is drawn over.")
 ]
 Strength = Annotated[float, typer.Option(help="Of the concepts: 0 their words only, 1 as tuned.")]
+ByHand = Annotated[
+    list[str] | None, typer.Option(help='"left,top,right,bottom: prompt", in pixels, or "auto: prompt"; any number.')
+]
+Auto = Annotated[
+    str | None, typer.Option(help="auto: find places for the concepts in the prompt that no region names.")
+]
+Controls = Annotated[
+    list[str] | None, typer.Option(help='"network: NAME, picture: FILE, strength: 0.8", keys as in YAML; any number.')
+]
+ShowLayout = Annotated[
+    Path | None,
+    typer.Option(help="PNG to write: the first picture, or the draft in which places were found, under its regions."),
+]
+SaveRegions = Annotated[
+    Path | None,
+    typer.Option(help="YAML to write: the first picture's composition, its regions as masks beside it, to be edited."),
+]
 
 
 @app.command()
-@with_settings(Composition, leave_out=["regions", "controls", "width", "height", "image", "mask", "redo", "clip_skip"])
+@with_settings(
+    Composition,
+    leave_out=["regions", "auto", "controls", "width", "height", "image", "mask", "redo", "clip_skip"],
+)
 @with_loading
 def sample(
     *,
@@ -50,19 +71,16 @@ def sample(
     base: DeltaBase = None,
     concept: Concepts = None,
     strength: Strength = 1.0,
-    region: Annotated[
-        list[str] | None, typer.Option(help='"left,top,right,bottom: prompt", in pixels; any number.')
-    ] = None,
-    control: Annotated[
-        list[str] | None,
-        typer.Option(help='"network: NAME, picture: FILE, strength: 0.8", keys as in YAML; any number.'),
-    ] = None,
+    region: ByHand = None,
+    regions: Auto = None,
+    control: Controls = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
     image: Annotated[Path | None, typer.Option(help="Picture or rough layout to start from.")] = None,
     mask: Mask = None,
     redo: Redo = None,
     out: Annotated[Path, typer.Option(help="PNG to write; several are numbered.")] = Path("sample.png"),
-    show_layout: Annotated[Path | None, typer.Option(help="PNG to write: the first picture under its regions.")] = None,
+    show_layout: ShowLayout = None,
+    save_regions: SaveRegions = None,
     grid: Annotated[
         Path | None, typer.Option(help="PNG to write instead: a column per seed, a row per --vary.")
     ] = None,
@@ -76,20 +94,21 @@ def sample(
     from mixofshow.sampling.composition import picture_paths
     from mixofshow.sampling.drawing import draw_grid, draw_pictures, drawn_together, open_pipeline
 
-    typed = {"regions": region, "controls": control, "size": size, "image": image, "mask": mask}
+    typed = {"regions": region, "controls": control, "size": size, "image": image, "mask": mask, "auto": _auto(regions)}
     wanted, read = _wanted(composition, redo, given | {key: value for key, value in typed.items() if value})
     concepts, wanted = drawn_together(concept or [], wanted)
     model, base = _named(model, base)
     targets = picture_paths(out, wanted.num) if grid is None else _grid(grid, wanted, vary)
-    check_outputs(files={"PNG": [*targets, show_layout]}, inputs=[*read, *bases(model, base), *concepts])
+    files = {"PNG": [*targets, show_layout], "YAML": [save_regions]}
+    check_outputs(files=files, inputs=[*read, *bases(model, base), *concepts])
     how: dict[str, Any] = {"regional_lora": wanted.regional_lora, "composition": wanted, "device": device, **loading}
     pipeline = open_pipeline(model, base=base, concepts=concepts, strength=strength, **how)
     with terminal_bar("sampling") as progress:
         if grid is not None:
             draw_grid(pipeline, wanted, vary, grid, progress=progress)
         else:
-            draw_pictures(pipeline, wanted, targets, layout=show_layout, progress=progress)
-    say(*targets, *filter(None, [show_layout]))
+            draw_pictures(pipeline, wanted, targets, layout=show_layout, regions=save_regions, progress=progress)
+    say(*targets, *filter(None, [show_layout, save_regions]))
 
 
 @app.command()
@@ -136,6 +155,13 @@ def _wanted(path: Path | None, redo: Path | None, options: dict[str, Any]) -> tu
 def _named(model: str | None, base: str | None) -> tuple[str, str | None]:
     """The model, and the base of a delta file: without a model, the base is the model."""
     return (model, base) if model else (base or "emojiland", None)
+
+
+def _auto(regions: str | None) -> bool:
+    """Whether places are to be found. Raises SettingsError for another word."""
+    if regions not in (None, AUTO):
+        raise SettingsError(f"--regions: expected {AUTO}, found '{shown(regions)}'; a place by hand is --region")
+    return regions == AUTO
 
 
 def _grid(grid: Path, wanted: Composition, vary: str | None) -> list[Path]:

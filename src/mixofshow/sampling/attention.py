@@ -12,7 +12,7 @@ output projection is affine, so it is called once, on h. Keys and values of all 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Final
@@ -100,6 +100,10 @@ class RegionalAttention:
         self.plan: Plan = self._plan_of(self._there)
         isolated = step <= self.isolate and len(self._there) > 1
         self.apart: Mapping[int, Tensor] = self._mask_of(self._there) if isolated else {}
+
+    def reads_any(self, texts: Collection[int]) -> bool:
+        """Whether one of these texts, of which the global one is 0, is there at present."""
+        return any(number + 1 in texts for number in self._there)
 
     def _stacked(self, there: Sequence[int], grid: Grid) -> Tensor:
         """The coverages of the global prompt (none) and the regions: (texts, rows, columns)."""

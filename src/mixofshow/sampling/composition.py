@@ -14,11 +14,12 @@ from PIL import Image
 from mixofshow.errors import RegionError, SettingsError, nearest, shown
 from mixofshow.progress import Progress, silent
 from mixofshow.reading import named_in, parse_table, read_table
+from mixofshow.sampling.finding import Layout
 from mixofshow.sampling.inputs import Callback
 from mixofshow.sampling.inset import draw_inset
 from mixofshow.sampling.pictures import PictureSource, embedded, is_embedded, read_picture
-from mixofshow.sampling.pipeline import MixOfShowPipeline
-from mixofshow.sampling.settings import ENTRIES, Composition, Region
+from mixofshow.sampling.pipeline import MixOfShowPipeline, PipelineOutput, joined
+from mixofshow.sampling.settings import AUTO, ENTRIES, Composition, Region
 from mixofshow.sampling.steering import open_controls, with_known_controls
 
 _SIZE: Final = re.compile(r"([0-9]{1,5})[xX]([0-9]{1,5})")
@@ -66,16 +67,17 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def region_entry(text: str) -> dict[str, Any]:
-    """A region as a table, from "left,top,right,bottom: prompt", as A1111 has it with `<lora:name:strength>` for its LoRAs.
+    """A region as a table, from the text that Region.parse takes, as A1111 has it with `<lora:name:strength>` for its LoRAs.
 
     Raises RegionError.
     """
     region = Region.parse(text)
+    place: dict[str, Any] = {"auto": True} if region.auto else {"box": region.box}
     adapters = {name: float(strength or 1) for name, strength in _LORA.findall(region.prompt)}
     prompt = " ".join(_LORA.sub(" ", region.prompt).split()) if adapters else region.prompt
     if not prompt:
         raise RegionError(f"region '{shown(text)}': its prompt is empty")
-    return {"box": region.box, "prompt": prompt} | ({"adapters": adapters} if adapters else {})
+    return place | {"prompt": prompt} | ({"adapters": adapters} if adapters else {})
 
 
 def control_entry(text: str) -> dict[str, Any]:
@@ -136,25 +138,27 @@ def compose(
     at_once: bool = False,
     progress: Progress = silent,
     step_end: Callback | None = None,
-) -> list[Image.Image]:
+) -> PipelineOutput:
     """Draw a composition's pictures; picture k is made from seed + k.
 
     They are drawn one at a time, for rounding depends on how many are drawn together; `at_once`, in one batch, is
-    quicker. `step_end` is diffusers' `callback_on_step_end`. Raises BadInputError.
+    quicker. `step_end` is diffusers' `callback_on_step_end`. Of places that are found, the output has the `layouts`.
+    Raises BadInputError.
     """
     if composition.redo is not None:
         count = composition.num
         seeds = [composition.model_copy(update={"seed": composition.seed + number}) for number in range(count)]
-        return [draw_inset(pipeline, one, progress=as_part(progress, k, count)) for k, one in enumerate(seeds)]
+        parts = [as_part(progress, number, count) for number in range(count)]
+        return PipelineOutput([draw_inset(pipeline, one, progress=part) for one, part in zip(seeds, parts, strict=True)])
     start = read_picture(composition.image, "RGB") if composition.image else None
     controls = open_controls(composition, pipeline, composition.size(pipeline, start))
     mask = read_picture(composition.mask, "L") if composition.mask else None
 
-    def drawn(number: int, count: int, progress: Progress) -> list[Image.Image]:
+    def drawn(number: int, count: int, progress: Progress) -> PipelineOutput:
         """Pictures from this one on, so many in one batch."""
-        found: list[Image.Image] = pipeline(
+        found: PipelineOutput = pipeline(
             composition.prompt,
-            regions=composition.regions,
+            regions=[*composition.regions, *[AUTO] * composition.auto],
             negative_prompt=composition.negative_prompt,
             num_images_per_prompt=count,
             image=start,
@@ -170,8 +174,14 @@ def compose(
 
     if at_once:
         return drawn(0, composition.num, progress)
-    parts = (drawn(number, 1, as_part(progress, number, composition.num)) for number in range(composition.num))
-    return list(chain.from_iterable(parts))
+    return joined([drawn(number, 1, as_part(progress, number, composition.num)) for number in range(composition.num)])
+
+
+def settled(composition: Composition, layout: Layout | None) -> Composition:
+    """The composition whose regions have the places that were found; it draws the same picture."""
+    if layout is None:
+        return composition
+    return composition.model_copy(update={"prompt": layout.prompt, "regions": layout.regions, "auto": False})
 
 
 def as_part(progress: Progress, number: int, count: int) -> Progress:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -137,16 +137,21 @@ def concepts_in(model: ConceptModel, prompt: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(owners[piece] for piece in model.vocabulary.split(prompt) if piece in owners))
 
 
-def without_concepts(model: ConceptModel, prompt: str) -> str:
-    """The prompt with each concept replaced by its class word. Raises SettingsError if that is not known."""
+def without_concepts(model: ConceptModel, prompt: str, keep: Collection[str] = ()) -> str:
+    """The prompt with each concept, but those to `keep`, replaced by its class word.
+
+    Raises SettingsError if that is not known.
+    """
     known = {word: (name, class_word) for name, words, class_word in model.class_words() for word in words}
     found, before = [], None
     for piece, weight in model.vocabulary.pieces(prompt):
         name, class_word = known.get(piece, (None, ""))
         if name is None and piece in model.vocabulary.embeddings:
             raise SettingsError(f"the class word of {shown(piece)} is not known to this model; fuse its concept anew")
-        if name is None or name != before:
-            found.append((piece if name is None else f" {class_word} ", weight))
+        if name is None or name in keep:
+            found.append((piece if name is None else f" {piece} ", weight))
+        elif name != before:
+            found.append((f" {class_word} ", weight))
         before = name
     return " ".join(write_prompt(found, model.vocabulary.syntax).split())
 

@@ -47,6 +47,16 @@ class StepContext:
     batched: Callable[[Tensor, Tensor], Tensor]
 
 
+class Relay(Protocol):
+    """After the first steps of a picture, has other regions drawn from there."""
+
+    begin: int
+    """The step, from 1, that is the first to read them."""
+
+    def next(self, latents: Tensor, timestep: Tensor, beside: Tensor | None) -> EncodedPrompt:
+        """What is read from this step on, of what the UNet is given: of one side, with what is `beside`; none is in use."""
+
+
 LatentCallback = Callable[[StepContext, Tensor], Tensor]
 """Moves the latents before a step: (pictures, channels, height, width) to the same."""
 StepEnd = Callable[[int, Tensor, Tensor], Tensor]
@@ -123,30 +133,31 @@ def denoise(
     isolate: int = 0,
     tiny: str = "nearest",
     correct: LatentCallback | None = None,
+    relay: Relay | None = None,
     step_end: StepEnd | None = None,
     interrupted: Callable[[], bool] = bool,
     progress: Progress = silent,
 ) -> Tensor:
-    """Noise to clean latents with the pipeline's own scheduler and classifier-free guidance.
+    """Noise to clean latents with the pipeline's own scheduler and classifier-free guidance. Raises MixOfShowError.
 
     With clean latents to `start` from, only the last steps are done, a share `strength` of all; where `mask`, (rows,
     columns), is 0, `start` comes back after each; for `beside` see `masked_channels`. Noise that a scheduler draws (DDIM:
     `eta`) is picture k's from generator k. `isolate`, `tiny` are `regional`'s. Raises MixOfShowError for what is not finite.
     """
     scheduler, timesteps, latents = _begin(pipeline, noise, num_inference_steps, start, strength)
-    skipped, sides = len(scheduler.timesteps) - len(timesteps), 2 if encoded.guided else 1
-    how = _for_step(scheduler, generators, eta)
+    skipped, how = len(scheduler.timesteps) - len(timesteps), _for_step(scheduler, generators, eta)
+    sides, guidance = (2, (guidance_scale, guidance_rescale)) if encoded.guided else (1, ())
 
     def batched(latents: Tensor, timestep: Tensor) -> Tensor:
         return scheduler.scale_model_input(torch.cat([latents] * sides), timestep)
 
-    with noise_predictor(pipeline, encoded, torch.cat([latents] * sides), isolate=isolate, tiny=tiny, beside=beside) as predict:
+    reading = _reading(pipeline, encoded, batched, relay, isolate=isolate, tiny=tiny, beside=beside)
+    with reading as predictor:
         for done, timestep in takewhile(lambda _: not interrupted(), enumerate(timesteps)):
             step = min((skipped + done) // scheduler.order + 1, num_inference_steps)
-            context = StepContext(predict, timestep, step, num_inference_steps, batched)
+            context = StepContext(predictor(step, latents, timestep), timestep, step, num_inference_steps, batched)
             latents = correct(context, latents) if correct else latents
-            prediction = _predicted(context, latents, encoded.text, controls)
-            prediction = guided(prediction, guidance_scale, guidance_rescale) if encoded.guided else prediction
+            prediction = _predicted(context, latents, controls, guidance)
             latents = scheduler.step(prediction, timestep, latents, **how, return_dict=False)[0]
             if mask is not None and start is not None:
                 latents = torch.lerp(_noised(scheduler, start, noise, timesteps[done + 1 :]), latents, mask)
@@ -156,12 +167,42 @@ def denoise(
     return latents
 
 
-def _predicted(context: StepContext, latents: Tensor, text: Tensor, controls: Sequence[Control]) -> Tensor:
-    """The UNet's prediction, steered by the controls: (sides · pictures, channels, height, width)."""
+@contextlib.contextmanager
+def _reading(
+    pipeline: Any,
+    encoded: EncodedPrompt,
+    batched: Callable[[Tensor, Tensor], Tensor],
+    relay: Relay | None,
+    *,
+    beside: Tensor | None,
+    **how: Any,
+) -> Iterator[Callable[[int, Tensor, Tensor], NoisePredictor]]:
+    """Inside, what predicts in a step, from 1, for latents and their timestep; a relay changes what it reads."""
+    with contextlib.ExitStack() as stack:
+        there: list[NoisePredictor] = []
+
+        def predictor(step: int, latents: Tensor, timestep: Tensor) -> NoisePredictor:
+            relayed = relay is not None and step >= relay.begin
+            if len(there) < 1 + relayed:
+                both, read = batched(latents, timestep), encoded
+                if there and relay:
+                    stack.close()
+                    read = relay.next(both[: len(latents)], timestep, beside)
+                there.append(stack.enter_context(noise_predictor(pipeline, read, both, beside=beside, **how)))
+            return there[-1]
+
+        yield predictor
+
+
+def _predicted(
+    context: StepContext, latents: Tensor, controls: Sequence[Control], guidance: Sequence[float]
+) -> Tensor:
+    """The UNet's prediction, steered by the controls, and guided with these numbers: (pictures, channels, height, width)."""
     seen = (context.batched(latents, context.timestep), context.timestep)
-    told = context.predict.told
+    told, text = context.predict.told, context.predict.text
     steering = added([one.residuals(*seen, text, context.step, context.steps, told=told) for one in controls])
-    return context.predict(*seen, context.step, steering)
+    prediction = context.predict(*seen, context.step, steering)
+    return guided(prediction, *guidance) if guidance else prediction
 
 
 def _noised(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image, ImageDraw, ImageFont
 
 from mixofshow.bases.loading import EMBEDDED
@@ -21,15 +22,19 @@ from mixofshow.concepts.model import load_model, load_unfused, with_concept, wit
 from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import SettingsError, shown
 from mixofshow.grids import grid
-from mixofshow.outputs import writing
+from mixofshow.outputs import write_text, writing
 from mixofshow.progress import Progress, silent
-from mixofshow.sampling.composition import as_part, compose, variations
+from mixofshow.sampling.composition import as_part, compose, settled, variations
+from mixofshow.sampling.finding import Layout
 from mixofshow.sampling.inputs import Callback
+from mixofshow.sampling.latents import decode
+from mixofshow.sampling.pictures import read_picture
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.regions import bounding_cells, coverage, shape_of
 from mixofshow.sampling.replay import maker_of, resolved, save_picture
-from mixofshow.sampling.settings import Composition, Region
+from mixofshow.sampling.settings import AUTO, Composition, Region
 
+YAML_HEAD: Final = "# A composition of mixofshow: mixofshow sample draws it."
 TINT: Final = 0.35
 SMALLEST_SIDE: Final = 512
 """Of a layout, in pixels."""
@@ -72,10 +77,10 @@ def drawn_together(files: Sequence[Path], composition: Composition) -> tuple[Seq
     """The concept files, and the composition: several draw only in regions. Raises SettingsError without any."""
     if len(files) < 2:
         return files, composition
-    if not composition.regions and not composition.redo:
+    if not composition.regions and not composition.redo and not composition.auto:
         raise SettingsError(
-            f"--concept: {len(files)} files without regions: give each its place by --region, or make one model of them by "
-            "mixofshow fuse"
+            f"--concept: {len(files)} files without regions: give each its place by --region, have places found by "
+            f"--regions {AUTO}, or make one model of them by mixofshow fuse"
         )
     return files, composition.model_copy(update={"regional_lora": True})
 
@@ -106,17 +111,55 @@ def draw_pictures(
     targets: Sequence[Path],
     *,
     layout: Path | None = None,
+    regions: Path | None = None,
     progress: Progress = silent,
     step_end: Callback | None = None,
 ) -> None:
-    """Write a composition's pictures and, if asked for, the regions over the first of them; see `compose`."""
+    """Write a composition's pictures; see `compose`.
+
+    If asked for, also the regions over the first of them, or over the draft in which their places were found, as `layout`,
+    and a composition that draws the first again, with its `regions` as masks beside it.
+    """
     maker, composition = maker_of(pipeline), resolved(composition, pipeline)
     images = compose(pipeline, composition, progress=progress, step_end=step_end)
-    for number, (image, target) in enumerate(zip(images, targets, strict=True)):
-        save_picture(image, target, composition, maker, number)
+    found: Sequence[Layout | None] = images.layouts or [None] * len(images)
+    for number, (image, target, places) in enumerate(zip(images, targets, found, strict=True)):
+        save_picture(image, target, settled(composition, places), maker, number)
+    first = settled(composition, found[0])
     if layout is not None:
-        places = (composition.redo,) if composition.redo else composition.regions
-        _write(draw_layout(images[0], places), layout)
+        under = decode(pipeline, found[0].draft)[0] if found[0] else images[0]
+        _write(draw_layout(under, (first.redo,) if first.redo else first.regions), layout)
+    if regions is not None:
+        save_regions(first.model_copy(update={"num": 1}), regions)
+
+
+def save_regions(composition: Composition, path: Path) -> None:
+    """Write a composition as YAML, its pictures beside it as PNGs that can be edited; `sample` draws it again.
+
+    Of a control, as in a PNG, only the name and the hashes are written down.
+    """
+    table = composition.model_dump(mode="json", exclude_defaults=True)
+    pictures: dict[Path, str] = {}
+
+    def beside(name: str, picture: str) -> str:
+        target = path.with_name(f"{path.stem}-{name}.png")
+        pictures[target] = picture
+        return target.name
+
+    named = {f"region-{number}": region for number, region in enumerate(table.get("regions", []), 1)}
+    for name, region in (named | ({"redo": table["redo"]} if "redo" in table else {})).items():
+        plain = Region.__dataclass_fields__
+        for key in [key for key, value in region.items() if key != "prompt" and value == plain[key].default]:
+            del region[key]
+        if "mask" in region:
+            region["mask"] = beside(name, region["mask"])
+    for key in ("image", "mask"):
+        if key in table:
+            table[key] = beside(key, table[key])
+    for target, picture in pictures.items():
+        _write(read_picture(picture, "RGB" if target.stem.endswith("-image") else "L"), target)
+    text = yaml.safe_dump(table, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+    write_text(path, f"{YAML_HEAD}\n{text}")
 
 
 def grid_rows(composition: Composition, vary: str | None) -> list[tuple[str, Composition]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from mixofshow.errors import RegionError, SettingsError, shown
 from mixofshow.progress import Progress
 from mixofshow.sampling.controls import require_all_fit
 from mixofshow.sampling.denoising import Control
-from mixofshow.sampling.settings import ALSO, Region, SamplingSettings
+from mixofshow.sampling.settings import ALSO, AUTO, Region, SamplingSettings, without_auto
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,10 @@ Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Inputs:
-    """A call, checked. `images` are those to start from, `mask` what of them is drawn anew, `latents` the noise, where given."""
+    """A call, checked. `images` are those to start from, `mask` what of them is drawn anew, `latents` the noise, where given.
+
+    With `auto`, concepts that no region names are given places that are found.
+    """
 
     prompts: Sequence[str]
     negatives: Sequence[str]
@@ -65,6 +68,7 @@ class Inputs:
     eta: float
     latents: Tensor | None
     regional_lora: bool | Sequence[Concept]
+    auto: bool
     controls: Sequence[Control]
     output_type: str
     callback: Callback | None
@@ -81,6 +85,28 @@ class Inputs:
     def regional(self) -> bool:
         """Whether regions are drawn by LoRAs of their own."""
         return self.regional_lora is not False or any(region.adapters is not None for region in self.regions)
+
+    @property
+    def finds_places(self) -> bool:
+        """Whether a region's place is to be found."""
+        return self.auto or any(region.auto for region in self.regions)
+
+    def alone(self, number: int) -> Inputs:
+        """The same for one of the pictures."""
+        count = len(self.generators)
+
+        def one(several: Sequence[Any]) -> list[Any]:
+            return list(several) if len(several) < 2 else [several[number * len(several) // count]]
+
+        return replace(
+            self,
+            prompts=one(self.prompts),
+            negatives=one(self.negatives),
+            generators=[self.generators[number]],
+            images=one(self.images),
+            latents=None if self.latents is None else self.latents[number : number + 1],
+            progress=lambda step, total, info: self.progress(number * total + step, count * total, info),
+        )
 
     @property
     def guided(self) -> bool:
@@ -120,7 +146,7 @@ def check_inputs(pipeline: Any, given: dict[str, Any]) -> Inputs:
     inputs = Inputs(
         prompts=prompts,
         negatives=negatives,
-        regions=_regions(given["regions"]),
+        **_regions(given["regions"]),
         settings=settings,
         guidance_scale=pipeline.model.usual_guidance if settings.guidance_scale is None else settings.guidance_scale,
         generators=_generators(given["seed"], given["generator"], count),
@@ -152,14 +178,16 @@ def _texts(prompt: Any, negative: Any) -> tuple[list[str], list[str]]:
     return list(prompts), list(negative)
 
 
-def _regions(given: Any) -> Sequence[Region]:
+def _regions(given: Any) -> dict[str, Any]:
+    """The regions, and whether "auto" stands in their place or among them."""
+    given, auto = without_auto(given)
     if not isinstance(given, list | tuple):
-        raise RegionError(f"regions: expected a list of regions, found {type(given).__name__}")
+        raise RegionError(f"regions: expected a list of regions, found {type(given).__name__}; or '{AUTO}'")
     for number, one in enumerate(given):
         if not isinstance(one, Region):
             found = type(one).__name__
             raise RegionError(f"regions[{number}]: expected a Region, found {found}; Region(prompt, (left, top, …))")
-    return tuple(given)
+    return {"regions": tuple(given), "auto": auto}
 
 
 def _pictures(given: Any, count: int) -> list[Image.Image]:
@@ -226,12 +254,13 @@ def _say_unused(inputs: Inputs, concepts: Sequence[Concept]) -> None:
     """Warn of what is asked for and changes nothing in this call, or is read as something else."""
     settings = inputs.settings
     known = concepts if inputs.regional_lora is True else inputs.regional_lora
-    idle = "without regions" if not inputs.regions else "without concepts" if not known else ""
+    alone = not inputs.regions and not inputs.auto
+    idle = "without regions" if alone else "without concepts" if not known else ""
     unused = {
         "negative_prompt": any(inputs.negatives) and not inputs.guided and "without guidance (guidance_scale 1)",
         "guidance_rescale": settings.guidance_rescale and not inputs.guided and "without guidance (guidance_scale 1)",
-        "isolate": settings.isolate and len(inputs.regions) < 2 and "with fewer than two regions",
-        "attend": settings.attend and not inputs.regions and "without regions",
+        "isolate": settings.isolate and len(inputs.regions) < 2 and not inputs.auto and "with fewer than two regions",
+        "attend": settings.attend and alone and "without regions",
         "regional_lora": inputs.regional_lora is not False and idle,
     }
     for name, where in unused.items():

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Final, Protocol, Self
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -34,7 +35,8 @@ from mixofshow.errors import BadInputError, SettingsError, shown
 from mixofshow.progress import Progress, silent
 from mixofshow.sampling.attend import attend_and_excite
 from mixofshow.sampling.conditioning import EncodedPrompt, OwnText, RegionAdapters, adapters_of, encode
-from mixofshow.sampling.denoising import Control, denoise
+from mixofshow.sampling.denoising import Control, Relay, denoise
+from mixofshow.sampling.finding import Layout, PlaceFinder, with_wanted
 from mixofshow.sampling.inputs import Callback, Inputs, check_inputs
 from mixofshow.sampling.latents import at_size, cells_of, decode, initial_latents, masked_channels, picture_latents
 from mixofshow.sampling.loaders import ConceptLoaderMixin, loading_options
@@ -43,14 +45,29 @@ from mixofshow.sampling.settings import Region
 
 
 class PipelineOutput(list[Any]):
-    """Pictures as a list; `images` is what diffusers' pipelines have there: with "np", "pt", "latent" all in one array."""
+    """Pictures as a list; `images` is what diffusers' pipelines have there: with "np", "pt", "latent" all in one array.
+
+    `layouts` has the places that were found in each of them, with regions "auto".
+    """
 
     nsfw_content_detected = None
     """No safety checker is run."""
 
-    def __init__(self, images: Any) -> None:
+    def __init__(self, images: Any, layouts: Sequence[Layout] = ()) -> None:
         super().__init__(images)
         self.images = self if isinstance(images, list) else images
+        self.layouts = list(layouts)
+
+
+def joined(outputs: Sequence[PipelineOutput]) -> PipelineOutput:
+    """Pictures that were drawn one by one, as one output."""
+    images: list[Any] = [one.images for one in outputs]
+    layouts = [layout for one in outputs for layout in one.layouts]
+    if isinstance(images[0], Tensor):
+        return PipelineOutput(torch.cat(images), layouts)
+    if isinstance(images[0], np.ndarray):
+        return PipelineOutput(np.concatenate(images), layouts)
+    return PipelineOutput([image for of_one in images for image in of_one], layouts)
 
 
 class HasModel(Protocol):
@@ -179,7 +196,7 @@ class _Pipeline(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  as diffusers has it; only read
         *,
-        regions: Sequence[Region] = (),
+        regions: Sequence[Region | str] | str = (),
         image: Image.Image | Sequence[Image.Image] | None = None,
         mask_image: Image.Image | None = None,
         strength: float = 0.8,
@@ -191,8 +208,9 @@ class _Pipeline(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
     ) -> Any:
         """Pictures of each prompt in turn, RGB; see `Inputs` and docs/sampling.md. What diffusers has too is as there.
 
-        But `guidance_scale` None is what suits the base. With `regions` prompts hold in places. With a `seed`, picture k
-        is the one that `seed + k` gives alone (up to rounding). From an `image`, drawing goes as far as `strength` says,
+        But `guidance_scale` None is what suits the base. With `regions` prompts hold in places, which are found where they,
+        or one of them, are "auto"; what was found is in the output's `layouts`. With a `seed`, picture k is the one that
+        `seed + k` gives alone (up to rounding). From an `image`, drawing goes as far as `strength` says,
         and with a `mask_image` only where that is white; what is black there stays bit for bit.
         `settings` are those of SamplingSettings. Raises RegionError, TokenError, SettingsError, BadInputError.
         """
@@ -203,37 +221,49 @@ class _Pipeline(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
     def _draw(self, inputs: Inputs) -> PipelineOutput:
         """The picture, and if asked for, the same enlarged and drawn over."""
         settings, (width, height) = inputs.settings, inputs.size
+        if inputs.finds_places and len(inputs.generators) > 1:
+            return joined([self._draw(inputs.alone(number)) for number in range(len(inputs.generators))])
         self._interrupt = False
         self._guidance_scale, self._guidance_rescale = inputs.guidance_scale, settings.guidance_rescale
         with contextlib.ExitStack() as stack, exclusive(self):
             stack.enter_context(clip_skipped(self, settings.clip_skip))
+            if inputs.finds_places:
+                words = self._words_for(inputs)
+                inputs = replace(inputs, regions=with_wanted(words, inputs.prompts[0], inputs.regions, inputs.auto))
             model, own = self._model_for(inputs)
             stack.enter_context(silenced(self, [name for one in own for name, _ in one]))
             stack.enter_context(model.active())
             how: dict[str, Any] = {"width": width, "height": height, "guided": inputs.guided, "steps": inputs.steps}
-            encoded = encode(model, inputs.prompts, inputs.negatives, inputs.regions, own=own, **how)
+            finder = PlaceFinder(self, model, inputs, own) if inputs.finds_places else None
+            texts = (model, inputs.prompts, inputs.negatives, inputs.regions)
+            encoded = finder.encoded() if finder else encode(*texts, own=own, **how)
             afresh = takes_masks(self) and settings.image_strength == 1  # of the picture there is what the mask leaves
             start = self._latents_of(inputs.images, inputs, inputs.size) if inputs.images and not afresh else None
             noise = self._noise(inputs, inputs.size) if inputs.latents is None else inputs.latents
-            latents = self._denoise(encoded, inputs, noise, start, settings.image_strength)
+            latents = self._denoise(encoded, inputs, noise, start, settings.image_strength, finder)
             if settings.upscale > 1 and not self._interrupt:
                 larger = settings.enlarged(self, width, height)
                 start = self._latents_of(decode(self, latents), inputs, larger)
+                encoded = finder.encoded(finder.layout.regions) if finder else encoded
                 latents = self._denoise(encoded, inputs, self._noise(inputs, larger), start, settings.upscale_strength)
             pictures = self._decoded(latents, inputs)
         self.maybe_free_model_hooks()
-        return PipelineOutput(pictures)
+        return PipelineOutput(pictures, [finder.layout] if finder and not self._interrupt else [])
 
     def _model_for(self, inputs: Inputs) -> tuple[ConceptModel, Mapping[RegionAdapters, OwnText]]:
         """The model that draws the whole picture, without the loaded concepts that regions draw by themselves; and those."""
-        words = replace(self.model.vocabulary, syntax=inputs.settings.prompt_syntax)
-        model = replace(self.model, vocabulary=words)
+        model = self._words_for(inputs)
         if not inputs.regional:
             return model, {}
         there = {name for region in inputs.regions for name, _ in adapters_of(model, region)}
         model = self._without(model, there)
         concepts = model.concepts if isinstance(inputs.regional_lora, bool) else inputs.regional_lora
         return model, own_texts(model, concepts, inputs.regions)
+
+    def _words_for(self, inputs: Inputs) -> ConceptModel:
+        """The model, which reads prompts in the syntax that is asked for."""
+        words = replace(self.model.vocabulary, syntax=inputs.settings.prompt_syntax)
+        return replace(self.model, vocabulary=words)
 
     def _noise(self, inputs: Inputs, size: tuple[int, int]) -> Tensor:
         return initial_latents(self, inputs.generators, width=size[0], height=size[1])
@@ -242,7 +272,13 @@ class _Pipeline(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
         return picture_latents(self, images, inputs.generators, width=size[0], height=size[1])
 
     def _denoise(
-        self, encoded: EncodedPrompt, inputs: Inputs, noise: Tensor, start: Tensor | None, strength: float
+        self,
+        encoded: EncodedPrompt,
+        inputs: Inputs,
+        noise: Tensor,
+        start: Tensor | None,
+        strength: float,
+        relay: Relay | None = None,
     ) -> Tensor:
         settings, masked = inputs.settings, takes_masks(self)
 
@@ -273,6 +309,7 @@ class _Pipeline(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
                 controls=inputs.controls,
                 isolate=settings.isolated_steps,
                 correct=attend_and_excite(settings.attend) if settings.attend else None,
+                relay=relay,
                 step_end=step_end,
                 interrupted=lambda: self._interrupt,
                 progress=progress,

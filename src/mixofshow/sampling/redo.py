@@ -30,6 +30,7 @@ _OTHERS: Final = {
     "size": "the picture keeps its own",
     "image": "it is the picture that is redone",
     "controls": "a place is redone without them",
+    "auto": "the place is given",
 }
 """Options that a picture cannot be redone with, and why."""
 _BROUGHT: Final = ("prompt", "negative_prompt", "strength", "concept_from", "adapters")

@@ -132,6 +132,7 @@ class _LayerChange:
 
     def __init__(self, module: Any, changes: Sequence[tuple[int, Change]], attention: RegionalAttention) -> None:
         self.module, self.attention, like = getattr(module, "base_layer", module), attention, attention.like
+        self.texts = {text for text, _ in changes}
         low = [(text, one) for text, one in changes if isinstance(one, LowRank)]
         self.down = torch.cat([one.down for _, one in low]).to(like) if low else None
         self.up = torch.cat([one.up for _, one in low], 1).to(like) if low else None
@@ -144,13 +145,13 @@ class _LayerChange:
 
     def __call__(self, module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """The layer's output, and what is added to it: (batch, cells, out) or (batch, out, rows, columns)."""
+        if not self.attention.reads_any(self.texts):
+            return output
         states, spatial = given[0], output.ndim == 4
         share = self.attention.share(output.shape[-2:].numel() if spatial else output.shape[1])
         share, of = (share, 0) if spatial else (share.flatten(1).T, 1)
         if self.down is not None and self.up is not None:
-            output = output + self._point(
-                self._product(states, self.down) * share.index_select(of, self.owners), self.up
-            )
+            output = self._raised(output, self._product(states, self.down) * share.index_select(of, self.owners), self.up)
         for weight, texts in self.full:
             total = share.index_select(of, texts).sum(of)
             output = output + self._product(states, weight) * (total if spatial else total[:, None])
@@ -162,8 +163,12 @@ class _LayerChange:
         kernel = weight.unflatten(1, (-1, *self.module.kernel_size))
         return self.module._conv_forward(states, kernel, None)  # pads as the layer does, around the edge too
 
-    def _point(self, states: Tensor, up: Tensor) -> Tensor:
-        return F.conv2d(states, up[..., None, None]) if states.ndim == 4 else F.linear(states, up)
+    def _raised(self, output: Tensor, states: Tensor, up: Tensor) -> Tensor:
+        """The output and up · states, in one operation: most of the layers are small, and many."""
+        if output.ndim == 4:
+            places = up.expand(len(output), -1, -1)
+            return torch.baddbmm(output.flatten(2), places, states.flatten(2)).view_as(output)
+        return torch.addmm(output.flatten(0, 1), states.flatten(0, 1), up.T).view_as(output)
 
 
 @dataclass

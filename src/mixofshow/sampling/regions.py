@@ -48,6 +48,8 @@ class Shape:
 
 def shape_of(region: Region, *, width: int, height: int) -> Shape:
     """The region's place on a picture of this size, in shares of it. Raises RegionError naming it and the numbers."""
+    if region.auto:
+        raise RegionError(f"{region.title}: its place is found while a picture is drawn, and is not known before")
     fading = region.feather * min(width, height) if region.in_shares(region.feather) else region.feather
     feather = (fading / width, fading / height)
     if region.box is not None:

@@ -38,6 +38,8 @@ ControlStrength = Annotated[float, Field(ge=0, le=MAX_STRENGTH)]
 """Of a control."""
 
 STEPS: Final = 25
+AUTO: Final = "auto"
+"""In the place of regions, or among them: the concepts that no region names are given places that are found."""
 MAX_PIXELS: Final = 2**24
 MAX_WEIGHT: Final = 1e6
 _REGION: Final = re.compile(r"\s*([^:]*?)\s*:\s*(.*)", re.DOTALL)
@@ -70,6 +72,11 @@ class SamplingSettings(Settings):
         False, ge=0, description="Regions do not read each other in self-attention: true, or for so many first steps."
     )
     attend: float = Field(0, ge=0, le=1, description="Move latents toward a region's missing subject, by this rate.")
+    first_pass: float = Field(
+        0.2, gt=0, lt=1, description="With regions auto: the share of the steps after which places are found."
+    )
+    smallest_place: float = Field(0.06, gt=0, lt=1, description="With regions auto: share of the picture.")
+    largest_place: float = Field(0.3, gt=0, le=1, description="With regions auto: share of the picture.")
 
     @classmethod
     def known_keys(cls, problem: Mapping[str, Any]) -> Iterable[str]:
@@ -119,7 +126,8 @@ class Region:
     `strength` 0 to 1 is how much of the prompt's concepts is there (0: only their class words), and before
     `concept_from`, a step, none of it is. `feather` is the width over which the region fades in, half of it on either
     side of its edge. `adapters` are the LoRAs by which it is drawn, concepts by name or those that were loaded as
-    adapters, and how much of each; None: with `regional_lora`, the concepts in its prompt.
+    adapters, and how much of each; None: with `regional_lora`, the concepts in its prompt. An `auto` region has no place yet:
+    that of the one concept in its prompt, which the whole picture's prompt names too, is found while it is drawn.
     """
 
     prompt: str
@@ -137,6 +145,7 @@ class Region:
     feather: Annotated[FiniteFloat, Field(ge=0)] = 0.0
     units: Units | None = None
     adapters: Mapping[str, FiniteFloat] | None = None
+    auto: bool = False
 
     @model_validator(mode="wrap")
     @classmethod
@@ -157,8 +166,8 @@ class Region:
             raise RegionError(f"region of '{shown(prompt, 40)}': {problem}") from error
 
     def __post_init__(self) -> None:
-        if sum(one is not None for one in (self.box, self.polygon, self.mask)) != 1:
-            raise RegionError(f"{self.title}: expected a box, a polygon or a mask, and only one of them")
+        if sum(one is not None for one in (self.box, self.polygon, self.mask)) + self.auto != 1:
+            raise RegionError(f"{self.title}: expected a box, a polygon or a mask, or auto, and only one of them")
         if not isinstance(self.mask, PictureSource | None):
             found = type(self.mask).__name__
             raise RegionError(f"{self.title}: mask: expected a picture (PIL.Image.Image) or a file, found {found}")
@@ -183,19 +192,32 @@ class Region:
     @property
     def title(self) -> str:
         """What messages call it."""
-        place = point(self.box) if self.box is not None else "polygon" if self.polygon is not None else "mask"
+        kinds = {"polygon": self.polygon is not None, "mask": self.mask is not None, AUTO: self.auto}
+        place = point(self.box) if self.box is not None else next((kind for kind, holds in kinds.items() if holds), "without place")
         return f"region {place} of '{shown(self.prompt, 40)}'"
 
     @classmethod
     def parse(cls, text: str) -> Region:
-        """From "left,top,right,bottom: prompt". Raises RegionError."""
+        """From "left,top,right,bottom: prompt", or "auto: prompt". Raises RegionError."""
         match = _REGION.fullmatch(text)
+        if match and match[1] == AUTO:
+            return cls(match[2], auto=True)
         numbers = match.group(1).split(",") if match else []
         try:
             left, top, right, bottom = (float(number) for number in numbers)
         except ValueError as error:
             raise RegionError(f"region '{shown(text)}': expected \"left,top,right,bottom: prompt\"") from error
         return cls(match.group(2) if match else "", (left, top, right, bottom))
+
+
+def without_auto(regions: Any) -> tuple[Any, bool]:
+    """Regions without the word `auto`, and whether it stood there."""
+    if isinstance(regions, str):
+        return ((), True) if regions == AUTO else (regions, False)
+    if not isinstance(regions, list | tuple):
+        return regions, False
+    rest = tuple(one for one in regions if not (isinstance(one, str) and one == AUTO))
+    return (rest, True) if len(rest) < len(regions) else (regions, False)
 
 
 def point(numbers: Iterable[float]) -> str:
@@ -240,6 +262,7 @@ class Composition(SamplingSettings):
     prompt: str = Field(description="What the whole picture shows.")
     negative_prompt: str = Field("", description="What it does not show.")
     regions: tuple[Region, ...] = ()
+    auto: bool = False
     controls: tuple[ControlEntry, ...] = ()
     image: str | None = None
     mask: str | None = None
@@ -254,6 +277,15 @@ class Composition(SamplingSettings):
         validation_alias=AliasChoices("regional_lora", "own_weights"),
         description="Draw each region by the LoRA of its own concepts alone, un-fused.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_auto(cls, table: Any) -> Any:
+        """`regions: auto`, or an entry `auto` in their list, is said by a key of its own."""
+        if not isinstance(table, Mapping):
+            return table
+        regions, auto = without_auto(table.get("regions", ()))
+        return {**table, "regions": regions, "auto": True} if auto else table
 
     @property
     def texts(self) -> list[str]:

@@ -38,12 +38,15 @@ def with_known_controls(composition: Composition, source: str, folder: Path | No
     controls = []
     for number, entry in enumerate(composition.controls):
         name = f"{source}: controls.{number}"
-        _check(entry, len(composition.regions), name)
+        auto = composition.auto or any(one.auto for one in composition.regions)
+        _check(entry, len(composition.regions), name, auto=auto)
         controls.append(_known(entry, folder) if folder is not None else _checked_known(entry, name))
     return composition.model_copy(update={"controls": tuple(controls)})
 
 
-def _check(entry: ControlEntry, regions: int, name: str) -> None:
+def _check(entry: ControlEntry, regions: int, name: str, *, auto: bool) -> None:
+    if entry.regions and auto:
+        raise SettingsError(f"{name}.regions: expected none where places are found; save them by --save-regions first")
     try:
         check_extent(entry.strength, entry.start, entry.end)
     except SettingsError as error:
