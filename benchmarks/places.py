@@ -9,7 +9,7 @@ reliably, beside a third), in wide and in square pictures.
 of the four concepts, by the world's own pictures of them in the same scene and of about the same size, so that neither
 decides (`renders`: what it gets right of the world's own pictures of the same things). Crops are the boxes, with "auto" what
 bounds the places that were found, and of one prompt's picture the places that were found at the same seed ("one prompt,
-boxes": the boxes). `seconds` are the processor's over those of one prompt; the ways take turns, picture by picture.
+boxes": the boxes). `cost` is the processor's time over that of one prompt, the median of the pictures'; the ways take turns.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 from random import Random
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
@@ -190,19 +191,20 @@ def _measured(
 ) -> tuple[dict[str, Any], dict[str, list[Image.Image]]]:
     ways = ("boxes", "auto", "one prompt")
     right: dict[str, list[bool]] = {way: [] for way in (*ways, "one prompt, boxes", "renders")}
-    seconds, images = dict.fromkeys(ways, 0.0), {way: list[Image.Image]() for way in ways}
+    seconds, images = {way: list[float]() for way in ways}, {way: list[Image.Image]() for way in ways}
     asked[0].drawn(draw, "one prompt")  # what is made once is not counted
     for one in asked:
         places: dict[str, list[Box]] = {}
         for way in ways:
             started = time.process_time()
             image, places[way] = one.drawn(draw, way, **({} if way == "one prompt" else more))
-            seconds[way] += time.process_time() - started
+            seconds[way].append(time.process_time() - started)
             images[way].append(image)
         for way, crops in (("boxes", "boxes"), ("auto", "auto"), ("one prompt", "auto")):
             right[way] += judge.right(images[way][-1], places[crops], one)
         right["one prompt, boxes"] += judge.right(images["one prompt"][-1], one.boxes, one)
         right["renders"] += judge.right(render(one), one.boxes, one)
     accuracy = {way: round(sum(hits) / len(hits), 3) for way, hits in right.items()}
-    cost = {way: round(taken / seconds["one prompt"], 2) for way, taken in seconds.items()}
-    return {"pictures": len(asked), "region_accuracy": accuracy, "seconds": cost}, images
+    over = {way: [a / b for a, b in zip(taken, seconds["one prompt"], strict=True)] for way, taken in seconds.items()}
+    cost = {way: round(median(ratios), 2) for way, ratios in over.items()}
+    return {"pictures": len(asked), "region_accuracy": accuracy, "cost": cost}, images

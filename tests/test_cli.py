@@ -217,6 +217,27 @@ def test_two_files_draw_a_region_each_without_fusing(golden_concepts, golden_pip
     assert "2 files without regions" in run(*asked, "--out", "{0}/d.png", code=2)
 
 
+def test_places_are_found_saved_and_drawn_again(golden_concepts, tmp_path, capsys, monkeypatch):
+    def run(*arguments: str, code: int = 0) -> str:
+        found, error = _run([part.replace("{0}", str(tmp_path)) for part in arguments], capsys, monkeypatch)
+        assert found == code, error
+        return error
+
+    for name, concept in zip(("dogx", "manx"), golden_concepts, strict=True):
+        concept.save(tmp_path / f"{name}.safetensors")
+    files = ["--base", GOLDEN_BASE, "--concept", "{0}/dogx.safetensors", "--concept", "{0}/manx.safetensors"]
+    asked = ["sample", *files, "--prompt", "a <dogx> and a <manx>", "--size", "96x64", "--steps", "3"]
+    run(*asked, "--regions", "auto", "--show-layout", "{0}/l.png", "--save-regions", "{0}/f.yaml", "--out", "{0}/a.png")
+    run("sample", "{0}/f.yaml", *files, "--out", "{0}/b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    run("replay", "{0}/a.png", *files, "--out", "{0}/c.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "c.png").read_bytes()
+    assert "--regions: expected auto, found 'all'" in run(*asked, "--regions", "all", "--out", "{0}/d.png", code=2)
+    (tmp_path / "mine.yaml").write_text("prompt: a castle\n")
+    refused = run(*asked, "--regions", "auto", "--save-regions", "{0}/mine.yaml", "--out", "{0}/d.png", code=2)
+    assert "another kind" in refused
+
+
 def test_a_controlled_picture_is_replayed_while_its_files_are_there(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     controls = [

@@ -23,7 +23,7 @@ CANDIDATES: Final = 8
 """Squares that are tried for each concept, the highest ones."""
 FLAT: Final = 1.2
 """Where even the best square has no more of a map than this many times its share of the picture, there is no place."""
-EDGE: Final = 0.25
+EDGE: Final = 0.15
 """A place ends where its concept's map falls below this share of its mean in the first square."""
 _NEIGHBOURS: Final = ((0, 1), (1, 0), (0, -1), (-1, 0))
 
@@ -59,7 +59,7 @@ def cut(maps: Tensor, *, smallest: float, largest: float, taken: Tensor | None =
     squares = [list(_squares(one, free, side)) for one in even]
     begun = arranged(squares)
     room = max(side * side, math.floor(largest * rows * columns))
-    return filled(_grown(smoothed(even, side / 4), begun, free, room), free)
+    return filled(_grown(smoothed(even, side / 2), begun, free, room), free)
 
 
 def smoothed(maps: Tensor, sigma: float) -> Tensor:

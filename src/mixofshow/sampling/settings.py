@@ -73,7 +73,7 @@ class SamplingSettings(Settings):
     )
     attend: float = Field(0, ge=0, le=1, description="Move latents toward a region's missing subject, by this rate.")
     first_pass: float = Field(
-        0.2, gt=0, lt=1, description="With regions auto: the share of the steps after which places are found."
+        0.1, gt=0, lt=1, description="With regions auto: the share of the steps after which places are found."
     )
     smallest_place: float = Field(0.06, gt=0, lt=1, description="With regions auto: share of the picture.")
     largest_place: float = Field(0.3, gt=0, le=1, description="With regions auto: share of the picture.")
