@@ -23,7 +23,7 @@ CANDIDATES: Final = 8
 """Squares that are tried for each concept, the highest ones."""
 FLAT: Final = 1.2
 """Where even the best square has no more of a map than this many times its share of the picture, there is no place."""
-EDGE: Final = 0.15
+EDGE: Final = 0.5
 """A place ends where its concept's map falls below this share of its mean in the first square."""
 _NEIGHBOURS: Final = ((0, 1), (1, 0), (0, -1), (-1, 0))
 
@@ -40,6 +40,10 @@ class Square:
     def cells(self) -> Iterator[tuple[int, int]]:
         """(row, column) of each of its cells."""
         return product(range(self.top, self.top + self.side), range(self.left, self.left + self.side))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Of values of all cells, (rows, columns), the mean in it."""
+        return values[self.top : self.top + self.side, self.left : self.left + self.side].mean()
 
     def meets(self, other: Square) -> bool:
         """Whether the two have a cell in common."""
@@ -59,7 +63,7 @@ def cut(maps: Tensor, *, smallest: float, largest: float, taken: Tensor | None =
     squares = [list(_squares(one, free, side)) for one in even]
     begun = arranged(squares)
     room = max(side * side, math.floor(largest * rows * columns))
-    return filled(_grown(smoothed(even, side / 2), begun, free, room), free)
+    return filled(_grown(smoothed(even, 3 * side / 8), begun, free, room), free)
 
 
 def smoothed(maps: Tensor, sigma: float) -> Tensor:
@@ -114,10 +118,14 @@ def arranged(squares: Sequence[Sequence[Square]]) -> list[Square | None]:
 
 
 def _grown(even: Tensor, begun: Sequence[Square | None], free: Tensor, room: int) -> Tensor:
-    """Places that grow from their squares side by side, the highest cells first, to their maps' edges or `room` cells."""
+    """Places that grow from their squares side by side, the highest cells first, to their maps' edges or `room` cells.
+
+    Of what lies beyond the squares, a place takes only cells where its map, over its mean in its square, is the highest.
+    """
     # Lists, since a tensor takes a hundred times as long to read a cell.
     owner = torch.full(free.shape, -1).masked_fill(~free, len(begun)).tolist()
-    heights = [(one / square.height).tolist() if square else [] for one, square in zip(even, begun, strict=True)]
+    found = torch.stack([one / square.mean(one) if square else 0 * one for one, square in zip(even, begun, strict=True)])
+    heights, highest = found.tolist(), found.argmax(0).tolist()
     sizes, front = [0] * len(begun), list[tuple[float, int, int, int]]()
 
     def take(concept: int, row: int, column: int) -> None:
@@ -133,7 +141,8 @@ def _grown(even: Tensor, begun: Sequence[Square | None], free: Tensor, room: int
             take(concept, row, column)
     while front:
         height, concept, row, column = heapq.heappop(front)
-        if -height >= EDGE and owner[row][column] < 0 and sizes[concept] < room:
+        mine = highest[row][column] == concept and owner[row][column] < 0
+        if -height >= EDGE and mine and sizes[concept] < room:
             take(concept, row, column)
     return torch.stack([torch.tensor(owner) == concept for concept in range(len(begun))])
 
