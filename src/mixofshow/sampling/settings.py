@@ -262,7 +262,7 @@ class Composition(SamplingSettings):
     prompt: str = Field(description="What the whole picture shows.")
     negative_prompt: str = Field("", description="What it does not show.")
     regions: tuple[Region, ...] = ()
-    auto: bool = False
+    auto: bool = Field(False, description="Find places for the concepts in the prompt that no region names.")
     controls: tuple[ControlEntry, ...] = ()
     image: str | None = None
     mask: str | None = None
