@@ -25,6 +25,8 @@ FLAT: Final = 1.2
 """Where even the best square has no more of a map than this many times its share of the picture, there is no place."""
 EDGE: Final = 0.5
 """A place ends where its concept's map falls below this share of its mean in the first square."""
+REACH: Final = 0.6
+"""How far a place reaches from its square's middle, over the side of the largest square, so that it flows around nobody."""
 _NEIGHBOURS: Final = ((0, 1), (1, 0), (0, -1), (-1, 0))
 
 
@@ -44,6 +46,11 @@ class Square:
     def mean(self, values: Tensor) -> Tensor:
         """Of values of all cells, (rows, columns), the mean in it."""
         return values[self.top : self.top + self.side, self.left : self.left + self.side].mean()
+
+    def near(self, row: int, column: int, reach: float) -> bool:
+        """Whether a cell lies at most so far from its middle, down and across."""
+        middle = (self.side - 1) / 2
+        return max(abs(row - self.top - middle), abs(column - self.left - middle)) <= reach
 
     def meets(self, other: Square) -> bool:
         """Whether the two have a cell in common."""
@@ -139,10 +146,12 @@ def _grown(even: Tensor, begun: Sequence[Square | None], free: Tensor, room: int
     for concept, square in enumerate(begun):
         for row, column in square.cells() if square else ():
             take(concept, row, column)
+    squares = [square or Square(0, 0, 0, 0.0) for square in begun]
     while front:
         height, concept, row, column = heapq.heappop(front)
         mine = highest[row][column] == concept and owner[row][column] < 0
-        if -height >= EDGE and mine and sizes[concept] < room:
+        near = squares[concept].near(row, column, REACH * math.sqrt(room))
+        if -height >= EDGE and mine and near and sizes[concept] < room:
             take(concept, row, column)
     return torch.stack([torch.tensor(owner) == concept for concept in range(len(begun))])
 
