@@ -1,14 +1,16 @@
 """What secure aggregation's quantization costs a fused model of Emojiland, by the way numbers are sent.
 
-    python benchmarks/secure_sums.py --json out/secure-sums.json
+    python benchmarks/secure_sums.py --json out/secure-sums.json [--pictures 8]
 
 Three concepts, of which only the changes of attention are taken, are fused in mode independent with equal weights, from
 sums that were sent as
 - limbs: whole numbers of 60 bits in three limbs, as this package does;
-- flower: 2^22 levels between the largest and the smallest number of each array, rounded at random (flwr 1.42's default),
-  the range being known, which it is not in life;
+- flower: 2^22 levels between the largest and the smallest number, rounded at random, which is flwr 1.42's default, with
+  one range for all numbers, as it has; the range being known, which it is not in life;
+- by-array: the same with a range for each array;
 - whitened: the same after the moments are whitened by the base's own, which everybody has.
-Given are the error of the fused change, relative to the change itself, and image alignment with held-out pictures.
+Given are, for the usual ridge and for one that damps next to nothing, the error of the fused change relative to the
+change itself, over all layers and in the worst; with --pictures also image alignment with held-out ones.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import argparse
 import dataclasses
 import json
 import re
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,14 +43,15 @@ from mixofshow.fusion.statistics import input_of
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 
 NAMES = ("clown", "robot", "steamtrain")
+PROMPTS = ("photo of a {}",)
 LEVELS = 2**22
 ATTENTION = re.compile(r"attn")
 Terms = dict[str, Tensor]
 
 
-def quantized(numbers: Tensor) -> Tensor:
-    """As Flower sends it, with the best range that there is."""
-    largest = float(numbers.abs().max()) or 1.0
+def quantized(numbers: Tensor, largest: float = 0.0) -> Tensor:
+    """As Flower sends it, with this range or the best that there is."""
+    largest = largest or float(numbers.abs().max()) or 1.0
     found = dequantize(quantize([numbers.numpy()], largest, LEVELS), largest, LEVELS)[0]
     return torch.from_numpy(found)
 
@@ -61,7 +63,13 @@ def by_limbs(shape: SumsShape, terms: list[Terms], _: Any) -> Terms:
 
 
 def by_flower(shape: SumsShape, terms: list[Terms], _: Any) -> Terms:
-    """Sums of quantized numbers."""
+    """Sums of numbers that were quantized over one range."""
+    largest = max(float(one.abs().max()) for of_concept in terms for one in of_concept.values())
+    return {name: sum((quantized(one[name], largest) for one in terms), torch.zeros(())) for name, *_ in shape.parts()}
+
+
+def by_array(shape: SumsShape, terms: list[Terms], _: Any) -> Terms:
+    """Sums of numbers that were quantized array by array."""
     return {name: sum((quantized(one[name]) for one in terms), torch.zeros(())) for name, *_ in shape.parts()}
 
 
@@ -97,44 +105,58 @@ def attention_only(concept: Concept) -> Concept:
     return dataclasses.replace(concept, deltas={name: one for name, one in concept.deltas.items() if ATTENTION.search(name)})
 
 
+WAYS = {"limbs": by_limbs, "by-array": by_array, "whitened": by_whitening, "flower": by_flower}
+RIDGES = {"usual": {}, "next to none": {"ridge": 1e-6}}
+
+
+def errors(true: Mapping[str, Tensor], found: Mapping[str, Tensor], base: Any) -> dict[str, float]:
+    """Relative errors of the fused change: over all layers, and in the worst."""
+    wrong = {name: float((found[name].double() - one.double()).norm()) for name, one in true.items()}
+    change = {name: float((one.double() - matrix(layer(base, name)).double()).norm()) for name, one in true.items()}
+    overall = sum(one**2 for one in wrong.values()) ** 0.5 / sum(one**2 for one in change.values()) ** 0.5
+    return {"error": overall, "worst": max(wrong[name] / change[name] for name in true if change[name])}
+
+
+def alignments(model: ConceptModel, concepts: list[Concept], count: int) -> dict[str, float]:
+    """Image alignment of each concept's pictures with held-out ones, by Emojiland's judge."""
+    judge, found = judge_scorer(), {}
+    for one in concepts:
+        folder = Path("out/secure-sums") / one.info.name
+        write_concept(one.info.name, folder)
+        drawn = MixOfShowPipeline.of(model)(f"a photo of a {one.prompt}", num_images_per_prompt=count, seed=100).images
+        references = judge.images(references_of(folder / "reference"))
+        found[one.info.name] = image_alignment(judge.images(drawn), references)
+    return found
+
+
 def main() -> None:
     """Measure, print, and write."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--json", type=Path)
-    options.add_argument("--steps", type=int, default=10)
-    options.add_argument("--pictures", type=int, default=4)
+    options.add_argument("--steps", type=int, default=2)
+    options.add_argument("--pictures", type=int, default=0)
     given = options.parse_args()
-    base, settings = load_base("emojiland"), FusionSettings(**SECURE, steps=given.steps)
+    torch.set_num_threads(1)
+    base = load_base("emojiland")
+    how: dict[str, Any] = {**SECURE, "steps": given.steps, "prompts": PROMPTS, "picture_prompts": PROMPTS}
     examples = Path(__file__).parents[1] / "examples" / "concepts"
     concepts = [attention_only(load_concept(examples / f"{name}.safetensors", base)) for name in NAMES]
     shape = SumsShape.of(base, [name for one in concepts for name in one.deltas])
-    terms = [own_terms(shape, one, settings) for one in concepts]
+    terms = [own_terms(shape, one, FusionSettings(**how)) for one in concepts]
     exact = {name: sum((one[name] for one in terms), torch.zeros(())) for name, *_ in shape.parts()}
-    roots = base_roots(shape, settings)
-    judge = judge_scorer()
-    out = Path("out/secure-sums")
-    references = {}
-    for name in NAMES:
-        write_concept(name, out / name)
-        references[name] = judge.images(references_of(out / name / "reference"))
-    np.random.seed(0)
-    true = solved(shape, exact, len(terms), settings)
-    own = {name: matrix(layer(base, name)).double() for name in true}
-    size = sum(float((true[name].double() - own[name]).square().sum()) for name in true) ** 0.5
-    ways = {"exact": lambda *_: exact, "limbs": by_limbs, "flower": by_flower, "whitened": by_whitening}
-    results = []
-    for way, send in ways.items():
-        started = time.process_time()
-        weights = solved(shape, send(shape, terms, roots), len(terms), settings)
-        error = sum(float((weights[n].double() - true[n].double()).square().sum()) for n in true) ** 0.5 / size
-        draw = MixOfShowPipeline.of(ConceptModel(base, vocabulary(concepts), weights))
-        how = {"num_images_per_prompt": given.pictures, "num_inference_steps": 20, "seed": 100}
-        found = {
-            one.info.name: image_alignment(judge.images(draw(f"a photo of a {one.prompt}", **how).images), references[one.info.name])
-            for one in concepts
-        }
-        results.append({"way": way, "error": error, "alignment": found, "cpu_seconds": time.process_time() - started})
-        print(f"{way:9} error {error:.2e}  " + "  ".join(f"{name} {value:.3f}" for name, value in found.items()), flush=True)
+    roots = base_roots(shape, FusionSettings(**how))
+    results: list[dict[str, Any]] = []
+    for ridge, chosen in RIDGES.items():
+        settings = FusionSettings(**how, options=chosen)
+        true = solved(shape, exact, len(terms), settings)
+        for way, send in {"exact": lambda *_: exact, **WAYS}.items():
+            np.random.seed(0)
+            weights = solved(shape, send(shape, terms, roots), len(terms), settings)
+            row = {"ridge": ridge, "way": way, **errors(true, weights, base)}
+            if given.pictures:
+                row |= alignments(ConceptModel(base, vocabulary(concepts), weights), concepts, given.pictures)
+            results.append(row)
+            print("  ".join(f"{key} {value:.2e}" if isinstance(value, float) else f"{value:12}" for key, value in row.items()), flush=True)
     count = sum(one.numel() if not name.startswith("moments") else len(one) * (len(one) + 1) // 2 for name, one in exact.items())
     facts = {"numbers": count, "layers": len(shape.layers), "megabytes_masked": count * 3 * 4 / 2**20}
     print(facts)
