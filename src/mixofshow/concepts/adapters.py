@@ -17,16 +17,19 @@ from mixofshow.errors import BaseModelError, shown
 
 
 @contextlib.contextmanager
-def replaced(pipeline: Any, weights: Mapping[str, Tensor]) -> Iterator[None]:
+def replaced(pipeline: Any, weights: Mapping[str, Tensor], *, parked: bool = False) -> Iterator[None]:
     """Inside, the named layers have these weights, (out, in); afterwards their own again. Nothing is copied meanwhile.
 
-    One thread at a time. Raises BaseModelError where a weight is out of reach, as by offloading.
+    But their own may be `parked` on the CPU, for the sake of an accelerator's memory. One thread at a time. Raises
+    BaseModelError where a weight is out of reach, as by offloading.
     """
     for part in dict.fromkeys(name.split(".", 1)[0] for name in weights):
         refuse_streamed(plain(getattr(pipeline, part)), part)
     with exclusive(pipeline):
         parameters: dict[str, Any] = {name: parameter_of(layer(pipeline, name)) for name in weights}
         own = {name: parameter.data for name, parameter in parameters.items()}
+        if parked:
+            own = {name: weight.cpu() for name, weight in own.items()}
         try:
             for name, parameter in parameters.items():
                 parameter.data = weights[name].detach().to(parameter).view_as(parameter)

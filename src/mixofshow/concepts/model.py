@@ -7,7 +7,7 @@ import copy
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mixofshow.bases.families import TextEncoder, family_of, of_encoders, takes_masks, text_encoders, token_width
-from mixofshow.bases.layers import count_groups, layer, matrix, where_double
+from mixofshow.bases.layers import count_groups, layer, matrix, tunable_layers, where_double
 from mixofshow.bases.loading import (
     EMBEDDED,
     GUIDANCE,
@@ -258,15 +258,21 @@ def load_unfused(name: str | Path, *, base: str | Path | None = None, **options:
     It draws what `load_model` draws, and can also draw each concept as it was tuned. Options and errors are
     those of `load_model`; `variant` and `config` are the base's.
     """
-    fused = load_model(name, **{**options, "variant": None, "config": None})
-    pipeline = load_named_base(fused.manifest.base, base, str(name), **options)
-    concepts = read_concepts(Path(name), fused.concept_hashes, pipeline)
-    if not concepts:
+    fused = load_model(name, **{**options, "variant": None, "config": None, "device": "cpu"})
+    read = read_concepts(Path(name), fused.concept_hashes)
+    if not read:
         raise ConceptFileError(f"{Path(name) / CONCEPTS}: the concepts of {MANIFEST} are not there; fuse them anew")
     _require_finite(fused.pipeline, str(name))
-    changed = dict.fromkeys(layer_name for one in concepts for layer_name in one.deltas)
-    weights = {layer_name: matrix(layer(fused.pipeline, layer_name)) for layer_name in changed}
-    return ConceptModel(pipeline, fused.vocabulary, weights, concepts, stored=fused.stored)
+    changed, layers = dict.fromkeys(key for one in read for key in one.deltas), tunable_layers(fused.pipeline)
+    # Taken out of it, so that the rest makes room before the base is loaded.
+    apart = {key: matrix(layers[key]).clone() for key in changed if key in layers}
+    stored, words, base_of = fused.stored, fused.vocabulary, fused.manifest.base
+    del fused, layers
+    pipeline = load_named_base(base_of, base, str(name), **options)
+    concepts = tuple(fitted(one, pipeline, f"{name}: concept <{one.info.name}>") for one in read)
+    weights = {key: weight.to(pipeline.device) for key, weight in apart.items()}
+    vectors = {word: vector.to(pipeline.device) for word, vector in words.embeddings.items()}
+    return ConceptModel(pipeline, replace(words, embeddings=vectors), weights, concepts, stored=stored)
 
 
 def _require_finite(pipeline: Any, name: str) -> None:

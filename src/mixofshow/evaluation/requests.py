@@ -67,7 +67,7 @@ class DrawnBy:
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """Pictures wanted of a model: `composition.num` of them, in one batch."""
+    """Pictures wanted of a model: `composition.num` of them, in batches as large as fit."""
 
     model: DrawnBy
     composition: Composition

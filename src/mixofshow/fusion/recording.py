@@ -9,16 +9,17 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Final, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixofshow.bases.families import conditions, text_encoders
 from mixofshow.bases.layers import count_groups, kind_of, layer, text_groups
+from mixofshow.bases.memory import drawn_at_once
 from mixofshow.concepts.adapters import replaced, tuned_weights
 from mixofshow.concepts.concept import Concept, vocabulary
 from mixofshow.concepts.encoding import encode_fully, encode_shared
@@ -39,8 +40,6 @@ from mixofshow.fusion.statistics import LayerStatistics, MomentAccumulator, inpu
 
 Stage = Literal["text", "keys-and-values", "picture"]
 STAGES: Final[tuple[Stage, ...]] = get_args(Stage)
-CELLS: Final = 4 * 64**2
-"""Cells of latents that are drawn at once, where pictures are smaller: four pictures of Stable Diffusion 1.5."""
 _KEYS_AND_VALUES: Final = re.compile(r"attn2\.to_[kv]$")
 
 
@@ -108,7 +107,9 @@ def record(
     """
     recorder = _Recorder(pipeline, source, settings, names, MomentAccumulator(keep_inputs=keep_inputs, exact=exact))
     try:
-        with replaced(pipeline, source.weights(pipeline, own)):
+        weights = source.weights(pipeline, own)
+        with replaced(pipeline, weights, parked=True):
+            weights.clear()  # so that each goes when the layer's own comes back
             recorder.run()
     except BadInputError as error:
         raise BadInputError(f"{source.name}: {error}") from error
@@ -158,7 +159,7 @@ class _Recorder:
 
     def _pictures(self) -> None:
         """The rest of the UNet, on each picture at every step; small pictures are drawn side by side."""
-        at_once = max(1, CELLS // self.pipeline.unet.config.sample_size**2)
+        at_once = drawn_at_once(self.pipeline)
         with layerwise(self.pipeline.unet):
             for start in range(0, len(self.source.pictures), at_once):
                 texts = [self._texts(prompt) for prompt in self.source.pictures[start : start + at_once]]
@@ -184,9 +185,14 @@ class _Recorder:
 
     def _observe(self, stage: Stage, call: Callable[[], Any]) -> Any:
         """The call's result, while what the stage's layers see is counted."""
-        layers = {name: layer(self.pipeline, name) for name in self.names if stage_of(name) == stage}
-        with self.moments.recording(layers):
+        with self.moments.recording(self._layers[stage]):
             return call()
+
+    @cached_property
+    def _layers(self) -> Mapping[Stage, Mapping[str, nn.Module]]:
+        """By stage; looked up once, not in every step."""
+        layers = {name: layer(self.pipeline, name) for name in self.names}
+        return {stage: {name: one for name, one in layers.items() if stage_of(name) == stage} for stage in STAGES}
 
     def _ids(self, text: str, *, padded: bool = True) -> Ids:
         """(1, tokens) for each text encoder."""

@@ -19,7 +19,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.optim.lr_scheduler import LambdaLR
 
+from mixofshow.bases.families import text_encoders
 from mixofshow.bases.layers import layer
+from mixofshow.bases.memory import drawn_at_once, has_large_pictures, recomputing
 from mixofshow.concepts.adapters import replaced
 from mixofshow.concepts.concept import Concept, vocabulary
 from mixofshow.concepts.model import ConceptModel
@@ -157,19 +159,25 @@ def _trained(
     )
     schedule = LambdaLR(optimizer, lambda step: 1 - step / total)
     chance = random.Random(settings.seed)
-    with _computing_with(pipeline, weights), layerwise(pipeline.unet):
+    many, large = drawn_at_once(pipeline), has_large_pictures(pipeline)
+    encoders = [one.model for one in text_encoders(pipeline)]
+    with _computing_with(pipeline, weights), recomputing(pipeline.unet, encoders, on=large), layerwise(pipeline.unet):
         for step in range(total):
             if step % len(words) == 0:
                 turns = chance.sample(range(len(words)), len(words))
             number = turns[step % len(words)]
             prompt = chance.choice(lessons[number])
             batch = chance.sample(prompt, min(BATCH, len(prompt))) + chance.sample(plain, min(PLAIN_BATCH, len(plain)))
-            loss = _loss(pipeline, replace(taught.concepts[number], embeddings=words[number]), batch)
+            pupil, loss = replace(taught.concepts[number], embeddings=words[number]), 0.0
             optimizer.zero_grad()
-            loss.backward(inputs=[words[number], *weights.values()])  # and to no parameter of the pipeline's
+            for first in range(0, len(batch), many):
+                piece = batch[first : first + many]
+                part = _loss(pipeline, pupil, piece) * (len(piece) / len(batch))
+                part.backward(inputs=[words[number], *weights.values()])  # and to no parameter of the pipeline's
+                loss += part.item()
             optimizer.step()
             schedule.step()
-            progress(step + 1, total, {"loss": loss.item()})
+            progress(step + 1, total, {"loss": loss})
     return Refitted(
         [replace(one, embeddings=own.detach()) for one, own in zip(taught.concepts, words, strict=True)],
         {name: weight.detach().to(taught.weights[name].dtype) for name, weight in weights.items()},

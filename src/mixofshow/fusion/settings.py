@@ -104,7 +104,7 @@ class FusionSettings(RecordingSettings):
         None,
         gt=0,
         description="Gigabytes for what stages and refinement record at a time; less means more passes, with equal "
-        "results.",
+        "results. Default: 3 on a GPU, on the CPU what it takes.",
     )
 
     @field_validator("method")

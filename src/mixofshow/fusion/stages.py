@@ -47,6 +47,8 @@ from mixofshow.fusion.store import ROOM, HeldRecording, Recording, Scratch, Stat
 from mixofshow.outputs import scratch
 from mixofshow.progress import Progress, silent
 
+MOMENTS: Final = 3.0
+"""Gigabytes for what is recorded at a time on an accelerator, where nobody said how much."""
 INDEPENDENT: Final = {"mode": "independent"}
 """How a source's whole own model is recorded: nothing of it depends on other concepts."""
 NOT_IN_RECORDINGS: Final = ("refine", "refit", "guard", "refuse_loud", "measure", "leave_one_out", "max_memory")
@@ -265,11 +267,12 @@ class _Fusion:
         """
         fused = dict(self.weights)
         widths = {name: matrix(layer(self.pipeline, name)).shape[1] for name in names}
-        allowed = self.settings.max_memory and self.settings.max_memory * 2**30
+        moments = self.settings.max_memory or (None if self.pipeline.unet.device.type == "cpu" else MOMENTS)
+        allowed = moments and moments * 2**30
         groups = parts(names, widths, allowed)
         for group in groups:
             of_group = how if len(groups) == 1 else {**how, "behind": [how["behind"], group]}
-            with replaced(self.pipeline, fused):
+            with replaced(self.pipeline, fused, parked=True):
                 recordings = self._record(group, of_group, counts=group is groups[-1], own=own)
             self._solve(group, recordings)
 

@@ -76,7 +76,8 @@ class MomentAccumulator:
         for chunk in rows.split(CHUNK):
             _count(self._moments, name, _multiplied(name, chunk, exact=self.exact))
         if self.keep_inputs:
-            self._inputs.setdefault(name, []).append(rows.clone())
+            # On the CPU: of all layers they are more than an accelerator holds.
+            self._inputs.setdefault(name, []).append(rows.to("cpu", copy=True))
         self._rows[name] = self._rows.get(name, 0) + len(rows)
 
     def seen(self) -> dict[str, LayerStatistics]:

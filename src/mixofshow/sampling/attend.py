@@ -16,6 +16,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from mixofshow.bases.memory import LARGE, recomputing
 from mixofshow.sampling.attention import INSIDE, CrossAttention, RegionalAttention
 from mixofshow.sampling.denoising import LatentCallback, StepContext
 
@@ -31,8 +32,8 @@ def attend_and_excite(rate: float, *, share: float = SHARE) -> LatentCallback:
     def correct(context: StepContext, latents: Tensor) -> Tensor:
         if context.step > share * context.steps:
             return latents
-        handle: RegionalAttention = context.predict.attention
-        with torch.enable_grad(), queries_of(handle.layers) as queries:
+        handle, large = context.predict.attention, latents.shape[-2] * latents.shape[-1] >= LARGE**2
+        with torch.enable_grad(), queries_of(handle.layers) as queries, recomputing(context.predict.unet, on=large):
             moving = latents.detach().requires_grad_()
             context.predict(context.batched(moving, context.timestep), context.timestep, context.step, {})
             loss = missing(handle, queries, context.step, pictures=len(latents))
@@ -40,7 +41,7 @@ def attend_and_excite(rate: float, *, share: float = SHARE) -> LatentCallback:
                 return latents
             (slope,) = torch.autograd.grad(loss.sum(), moving)
         sizes = [one.flatten(1).norm(dim=1)[:, None, None, None] for one in (latents, slope)]
-        return latents - rate * loss.detach()[:, None, None, None] * slope * sizes[0] / sizes[1].clamp(min=1e-12)
+        return latents - rate * loss.detach()[:, None, None, None] * slope * sizes[0] / sizes[1].clamp(min=torch.finfo(slope.dtype).tiny)
 
     return correct
 

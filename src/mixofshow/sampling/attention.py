@@ -94,12 +94,20 @@ class RegionalAttention:
         self._plan_of, self._mask_of, self._share_of = cache(self._planned), cache(self._apart), cache(self._shared)
         self.at(1)
 
+    def forget(self) -> None:
+        """Let go of keys, values and masks, which would else stay until Python looks for what refers to itself."""
+        self.layers.clear()
+        del self._plan_of, self._mask_of, self._share_of
+
     def at(self, step: int) -> None:
         """Take the regions that are there in this step, counted from 1."""
         self._there = tuple(number for number, region in enumerate(self.regions) if region.holds(step))
         self.plan: Plan = self._plan_of(self._there)
-        isolated = step <= self.isolate and len(self._there) > 1
-        self.apart: Mapping[int, Tensor] = self._mask_of(self._there) if isolated else {}
+        self._isolated = step <= self.isolate and len(self._there) > 1
+
+    def apart(self, cells: int) -> Tensor | None:
+        """May a cell of a feature map (first) read another (second)? Not when it lies in other regions only. None: all may."""
+        return self._mask_of(self._there, cells) if self._isolated else None
 
     def reads_any(self, texts: Collection[int]) -> bool:
         """Whether one of these texts, of which the global one is 0, is there at present."""
@@ -136,14 +144,15 @@ class RegionalAttention:
             found[columns * rows] = (columns, rows), pieces
         return found
 
-    def _apart(self, there: tuple[int, ...]) -> Mapping[int, Tensor]:
-        """For each feature map: may a cell (first) read another (second)? Not when it lies in other regions only."""
-        found = {}
-        for columns, rows in self.grids:
-            fronts = [self.regions[number].front for number in there]
-            inside = (visible(self._stacked(there, (columns, rows))[1:], fronts).flatten(1) >= INSIDE).float()
-            alone = inside.sum(0) == 0
-            found[columns * rows] = ((inside.T @ inside > 0) | alone | alone[:, None]).to(self.like.device)
+    def _apart(self, there: tuple[int, ...], cells: int) -> Tensor:
+        grid = next(one for one in self.grids if one[0] * one[1] == cells)
+        fronts = [self.regions[number].front for number in there]
+        # Few numbers go to the device, and become many there.
+        inside = (visible(self._stacked(there, grid)[1:], fronts).flatten(1) >= INSIDE).to(self.like.device)
+        alone = ~inside.any(0)
+        found = alone | alone[:, None]
+        for region in inside:
+            found |= region & region[:, None]
         return found
 
 
@@ -247,7 +256,7 @@ class IsolatedSelfAttention:
     ) -> Tensor:
         """(batch, cells, dim) to the same."""
         key, value = (_in_heads(project(hidden_states), attn.heads) for project in (attn.to_k, attn.to_v))
-        apart = self.regional.apart.get(hidden_states.shape[1])
+        apart = self.regional.apart(hidden_states.shape[1])
         attended = _attend(attn.to_q(hidden_states), key, value, attn.scale, apart)
         return attn.to_out[1](attn.to_out[0](attended))
 
@@ -317,6 +326,7 @@ def regional(
     finally:
         for name, module in replaced.items():
             module.processor = before[name]
+        handle.forget()
 
 
 def _text_of(region: RegionText, name: str, group: int) -> Text:

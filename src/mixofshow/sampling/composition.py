@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from PIL import Image
 
+from mixofshow.bases.memory import drawn_at_once
 from mixofshow.errors import RegionError, SettingsError, nearest, shown
 from mixofshow.progress import Progress, silent
 from mixofshow.reading import named_in, parse_table, read_table
@@ -141,9 +142,9 @@ def compose(
 ) -> PipelineOutput:
     """Draw a composition's pictures; picture k is made from seed + k.
 
-    They are drawn one at a time, for rounding depends on how many are drawn together; `at_once`, in one batch, is
-    quicker. `step_end` is diffusers' `callback_on_step_end`. Of places that are found, the output has the `layouts`.
-    Raises BadInputError.
+    They are drawn one at a time, for rounding depends on how many are drawn together; `at_once`, in batches as large as
+    fit, is quicker. `step_end` is diffusers' `callback_on_step_end`. Of places that are found, the output has the
+    `layouts`. Raises BadInputError.
     """
     if composition.redo is not None:
         count = composition.num
@@ -151,7 +152,8 @@ def compose(
         parts = [as_part(progress, number, count) for number in range(count)]
         return PipelineOutput([draw_inset(pipeline, one, progress=part) for one, part in zip(seeds, parts, strict=True)])
     start = read_picture(composition.image, "RGB") if composition.image else None
-    controls = open_controls(composition, pipeline, composition.size(pipeline, start))
+    size = composition.size(pipeline, start)
+    controls = open_controls(composition, pipeline, size)
     mask = read_picture(composition.mask, "L") if composition.mask else None
 
     def drawn(number: int, count: int, progress: Progress) -> PipelineOutput:
@@ -172,9 +174,14 @@ def compose(
         )
         return found
 
-    if at_once:
-        return drawn(0, composition.num, progress)
-    return joined([drawn(number, 1, as_part(progress, number, composition.num)) for number in range(composition.num)])
+    many = drawn_at_once(pipeline, *(round(side * composition.upscale) for side in size)) if at_once else 1
+    starts = range(0, composition.num, many)
+    return joined(
+        [
+            drawn(first, min(many, composition.num - first), as_part(progress, number, len(starts)))
+            for number, first in enumerate(starts)
+        ]
+    )
 
 
 def settled(composition: Composition, layout: Layout | None) -> Composition:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mixofshow.bases.families import autoencoder
+from mixofshow.bases.memory import sliced
 from mixofshow.errors import MixOfShowError
 from mixofshow.sampling.controls import at_level
 
@@ -88,7 +89,8 @@ def cells_of(mask: Image.Image, like: Tensor) -> Tensor:
 
 def decode(pipeline: Any, latents: Tensor, output_type: str = "pil") -> Any:
     """Clean latents to RGB pictures: a list of them, or one array ("np") or tensor ("pt") of all."""
-    with autoencoder(pipeline) as vae:
+    height, width = (side * pipeline.vae_scale_factor for side in latents.shape[-2:])
+    with autoencoder(pipeline) as vae, sliced(vae, len(latents), width=width, height=height):
         pictures = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
     require_finite(pictures, "decoding; in half precision, load the base in fp32 or bf16")
     return pipeline.image_processor.postprocess(pictures, output_type=output_type)

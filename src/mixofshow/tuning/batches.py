@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mixofshow.bases.families import autoencoder, text_encoders
+from mixofshow.bases.memory import coded_at_once, drawn_at_once, sliced
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.concepts.prompts import Ids, prompt_ids
 from mixofshow.concepts.words import Vocabulary
@@ -33,9 +34,8 @@ from mixofshow.tuning.transforms import Fitted, fit, variants
 logger = logging.getLogger(__name__)
 
 ENCODED_AT_ONCE: Final = 8
-PIXELS_AT_ONCE: Final = 512**2
-"""More at once would need more memory than training does."""
 DRAWN_AT_ONCE: Final = 8
+"""At most, of the prior's pictures."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _alike(cuts: Sequence[Fitted]) -> Iterator[list[int]]:
     """Small groups of pictures of one shape."""
     for indices in _by_shape(cut.picture for cut in cuts):
         height, width = cuts[indices[0]].picture.shape[-2:]
-        many = min(ENCODED_AT_ONCE, max(1, PIXELS_AT_ONCE // (height * width)))
+        many = min(ENCODED_AT_ONCE, coded_at_once(width, height))
         for start in range(0, len(indices), many):
             yield indices[start : start + many]
 
@@ -249,10 +249,13 @@ def prior_examples(settings: TuningSettings, pipeline: Any, progress: Progress) 
         return read_folder(settings.prior.data, instance_prompt=prompt, skip_bad=settings.skip_bad, with_masks=False)
     images: list[Any] = []
     count, guidance = settings.prior.count, ConceptModel(pipeline).usual_guidance
+    many, side = min(DRAWN_AT_ONCE, drawn_at_once(pipeline)), pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     while len(images) < count:
-        part = range(len(images), min(len(images) + DRAWN_AT_ONCE, count))
+        part = range(len(images), min(len(images) + many, count))
         generators = [torch.Generator().manual_seed(settings.seed + number) for number in part]
-        drawn = pipeline([prompt] * len(part), generator=generators, guidance_scale=guidance, output_type="np").images
+        how = {"generator": generators, "guidance_scale": guidance, "output_type": "np"}
+        with sliced(pipeline.vae, len(part), width=side, height=side):
+            drawn = pipeline([prompt] * len(part), **how).images
         if not np.isfinite(drawn).all():
             raise ResourceError(f"prior: the base draws '{shown(prompt)}' with values that are not finite; try fp32")
         images += pipeline.image_processor.numpy_to_pil(drawn)

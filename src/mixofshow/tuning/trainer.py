@@ -15,6 +15,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from mixofshow.bases.families import family_of, refuse_inpainting, text_encoders
 from mixofshow.bases.loading import DTYPES, base_name, fingerprint
+from mixofshow.bases.memory import recomputing
 from mixofshow.bases.parts import exclusive, refuse_adapters, refuse_hooks
 from mixofshow.concepts.concept import CLIP_SKIP, LARGEST_EMBEDDING, Concept, ConceptInfo
 from mixofshow.concepts.prompts import layerwise
@@ -59,9 +60,9 @@ def tune(
     TokenError, SettingsError, BaseModelError, ResourceError.
     """
     settings, pipeline = _asked(settings, pipeline, keys)
-    family_of(pipeline)  # so that what is no base model is told as that
+    family = family_of(pipeline).name
     place = None if folder is None else Path(folder)
-    given, settings = settings, with_presets(settings, base_name(pipeline))
+    given, settings = settings, with_presets(settings, base_name(pipeline), family)
     refuse_impossible(settings, pipeline.device.type)
     check_outputs(shared=[place], inputs=inputs_of(settings))
     for notice in (*idle(given), slow_precision(settings, pipeline.device.type)):
@@ -112,11 +113,12 @@ def _tune(
     total = settings.steps_for(len(examples), processes)
     count = total * settings.optimizer.accumulate * processes
     batches = make_batches(settings, pipeline, examples, count=count, progress=callbacks.progress)
+    encoders = [one.model for one in text_encoders(pipeline)]
     with (
         exclusive(pipeline),
         _seeded(settings.seed),
         METHODS[settings.method].adapters(pipeline, settings) as adapters,
-        _recomputing(pipeline, settings.gradient_checkpointing),
+        recomputing(pipeline.unet, encoders, on=settings.gradient_checkpointing),
         layerwise(pipeline.unet),
         recorded_attention(pipeline.unet) if settings.loss.attention_weight else contextlib.nullcontext() as maps,
     ):
@@ -206,23 +208,3 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
-
-
-@contextlib.contextmanager
-def _recomputing(pipeline: Any, on: bool) -> Iterator[None]:
-    """Inside, if `on`, activations are computed again in the backward pass instead of being kept."""
-    if not on:
-        yield
-        return
-    models = [one.model for one in text_encoders(pipeline)]
-    try:
-        pipeline.unet.enable_gradient_checkpointing()
-        for model in models:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-            model.train()  # transformers recomputes only while training; CLIP has no dropout
-        yield
-    finally:
-        pipeline.unet.disable_gradient_checkpointing()
-        for model in models:
-            model.activation_checkpointing_disable()
-            model.eval()

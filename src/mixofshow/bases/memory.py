@@ -1,0 +1,63 @@
+"""How much is computed at once, so that it fits: pictures in pieces, and activations that are not kept."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+CELLS: Final = 4 * 64**2
+"""Cells of latents that the UNet is given at once: four pictures of Stable Diffusion 1.5, one of SDXL."""
+PIXELS: Final = 512**2
+"""What the autoencoder is given at once: one picture of Stable Diffusion 1.5. Its own activations are the largest."""
+LARGE: Final = 64
+"""Rows of latents from which on a step's activations take more memory than the base."""
+
+
+def drawn_at_once(pipeline: Any, width: int | None = None, height: int | None = None) -> int:
+    """How many pictures of a size in pixels (None: the base's own) the UNet draws side by side, one at least."""
+    own: int = pipeline.unet.config.sample_size
+    columns, rows = (own if side is None else side // pipeline.vae_scale_factor for side in (width, height))
+    return max(1, CELLS // (columns * rows))
+
+
+def coded_at_once(width: int, height: int) -> int:
+    """How many pictures of a size in pixels the autoencoder is given at once, one at least."""
+    return max(1, PIXELS // (width * height))
+
+
+def has_large_pictures(pipeline: Any) -> bool:
+    """Whether activations are better computed twice than kept, where nobody said."""
+    return bool(pipeline.unet.config.sample_size >= LARGE)
+
+
+@contextlib.contextmanager
+def sliced(vae: Any, count: int, *, width: int, height: int) -> Iterator[None]:
+    """Inside, the autoencoder takes `count` pictures of this size one by one, unless all may be taken at once."""
+    before = vae.use_slicing
+    try:
+        vae.use_slicing = before or count > coded_at_once(width, height)
+        yield
+    finally:
+        vae.use_slicing = before
+
+
+@contextlib.contextmanager
+def recomputing(unet: Any, text_encoders: Sequence[Any] = (), *, on: bool) -> Iterator[None]:
+    """Inside, if `on`, activations are computed again in the backward pass, which must be inside too, and not kept."""
+    if not on:
+        yield
+        return
+    before = unet.is_gradient_checkpointing
+    try:
+        unet.enable_gradient_checkpointing()
+        for model in text_encoders:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.train()  # transformers recomputes only while training; CLIP has no dropout
+        yield
+    finally:
+        if not before:
+            unet.disable_gradient_checkpointing()
+        for model in text_encoders:
+            model.activation_checkpointing_disable()
+            model.eval()
