@@ -8,13 +8,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import torch
 
 from mixofshow.bases.configs import check_configs
 from mixofshow.bases.families import family_of, skip_text_layers, takes_masks, text_encoders
 from mixofshow.bases.originals import predict
-from mixofshow.bases.parts import exclusive, own_tensors
+from mixofshow.bases.parts import exclusive, glimpse, own_tensors, plain
 from mixofshow.bases.strangers import quiet, strangers_model
 from mixofshow.bases.weight_files import SUFFIX, check_weights, load_checkpoint
 from mixofshow.errors import BaseModelError, ResourceError, SettingsError, ours, shown
@@ -35,6 +36,8 @@ DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 """What weights are kept as, by the names that settings and options have for it."""
 
 FINGERPRINTED: Final = ("conv_in", "conv_out", "mid_block", "final_layer_norm")
+_KNOWN: Final[WeakKeyDictionary[Any, tuple[str, str]]] = WeakKeyDictionary()
+"""What UNets' bases looked like when their fingerprint was taken, and that."""
 REHEARSED_STEPS: Final = 4
 SISTER: Final = "sister"
 """Another base of the same family and shapes, whose concepts are taken if this is allowed."""
@@ -237,7 +240,8 @@ def fingerprint(pipeline: Any) -> str:
     """16 hex digits that tell base models apart: a hash of a fixed set of weights, taken in half precision.
 
     Half precision makes the same model loaded as fp16 or fp32 give the same digits; what `load_base` loads in bfloat16
-    remembers them. Adapters that are attached do not count. Raises BaseModelError for what was made bfloat16 by others.
+    remembers them. Adapters that are attached do not count. Weights that are as they were last time are not hashed again.
+    Raises BaseModelError for what was made bfloat16 by others.
     """
     if pipeline.unet.dtype == torch.bfloat16:
         if (known := getattr(pipeline.unet, "fingerprint_of_base", None)) is None:
@@ -248,12 +252,16 @@ def fingerprint(pipeline: Any) -> str:
         return str(known)
     digest = hashlib.sha256()
     with exclusive(pipeline):
-        for part in (*(one.model for one in text_encoders(pipeline)), pipeline.unet):
-            for name, tensor in own_tensors(part):
-                if any(mark in name for mark in FINGERPRINTED):
-                    digest.update(f"{name.removeprefix('text_model.')} {tuple(tensor.shape)}".encode())
-                    digest.update(raw(tensor.half()))
-    return digest.hexdigest()[:16]
+        parts = (*(one.model for one in text_encoders(pipeline)), pipeline.unet)
+        named = [one for part in parts for one in own_tensors(part) if any(mark in one[0] for mark in FINGERPRINTED)]
+        seen, unet = glimpse(named), plain(pipeline.unet)
+        if _KNOWN.get(unet, ("", ""))[0] == seen:
+            return _KNOWN[unet][1]
+        for name, tensor in named:
+            digest.update(f"{name.removeprefix('text_model.')} {tuple(tensor.shape)}".encode())
+            digest.update(raw(tensor.half()))
+        _KNOWN[unet] = seen, digest.hexdigest()[:16]
+    return _KNOWN[unet][1]
 
 
 def scheduler_settings(pipeline: Any) -> dict[str, Any]:

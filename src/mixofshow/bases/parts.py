@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
@@ -13,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from mixofshow.errors import BaseModelError, shown
+from mixofshow.files import raw
 
 _LOCKS: Final[WeakKeyDictionary[nn.Module, threading.RLock]] = WeakKeyDictionary()
 _NEW_LOCK: Final = threading.Lock()
+GLIMPSED: Final = 1024
+"""Numbers of a tensor that tell whether it is still the same."""
 _WRAPPED: Final = re.compile(r"\.(base_layer|parametrizations)(?=\.)|(?<=\.weight)\.original$")
 _ATTACHED: Final = re.compile(r"\.lora_|\.parametrizations\.\w+\.\d|\.to_(added_)?q?kv\.")
 """What adapters, parametrizations and fused projections put beside a layer's own weights."""
@@ -41,6 +45,20 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in sorted(found.items()):
         _refuse_meta(tensor, name)
         yield name, tensor
+
+
+def glimpse(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Hex digits that tell, as long as a program runs, whether tensors are as before: by where they are and some numbers.
+
+    What is changed in place behind torch's back, as by merging a LoRA, is changed all over.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in named:
+        version = 0 if tensor.is_inference() else tensor._version
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.data_ptr()} {version}".encode())
+        flat = tensor.detach().flatten()
+        digest.update(raw(flat[:: max(1, len(flat) // GLIMPSED)]))
+    return digest.hexdigest()
 
 
 def _unattached(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -35,7 +35,7 @@ from mixofshow.processes import end_with_parent
 from mixofshow.sampling import regions
 from mixofshow.sampling.composition import compose
 from mixofshow.sampling.pipeline import MixOfShowPipeline
-from mixofshow.sampling.replay import maker_of, resolved, save_picture
+from mixofshow.sampling.replay import Maker, maker_of, resolved, save_picture
 from mixofshow.sampling.settings import Composition
 from mixofshow.tuning.settings import TuningSettings
 from mixofshow.tuning.trainer import tune
@@ -88,9 +88,8 @@ class DrawTask:
 
     def work(self) -> None:
         """Draw, and keep each request's pictures as they are done."""
-        model = _model(self.model)
+        model, maker = _model(self.model)
         pipeline = MixOfShowPipeline.of(model)
-        maker = maker_of(pipeline)
         with _without_notices(regions.__name__):
             for request in self.requests:
                 images, paths = draw(model, request.composition), request.paths(self.folder)
@@ -114,12 +113,18 @@ def _without_notices(module: str) -> Iterator[None]:
 
 
 def draw(model: ConceptModel, wanted: Composition) -> list[Image.Image]:
-    """A composition's pictures in one batch; picture k is made from seed + k."""
+    """A composition's pictures, as many in a batch as fit; picture k is made from seed + k."""
     return compose(MixOfShowPipeline.of(model), wanted, at_once=True)
 
 
 @lru_cache(maxsize=1)
-def _model(drawn_by: DrawnBy) -> ConceptModel:
+def _model(drawn_by: DrawnBy) -> tuple[ConceptModel, Maker]:
+    """The model, and what its pictures say of it; a process keeps those that it had last."""
+    model = _loaded(drawn_by)
+    return model, maker_of(MixOfShowPipeline.of(model))
+
+
+def _loaded(drawn_by: DrawnBy) -> ConceptModel:
     pipeline = drawn_by.base.load()
     if drawn_by.delta:
         return delta_model(load_delta(drawn_by.delta), pipeline, str(drawn_by.delta))

@@ -6,10 +6,11 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image
@@ -17,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from mixofshow.bases.families import family_of, text_encoders
-from mixofshow.bases.parts import plain
+from mixofshow.bases.parts import glimpse, plain
 from mixofshow.errors import BadInputError, SettingsError, shown
 from mixofshow.files import raw
 from mixofshow.images import opened
@@ -33,6 +34,8 @@ from mixofshow.tables import Settings
 logger = logging.getLogger(__name__)
 
 PNG_KEY: Final = "mixofshow"
+_KNOWN: Final[WeakKeyDictionary[Any, tuple[str, Any]]] = WeakKeyDictionary()
+"""What UNets' models looked like when their weights were hashed, and that hash, which goes on with the rest."""
 PACKAGES: Final = ("mixofshow", "torch", "diffusers", "transformers")
 
 
@@ -47,12 +50,12 @@ class Maker(Settings):
     threads: int
 
 
-def maker_of(pipeline: MixOfShowPipeline) -> Maker:
-    """What draws with this pipeline."""
+def maker_of(pipeline: MixOfShowPipeline, known: str | None = None) -> Maker:
+    """What draws with this pipeline, whose `model_hash` may be known already."""
     model = pipeline.model
     return Maker(
         base=model.base,
-        hash=model_hash(pipeline),
+        hash=known or model_hash(pipeline),
         concepts=model.concept_hashes,
         versions={package: version(package) for package in PACKAGES},
         device=pipeline.device.type,
@@ -61,27 +64,39 @@ def maker_of(pipeline: MixOfShowPipeline) -> Maker:
 
 
 def model_hash(pipeline: MixOfShowPipeline) -> str:
-    """Hex digits of everything in the model that a picture depends on: all weights, words, and the scheduler."""
-    digest = hashlib.sha256()
+    """Hex digits of everything in the model that a picture depends on: all weights, words, and the scheduler.
 
-    def take(name: str, tensor: Tensor) -> None:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(raw(tensor))
-
+    Weights that are as they were last time are not read again.
+    """
+    unet, parts = plain(pipeline.unet), (*(part for part, _ in family_of(pipeline).text_encoders), "unet", "vae")
     with pipeline.model.active():
-        for part in (*(part for part, _ in family_of(pipeline).text_encoders), "unet", "vae"):
-            for name, tensor in sorted(plain(getattr(pipeline, part)).state_dict().items()):
-                take(f"{part}.{name}", tensor)
+        named = [
+            (f"{part}.{name}", tensor)
+            for part in parts
+            for name, tensor in sorted(plain(getattr(pipeline, part)).state_dict().items())
+        ]
+        seen = glimpse(named)
+        if _KNOWN.get(unet, ("", None))[0] != seen:
+            _KNOWN[unet] = seen, _digest(named)
+    digest = _KNOWN[unet][1].copy()
     if any(skips := [one.clip_skip for one in text_encoders(pipeline)]):
         digest.update(f"clip_skip {skips}".encode())
-    for word, vectors in pipeline.model.vocabulary.embeddings.items():
-        take(word, vectors)
+    _digest(pipeline.model.vocabulary.embeddings.items(), digest)
     if not pipeline.model.weights:  # un-fused concepts, if any, are part of no weights
         for name, own in () if pipeline.model.baked else pipeline.model.concept_hashes.items():
             digest.update(f"{name} {own}".encode())
     scheduler = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
     digest.update(f"{type(pipeline.scheduler).__name__} {json.dumps(scheduler, sort_keys=True, default=str)}".encode())
     return digest.hexdigest()
+
+
+def _digest(named: Iterable[tuple[str, Tensor]], digest: Any = None) -> Any:
+    """A hash, the given one or a new one, with some tensors taken into it."""
+    digest = hashlib.sha256() if digest is None else digest
+    for name, tensor in named:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(raw(tensor))
+    return digest
 
 
 def save_picture(image: Image.Image, path: Path, composition: Composition, maker: Maker, number: int = 0) -> None:
@@ -159,7 +174,7 @@ def replay(pipeline: MixOfShowPipeline, path: Path, out: Path, *, progress: Prog
             f"expected hash {shown(before.hash, 12)}, found {found[:11]}…"
         )
     with _threads(before.threads):
-        maker = maker_of(pipeline)
+        maker = maker_of(pipeline, found)
         if (changed := _differences(before, maker)) != "":
             logger.warning("%s was drawn with %s; the bytes may differ", path, changed)
         (image,) = compose(pipeline, composition, progress=progress)

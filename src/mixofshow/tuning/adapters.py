@@ -43,8 +43,8 @@ class Adapter(Protocol):
     def enable(self, on: bool) -> None:
         """Switch the change off and on again."""
 
-    def finished(self) -> Change:
-        """The change as a concept holds it."""
+    def finished(self, *, compact: bool = True) -> Change:
+        """The change as a concept holds it; `compact` looks for factors that say the same in less, which takes long."""
 
 
 Adapters = Mapping[str, Adapter]
@@ -97,7 +97,7 @@ class _LoraAdapter:
         if self.fixed:
             self.down.requires_grad_(False)  # peft lets all of an adapter be trained that it enables
 
-    def finished(self) -> LowRank:
+    def finished(self, *, compact: bool = True) -> LowRank:
         return LowRank.of(_stored(self.down), _stored(self.alpha * self.up))
 
 
@@ -190,10 +190,10 @@ class _FullAdapter:
     def enable(self, on: bool) -> None:
         self.sum.on = on
 
-    def finished(self) -> Change:
+    def finished(self, *, compact: bool = True) -> Change:
         """Low-rank where that says the same in less, else as it is."""
         change = _stored(self.sum.change)
-        return _factors(change) or Full(change)
+        return (_factors(change) if compact else None) or Full(change)
 
 
 def _factors(change: Tensor) -> LowRank | None:

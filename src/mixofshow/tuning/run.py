@@ -218,7 +218,7 @@ class Run:
         """A preview that fails costs no training."""
         try:
             with switched_off(self.adapters.values()):  # a preview puts the concept on by itself
-                preview(self.concept(), self.step)
+                preview(self.concept(compact=False), self.step)
         except Exception as error:
             if (known := ours(error)) is None:
                 raise
@@ -288,15 +288,16 @@ class Run:
         self.words_move = state["words_move"]
 
     @torch.no_grad()
-    def concept(self) -> Concept:
-        """What has been learned so far."""
+    def concept(self, *, compact: bool = True) -> Concept:
+        """What has been learned so far, `compact` as `Adapter.finished` has it."""
         info = self.info.model_copy(update={"settings": {**self.info.settings, "steps": self.step}})
         if self.average:
             self.average.store(self.trained)
             self.average.copy_to(self.trained)
         try:
             vectors = self.words().cpu().transpose(0, 1).contiguous().half().float()
-            return Concept(info, vectors, {name: adapter.finished() for name, adapter in self.adapters.items()})
+            changes = {name: adapter.finished(compact=compact) for name, adapter in self.adapters.items()}
+            return Concept(info, vectors, changes)
         finally:
             if self.average:
                 self.average.restore(self.trained)

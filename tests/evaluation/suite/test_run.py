@@ -262,7 +262,7 @@ def test_a_fused_model_speaks_the_words_of_its_file(tmp_path):
     model = with_concept(load_base("emojiland"), load_concept(concept))
     refitted = {word: 2 * vector for word, vector in model.vocabulary.embeddings.items()}
     replace(model, vocabulary=replace(model.vocabulary, embeddings=refitted)).save_delta(tmp_path / "a.safetensors")
-    found = tasks._model(DrawnBy(BaseSource("emojiland"), "", delta=tmp_path / "a.safetensors"))
+    found = tasks._loaded(DrawnBy(BaseSource("emojiland"), "", delta=tmp_path / "a.safetensors"))
     assert found.vocabulary.aliases == model.vocabulary.aliases
     assert list(found.vocabulary.embeddings) == list(refitted)
     assert all(torch.equal(vector, refitted[word]) for word, vector in found.vocabulary.embeddings.items())
