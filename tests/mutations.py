@@ -1,6 +1,6 @@
-"""Twenty faults of one line, each in a copy of everything, and whether the tests of its part find it.
+"""Twenty-five faults of one line, each in a copy of everything, and whether the tests of its part find it.
 
-    python tests/mutations.py              # all; some twenty minutes on one core
+    python tests/mutations.py              # all; half an hour on one core
     python tests/mutations.py regions      # those in files with this in their path
 
 Exit code 1 where more than one is not found. At night, as `pytest -m slow` is.
@@ -75,6 +75,33 @@ MUTATIONS: Final = [
             'self.words_move = state["words_move"]',
             "pass",
             "tuning/test_resume.py::test_words_that_stopped_stay_stopped",
+        ),
+        # Devices
+        (
+            "concepts/words.py",
+            "one.to(vectors[0].device).expand",
+            "one.expand",
+            "devices/test_one_device.py::test_concepts_in_memory_draw_on_a_model_from_a_folder",
+        ),
+        (
+            "concepts/adapters.py",
+            "own[name].to(parameter.device)",
+            "own[name]",
+            "devices/test_one_device.py::test_a_model_that_is_offloaded_draws_the_same",
+        ),
+        ("tuning/losses.py", "noise.to(latents)", "noise", "devices/test_one_device.py::test_tuning"),
+        # Memory
+        (
+            "sampling/attention.py",
+            "        handle.forget()\n",
+            "",
+            "bases/test_memory.py::test_keys_and_values_go_with_their_picture",
+        ),
+        (
+            "sampling/pipeline.py",
+            "replace(model, pipeline=None)",
+            "model",
+            "bases/test_memory.py::test_a_pipeline_and_its_weights_go_at_once",
         ),
         # Files
         ("concepts/concept.py", "            digest.update(raw(tensor))\n", "", "laws/test_concept_file.py"),

@@ -23,8 +23,10 @@ KEPT = ("text_model.encoder.layers.0.", "mid_block", "down_blocks.0.attentions.0
 
 
 @contextlib.contextmanager
-def simulated(kind: str, patch: pytest.MonkeyPatch) -> Iterator[SimulatedDevice]:
-    """Inside, this machine has two devices of a kind, in which accelerate believes too."""
+def simulated(
+    kind: str, patch: pytest.MonkeyPatch, machine: SimulatedDevice | None = None
+) -> Iterator[SimulatedDevice]:
+    """Inside, this machine has two devices of a kind, or those of `machine`, in which accelerate believes too."""
 
     def autocast(native_amp: bool = False, autocast_kwargs: Any = None) -> Any:
         kinds = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -34,8 +36,8 @@ def simulated(kind: str, patch: pytest.MonkeyPatch) -> Iterator[SimulatedDevice]
     patch.setattr(accelerate.state.PartialState, "default_device", property(lambda _: torch.device(kind)))
     patch.setattr(accelerate.state, "check_cuda_p2p_ib_support", lambda: True)
     patch.setattr(accelerate.accelerator, "get_mixed_precision_context_manager", autocast)
-    with SimulatedDevice(kind) as machine:
-        yield machine
+    with machine or SimulatedDevice(kind) as there:
+        yield there
 
 
 @pytest.fixture
