@@ -43,10 +43,10 @@ def sd15(tokenizer: Any = None, *, side: int = 512) -> Any:
     return _frozen(pipeline)
 
 
-def sdxl() -> Any:
-    """SDXL at full width, frozen, with Emojiland's tokenizer twice."""
+def sdxl(tokenizer: Any = None) -> Any:
+    """SDXL at full width, frozen, with Emojiland's tokenizer, or another, twice."""
     torch.manual_seed(0)
-    tokenizer = load_base("emojiland").tokenizer
+    tokenizer = tokenizer or load_base("emojiland").tokenizer
     unet = UNet2DConditionModel(
         sample_size=128,
         block_out_channels=(320, 640, 1280),

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hollow import Ledger, Metered
 
 from mixofshow import FusionSettings, MixOfShowPipeline, Region, fuse, make_settings
 from mixofshow.bases import loading, memory
@@ -83,6 +84,21 @@ def test_latents_are_decoded_one_by_one_where_all_are_too_many(golden_pipeline, 
         alone = torch.cat([decode(golden_pipeline, one[None], "pt") for one in latents])
     assert seen == [1] * 6
     assert torch.equal(found, alone)
+
+
+def test_decoding_takes_less_than_the_autoencoder_by_itself_and_gives_the_same(golden_pipeline):
+    latents, vae = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), golden_pipeline.vae
+
+    def measured(decoded):
+        ledger = Ledger()
+        with torch.no_grad(), Metered(ledger):
+            return decoded(), ledger.peak["cpu"]
+
+    whole, most = measured(lambda: vae.decode(latents / vae.config.scaling_factor).sample)
+    ours, less = measured(lambda: decode(golden_pipeline, latents, "pt"))
+    assert torch.equal(ours, golden_pipeline.image_processor.postprocess(whole, output_type="pt"))
+    assert less < 0.95 * most
+    assert not any(one.inplace for one in vae.modules() if isinstance(one, torch.nn.SiLU))
 
 
 @pytest.mark.parametrize(("upscale", "expected"), [(1, [4, 4, 2]), (2, [2] * 5)])

@@ -83,12 +83,23 @@ Plan = Mapping[int, tuple[Grid, list[Piece]]]
 
 
 class RegionalAttention:
-    """What the UNet's attention reads at present, of a picture whose latents are `columns` × `rows`."""
+    """What the UNet's attention reads at present, of a picture whose latents are `columns` × `rows`.
+
+    `isolated` are those of the grids on which self-attention is kept apart.
+    """
 
     def __init__(
-        self, regions: Sequence[RegionText], grids: Sequence[Grid], *, like: Tensor, isolate: int, tiny: str
+        self,
+        regions: Sequence[RegionText],
+        grids: Sequence[Grid],
+        isolated: Sequence[Grid] = (),
+        *,
+        like: Tensor,
+        isolate: int,
+        tiny: str,
     ) -> None:
         self.regions, self.grids, self.like, self.isolate = regions, grids, like, isolate
+        self.isolated = isolated
         self.covers = [coverages(region.shape, grids, tiny=tiny) for region in regions]
         self.layers: list[CrossAttention] = []
         self._plan_of, self._mask_of, self._share_of = cache(self._planned), cache(self._apart), cache(self._shared)
@@ -103,11 +114,8 @@ class RegionalAttention:
         """Take the regions that are there in this step, counted from 1."""
         self._there = tuple(number for number, region in enumerate(self.regions) if region.holds(step))
         self.plan: Plan = self._plan_of(self._there)
-        self._isolated = step <= self.isolate and len(self._there) > 1
-
-    def apart(self, cells: int) -> Tensor | None:
-        """May a cell of a feature map (first) read another (second)? Not when it lies in other regions only. None: all may."""
-        return self._mask_of(self._there, cells) if self._isolated else None
+        isolated = step <= self.isolate and len(self._there) > 1
+        self.apart: Mapping[int, Tensor] = self._mask_of(self._there) if isolated else {}
 
     def reads_any(self, texts: Collection[int]) -> bool:
         """Whether one of these texts, of which the global one is 0, is there at present."""
@@ -144,15 +152,17 @@ class RegionalAttention:
             found[columns * rows] = (columns, rows), pieces
         return found
 
-    def _apart(self, there: tuple[int, ...], cells: int) -> Tensor:
-        grid = next(one for one in self.grids if one[0] * one[1] == cells)
-        fronts = [self.regions[number].front for number in there]
-        # Few numbers go to the device, and become many there.
-        inside = (visible(self._stacked(there, grid)[1:], fronts).flatten(1) >= INSIDE).to(self.like.device)
-        alone = ~inside.any(0)
-        found = alone | alone[:, None]
-        for region in inside:
-            found |= region & region[:, None]
+    def _apart(self, there: tuple[int, ...]) -> Mapping[int, Tensor]:
+        """For each feature map: may a cell (first) read another (second)? Not when it lies in other regions only."""
+        found, fronts = {}, [self.regions[number].front for number in there]
+        for grid in self.isolated:
+            # Few numbers go to the device, and become many there.
+            inside = (visible(self._stacked(there, grid)[1:], fronts).flatten(1) >= INSIDE).to(self.like.device)
+            alone = ~inside.any(0)
+            mask = alone | alone[:, None]
+            for region in inside:
+                mask |= region & region[:, None]
+            found[grid[0] * grid[1]] = mask
         return found
 
 
@@ -256,7 +266,7 @@ class IsolatedSelfAttention:
     ) -> Tensor:
         """(batch, cells, dim) to the same."""
         key, value = (_in_heads(project(hidden_states), attn.heads) for project in (attn.to_k, attn.to_v))
-        apart = self.regional.apart(hidden_states.shape[1])
+        apart = self.regional.apart.get(hidden_states.shape[1])
         attended = _attend(attn.to_q(hidden_states), key, value, attn.scale, apart)
         return attn.to_out[1](attn.to_out[0](attended))
 
@@ -310,9 +320,9 @@ def regional(
     for name, module in replaced.items():
         _require_known(name, module)
     like = torch.empty(0, device=text.device, dtype=unet.dtype)
-    handle = RegionalAttention(
-        regions, levels(columns, rows, len(unet.config.block_out_channels)), like=like, isolate=isolate, tiny=tiny
-    )
+    grids = levels(columns, rows, depth := len(unet.config.block_out_channels))
+    isolated = [grids[number] for number in sorted({_level_of(name, depth) for name in replaced if name not in cross})]
+    handle = RegionalAttention(regions, grids, isolated, like=like, isolate=isolate, tiny=tiny)
     before = {name: module.processor for name, module in replaced.items()}
     try:
         for name, module in replaced.items():
@@ -327,6 +337,14 @@ def regional(
         for name, module in replaced.items():
             module.processor = before[name]
         handle.forget()
+
+
+def _level_of(name: str, depth: int) -> int:
+    """On which of the UNet's levels, the finest 0, a layer is."""
+    block, number, *_ = name.split(".")
+    if block == "down_blocks":
+        return int(number)
+    return depth - 1 - int(number) if block == "up_blocks" else depth - 1
 
 
 def _text_of(region: RegionText, name: str, group: int) -> Text:
