@@ -60,14 +60,14 @@ def do_fuse(pipeline: Any, **settings: Any) -> None:
     fuse(_concepts(pipeline), pipeline, FusionSettings(steps=1, **settings))
 
 
-def do_sample(pipeline: Any, *, regional_lora: bool = False, **how: Any) -> None:
-    """A picture with two regions, drawn by a fused folder; with regional LoRAs by its base and concepts."""
+def do_sample(pipeline: Any, *, fused: bool = False, **how: Any) -> None:
+    """A picture with two regions, by a fused folder, whose weights are its own, or by fused weights beside a base's."""
     concepts = _concepts(pipeline)
-    model = ConceptModel(pipeline, vocabulary(concepts), _fused(pipeline, concepts) if regional_lora else {}, concepts)
+    model = ConceptModel(pipeline, vocabulary(concepts), _fused(pipeline, concepts) if fused else {}, concepts)
     draws, side = MixOfShowPipeline.of(model), side_of(pipeline)
     boxes = ((0, 0, side // 2, side), (side // 2, 0, side, side))
     regions = [Region(f"a {one.prompt}", box) for one, box in zip(concepts, boxes, strict=True)]
-    draws("a photo", regions=regions, num_inference_steps=3, seed=0, regional_lora=regional_lora, **how)
+    draws("a photo", regions=regions, num_inference_steps=3, seed=0, **how)
 
 
 def do_evaluate(pipeline: Any) -> None:
@@ -94,6 +94,7 @@ VERBS: Final[dict[str, tuple[torch.dtype, Callable[[Any], None]]]] = {
     "refit": (torch.bfloat16, lambda base: do_fuse(base, refit=1)),
     "sample": (torch.float16, do_sample),
     "sample, regional_lora": (torch.float16, lambda base: do_sample(base, regional_lora=True)),
+    "sample, regional_lora, fused": (torch.float16, lambda base: do_sample(base, regional_lora=True, fused=True)),
     "sample, attend": (torch.float16, lambda base: do_sample(base, attend=0.1)),
     "evaluate": (torch.float16, do_evaluate),
 }

@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from mixofshow.bases.memory import in_place
 from mixofshow.bases.parts import plain
 from mixofshow.errors import BaseModelError, shown
 
@@ -201,21 +202,13 @@ def of_encoders(pipeline: Any, vectors: Tensor) -> list[Tensor]:
 
 @contextlib.contextmanager
 def autoencoder(pipeline: Any) -> Iterator[Any]:
-    """The pipeline's autoencoder, inside in single precision where half would overflow.
-
-    Where no gradients are wanted its activations are computed in place: on large pictures they take the most memory.
-    """
+    """The pipeline's autoencoder, inside in single precision where half would overflow, and in place."""
     vae = pipeline.vae
-    activations = [] if torch.is_grad_enabled() else [one for one in vae.modules() if isinstance(one, torch.nn.SiLU)]
-    before = [one.inplace for one in activations]
     careful = family_of(pipeline).careful_autoencoder and vae.config.force_upcast and vae.dtype == torch.float16
     try:
-        for one in activations:  # each follows a norm, whose result nobody else reads
-            one.inplace = True
-        yield vae.float() if careful else vae
+        with in_place(vae):
+            yield vae.float() if careful else vae
     finally:
-        for one, own in zip(activations, before, strict=True):
-            one.inplace = own
         if careful:
             vae.half()
 

