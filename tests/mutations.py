@@ -98,7 +98,7 @@ MUTATIONS: Final = [
             "bases/test_memory.py::test_keys_and_values_go_with_their_picture",
         ),
         (
-            "sampling/pipeline.py",
+            "sampling/loaders.py",
             "replace(model, pipeline=None)",
             "model",
             "bases/test_memory.py::test_a_pipeline_and_its_weights_go_at_once",

@@ -52,9 +52,19 @@ def loading_options(options: dict[str, Any]) -> dict[str, Any]:
 class ConceptLoaderMixin:
     """What diffusers' LoRA loader is for LoRAs: `load_concept`, `set_concepts`, `unload_concepts`."""
 
-    model: ConceptModel
     _strengths: Mapping[str, float] | None = None
     """Of concepts that were loaded one by one; None: the model came as it is."""
+    _known: ConceptModel
+
+    @property
+    def model(self) -> ConceptModel:
+        """The words and weights that it draws with, on its own modules."""
+        return replace(self._known, pipeline=self)
+
+    @model.setter
+    def model(self, model: ConceptModel) -> None:
+        # Without the pipeline, which would else refer to itself: when it goes, its weights go at once.
+        self._known = replace(model, pipeline=None)
 
     def load_concept(self, concept: str | Path | Concept, strength: float = 1.0) -> None:
         """A concept, or another tool's LoRA, beside those that are loaded: its words, and its change of the whole picture.

@@ -83,17 +83,6 @@ class _Pipeline(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
 
     base_class: ClassVar[str]
     _callback_tensor_inputs: ClassVar = ["latents"]
-    _known: ConceptModel
-
-    @property
-    def model(self) -> ConceptModel:
-        """The words and weights that it draws with, on its own modules."""
-        return replace(self._known, pipeline=self)
-
-    @model.setter
-    def model(self, model: ConceptModel) -> None:
-        # Without the pipeline, which would else refer to itself: when it goes, its weights go at once.
-        self._known = replace(model, pipeline=None)
 
     def _prepare(self, parts: Mapping[str, Any], **config: Any) -> None:
         """As diffusers' own constructor, which would also change old configurations of modules that we only borrow."""
