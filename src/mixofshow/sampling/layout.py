@@ -23,7 +23,7 @@ CANDIDATES: Final = 8
 """Squares that are tried for each concept, the highest ones."""
 FLAT: Final = 1.2
 """Where even the best square has no more of a map than this many times its share of the picture, there is no place."""
-EDGE: Final = 0.5
+EDGE: Final = 0.2
 """A place ends where its concept's map falls below this share of its mean in the first square."""
 REACH: Final = 0.6
 """How far a place reaches from its square's middle, over the side of the largest square, so that it flows around nobody."""
