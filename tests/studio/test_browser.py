@@ -189,9 +189,6 @@ def test_a_picture_is_composed_drawn_and_brought_back(open_page: Any, served: tu
         "a photo of a <clown> and a cook in the forest",
         "a photo of a cook and a <robot> in the forest",
     ]
-    if SCREENSHOTS is None:
-        page.click("text=More settings >> nth=-1")
-        page.fill("input[aria-label='Steps'], label:has-text('Steps') input", "2")
     page.click("#draw")
     until(lambda: page.input_value("#command textarea, #command input"))
     (picture,) = workspace.picture_files()

@@ -33,9 +33,10 @@ class MeasureTab:
                 label = "Or open a suite's results.json"
                 self.opened = gr.File(label=label, file_types=[".json"], height=120, elem_id="results")
             with gr.Column(scale=3, min_width=340):
-                self.alignment = gr.Dataframe(label="Image alignment, single → fused", interactive=False, wrap=True)
+                empty: dict[str, Any] = {"headers": ["concept"], "interactive": False, "wrap": True}
+                self.alignment = gr.Dataframe(label="Image alignment, single → fused", **empty)
                 gr.HTML(gr.line(FOOTNOTE))
-                self.matrix = gr.Dataframe(label="Who is taken for whom", interactive=False, wrap=True)
+                self.matrix = gr.Dataframe(label="Who is taken for whom", **empty)
                 self.report = gr.DownloadButton("Report", interactive=False, elem_id="measure-report")
         self.seen = gr.State(None)
         self._connect()
