@@ -63,7 +63,7 @@ class ConceptLoaderMixin:
 
     @model.setter
     def model(self, model: ConceptModel) -> None:
-        # Without the pipeline, which would else refer to itself: when it goes, its weights go at once.
+        """Kept without the pipeline, which would else refer to itself: when it goes, its weights go at once."""
         self._known = replace(model, pipeline=None)
 
     def load_concept(self, concept: str | Path | Concept, strength: float = 1.0) -> None:
