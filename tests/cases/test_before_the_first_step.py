@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from mixofshow import cli, fuse, make_settings, tune
 from mixofshow.errors import DatasetError, SettingsError
@@ -112,6 +113,9 @@ def test_a_cpu_without_bf16_is_said(monkeypatch, capability, slow):
     assert slow_precision(make_settings(TABLE), "cpu") is None
 
 
+LORA = "sample --concept {} --region 0,0,32,48:a<lora:{}:0.8> --prompt a"
+
+
 @pytest.fixture
 def small(golden_pipeline, golden_concepts, tmp_path, monkeypatch):
     """A folder with two concepts, a fused model and some faulty files, in a place where no base can be loaded."""
@@ -123,8 +127,15 @@ def small(golden_pipeline, golden_concepts, tmp_path, monkeypatch):
     Path("damaged.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     Path("list.yaml").write_text("concepts: [dogx.safetensors, damaged.safetensors]")
     Path("list.json").write_text('[{"lora_path": "dogx.safetensors"}, {"lora_path": "gone.safetensors"}]')
+    Path("weighed.yaml").write_text("concepts: [dogx.safetensors, manx.safetensors]\nweights: {dogy: 2}")
+    save_file({"emb_params": torch.zeros(1, 32)}, "cat.safetensors")
+    Path("others.json").write_text('[{"lora_path": "dogx.safetensors"}, {"lora_path": "cat.safetensors"}]')
+    suite = "concepts: [{name: NAME, kind: object, class_word: dog, references: train, files: {ed-lora: dogx.safetensors}}]"
+    for file, name, more in (("suite", "dogx", "fuse: {weights: {dogy: 2}}"), ("named", "dogy", "")):
+        methods = "methods: [ed-lora+gradient]"
+        Path(f"{file}.yaml").write_text("\n".join([suite.replace("NAME", name), methods, more]))
     Path("scene.yaml").write_text("prompt: a <dogx>\nregions: [{box: [0, 0, 32, 48], prompt: a <dgx>}]")
-    for place in ("bases.loading", "concepts.model", "fusion.jobs", "fusion.workers"):
+    for place in ("bases.loading", "concepts.model", "fusion.jobs", "fusion.workers", "evaluation.requests"):
         for name in ("load_base", "load_named_base"):
             monkeypatch.setattr(f"mixofshow.{place}.{name}", _no_base, raising=False)
 
@@ -153,6 +164,18 @@ def _no_base(*_, **__):
         ("fuse list.json --out out", "gone.safetensors: cannot be read"),
         ("fuse --model fused --add gone.safetensors", "gone.safetensors: cannot be read"),
         ("fuse --model fused --remove dog", "no concept is called 'dog' in this model; did you mean 'dogx'"),
+        ("fuse dogx.safetensors manx.safetensors --weights dogy=2 --out out", "no concept is called dogy; did you mean 'dogx'"),
+        ("fuse dogx.safetensors --weights horse=2 --as-delta out.safetensors", "no concept is called horse; there are dogx"),
+        ("fuse weighed.yaml --out out", "weights: no concept is called dogy"),
+        ("fuse others.json --weights dogx=2,cow=1 --out out", "weights: no concept is called cow; there are dogx, cat"),
+        ("fuse --model fused --weights dogy=2", "weights: no concept is called dogy; did you mean 'dogx'"),
+        ("fuse dogx.safetensors dogx.safetensors --out out", "two concepts claim the placeholder <dogx"),
+        ("evaluate suite.yaml", "weights: no concept is called dogy; did you mean 'dogx'"),
+        ("evaluate named.yaml", "dogx.safetensors: expected the concept <dogy>, found <dogx>"),
+        (LORA.format("dogx.safetensors", "dogy"), "regions: no concept is called dogy; did you mean 'dogx'"),
+        (LORA.format("cat.safetensors", "dogy"), "regions: no concept is called dogy; there are cat"),
+        ("sample --model fused --region 0,0,32,48:a<lora:dogy:1> --prompt a", "no concept is called dogy; did you mean"),
+        ("sample --region 0,0,32,48:a<lora:dogy:1> --prompt a", "no concept is called dogy; there are none"),
         ("fuse --model fused --method gradient --set ridg=1", "did you mean 'ridge'"),
         ("record damaged.safetensors --out out", "damaged.safetensors: damaged"),
         ("convert damaged.safetensors new.safetensors --name new", "damaged.safetensors: damaged"),

@@ -21,7 +21,7 @@ import torch
 
 from mixofshow.bases.emojiland.concepts import write_concept
 from mixofshow.bases.loading import fingerprint, scheduler_settings
-from mixofshow.concepts.concept import load_concept
+from mixofshow.concepts.concept import Concept, load_concept
 from mixofshow.concepts.delta import load_delta
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.errors import BadInputError, SettingsError, shown
@@ -73,6 +73,7 @@ def perform(
     """
     cache = out / "cache"
     _check_outputs(suite, out, cache)
+    _check_files(suite)  # before anything is loaded
     with process_pool(workers) as each:
         base = BaseSource(suite.base, device, tuple(sorted({**suite.loading, **(loading or {})}.items())))
         run = _Run(suite, cache, base, each, bars)
@@ -137,6 +138,17 @@ def _folders(suite: Suite, cache: Path, part: str) -> dict[str, Path]:
                 write_concept(one.name, folder)
             found[one.name] = folder / part
     return found
+
+
+def _check_files(suite: Suite) -> None:
+    for concept in suite.concepts:
+        for path in concept.files.values():
+            _require_name(load_concept(path), concept.name, path)
+
+
+def _require_name(concept: Concept, name: str, path: Path) -> None:
+    if concept.info.name != name:
+        raise SettingsError(f"{path}: expected the concept <{name}>, found <{concept.info.name}>")
 
 
 def _machine(workers: int, device: str) -> dict[str, Any]:
@@ -213,8 +225,7 @@ class _Run:
         for name, path in ((name, path) for row in files.values() for name, path in row.items()):
             if path not in self.hashes:
                 concept = load_concept(path, pipeline)
-                if concept.info.name != name:
-                    raise SettingsError(f"{path}: expected the concept <{name}>, found <{concept.info.name}>")
+                _require_name(concept, name, path)
                 self.hashes[path] = concept.hash
         for method in self.suite.methods:
             if method.fused:

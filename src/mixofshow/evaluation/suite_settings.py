@@ -15,9 +15,9 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, Validati
 from mixofshow.bases.emojiland import concepts as emojiland
 from mixofshow.bases.loading import EMBEDDED
 from mixofshow.concepts.concept import load_concept
-from mixofshow.errors import SettingsError, field_problem, nearest, shown
+from mixofshow.errors import BadInputError, SettingsError, field_problem, nearest, shown
 from mixofshow.fusion.settings import FusionSettings
-from mixofshow.fusion.solving import check_method
+from mixofshow.fusion.solving import check_method, check_weights
 from mixofshow.reading import named_in, parse_table, read_table
 from mixofshow.sampling.settings import STEPS
 from mixofshow.tables import Group
@@ -201,12 +201,13 @@ class Suite(Group):
         return make_settings(merged(table, own), f"method {method.key}: tune")
 
     def fusion(self, method: MethodEntry) -> FusionSettings:
-        """How a method fuses. Raises SettingsError."""
+        """How a method fuses. Raises BadInputError."""
         own = {"method": method.fusion} if method.fusion else OWN_FUSION[method.tuning]
         below, above = ({key: one[key] for key in ("options",) if key in one} for one in (self.fuse, method.fuse))
         table = {**self.fuse, **own, **method.fuse, **merged(below, above)}
         settings = FusionSettings.of(table, f"method {method.key}: fuse")
         check_method(settings)
+        check_weights(settings, [concept.name for concept in self.concepts])
         return settings
 
     @property
@@ -271,7 +272,7 @@ def make_suite(table: Mapping[str, Any], source: str = "suite", *, folder: Path 
         try:
             suite.fusion(method)
             suite.tuning(method, suite.concepts[0], folder)
-        except SettingsError as error:
+        except BadInputError as error:
             raise SettingsError(f"{source}: {error}") from error
     return suite
 

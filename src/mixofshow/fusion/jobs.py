@@ -16,13 +16,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from mixofshow.bases.loading import EMBEDDED, load_base, load_named_base
-from mixofshow.concepts.concept import Concept, fitted, follow_clip_skip, load_concept
-from mixofshow.concepts.interchange.importing import AS_USUAL, open_concept, read_ahead
+from mixofshow.concepts.concept import Concept, fitted, follow_clip_skip, load_concept, vocabulary
+from mixofshow.concepts.interchange.importing import AS_USUAL, name_ahead, open_concept, read_ahead
 from mixofshow.concepts.interchange.settings import ImportSettings
 from mixofshow.concepts.manifest import CONCEPTS, MANIFEST, read_concepts, read_manifest
 from mixofshow.errors import BadInputError, ConceptFileError, SettingsError, field_problem, nearest, shown
 from mixofshow.fusion.settings import FusionSettings, on_top, parse_weights
-from mixofshow.fusion.solving import check_method
+from mixofshow.fusion.solving import check_method, check_weights
 from mixofshow.fusion.store import tell_of_threads
 from mixofshow.reading import MAX_YAML_BYTES, named_in, parse_json, read_bytes, read_table
 
@@ -67,6 +67,8 @@ def make_job(
     settings = on_top(listing.settings, given)
     check_method(settings)  # before anything large is read
     ahead = [(load_concept if how is None else read_ahead)(path) for path, how in listing.files]
+    vocabulary(filter(None, ahead))  # as is what only the concepts' names tell
+    check_weights(settings, map(_name, ahead, listing.files))
     pipeline = load_base(base or listing.base, **loading)
     concepts = [
         one if one and how is None else open_concept(path, pipeline, how or AS_USUAL, quiet=True)
@@ -75,6 +77,12 @@ def make_job(
     follow_clip_skip(pipeline, concepts)
     there = [fitted(one, pipeline, str(path)) for one, (path, _) in zip(concepts, listing.files, strict=True)]
     return Job(pipeline, there, settings)
+
+
+def _name(ahead: Concept | None, listed: tuple[Path, ImportSettings | None]) -> str:
+    """What a concept is called, or will be, if it is another tool's."""
+    path, how = listed
+    return ahead.info.name if ahead else name_ahead(path, how or AS_USUAL)
 
 
 def inputs_of(files: Sequence[Path], *, model: Path | None = None, out: Path | None = None) -> list[Path]:
@@ -165,6 +173,8 @@ def _job_of_model(
     concepts = edited(concepts, map(load_concept, add), remove)
     settings = edited_settings(settings, given, concepts)
     check_method(settings)
+    vocabulary(concepts)
+    check_weights(settings, [one.info.name for one in concepts])
     pipeline = load_named_base(manifest.base, base, str(folder), **loading)
     tell_of_threads(folder, manifest.threads or torch.get_num_threads(), torch.get_num_threads())
     return Job(pipeline, [fitted(one, pipeline, f"concept <{one.info.name}>") for one in concepts], settings)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
 from torch import Tensor
 
 from mixofshow.concepts.concept import Concept
-from mixofshow.errors import BadInputError, shown
+from mixofshow.errors import BadInputError, nearest, shown
 from mixofshow.fusion.methods import METHODS, NEEDS_STATISTICS, STAGE_DEFAULTS, mean, method_settings
 from mixofshow.fusion.problem import LayerProblem
 from mixofshow.fusion.recording import STAGES, Stage, stage_of
@@ -134,10 +134,15 @@ def weight_of(table: Mapping[str, float], name: str, stage: Stage) -> float:
     return table.get(f"{name}.{stage}", table.get(name, 1.0))
 
 
-def check_weights(table: Mapping[str, float], names: Collection[str]) -> None:
-    """Raise BadInputError unless a table of weights is of concepts of these names, or of one of them in a stage."""
-    if unknown := {key.partition(".")[0] for key in table} - set(names):
-        raise BadInputError(f"weights: no concept is called {shown(', '.join(sorted(unknown)))}")
+def check_weights(settings: FusionSettings, names: Iterable[str]) -> None:
+    """Raise BadInputError unless weights by name are of concepts of these names, or of one of them in a stage."""
+    table = settings.weights
+    if not isinstance(table, Mapping):
+        return  # without looking at the names, which may be in files
+    names = list(names)
+    if unknown := sorted({key.partition(".")[0] for key in table} - set(names)):
+        hint = nearest(unknown[0], names) or f"; there are {shown(', '.join(names))}"
+        raise BadInputError(f"weights: no concept is called {shown(', '.join(unknown))}{hint}")
     for key in table:
         name, dot, stage = key.partition(".")
         if dot and stage not in STAGES:

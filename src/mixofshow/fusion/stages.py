@@ -102,8 +102,7 @@ def fuse(
     ordered = sorted(given, key=lambda concept: concept.hash)
     vocabulary(ordered)  # so that two that claim one word are named before anything is recorded
     check_method(settings)
-    if isinstance(settings.weights, Mapping):
-        check_weights(settings.weights, {concept.info.name for concept in ordered})
+    check_weights(settings, [concept.info.name for concept in ordered])
     refuse_adapters(pipeline, "fusing")
     refuse_hooks(pipeline, "fusing")
     if looks_at_inputs(settings) or settings.refit:

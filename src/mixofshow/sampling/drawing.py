@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -16,11 +16,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mixofshow.bases.loading import EMBEDDED
 from mixofshow.concepts.concept import Concept, follow_clip_skip, vocabulary
-from mixofshow.concepts.interchange.importing import open_concept, read_ahead, scaled
+from mixofshow.concepts.interchange.importing import name_ahead, open_concept, read_ahead, scaled
 from mixofshow.concepts.manifest import MANIFEST, read_manifest
 from mixofshow.concepts.model import load_model, load_unfused, with_concept, with_words
 from mixofshow.concepts.words import Vocabulary
-from mixofshow.errors import SettingsError, shown
+from mixofshow.errors import SettingsError, nearest, shown
 from mixofshow.grids import grid
 from mixofshow.outputs import write_text, writing
 from mixofshow.progress import Progress, silent
@@ -60,6 +60,7 @@ def open_pipeline(
     ahead = [read_ahead(one) for one in concepts]
     if composition:
         require_known_words(composition, known_words(model, ahead))
+        _require_known_adapters(composition, model, dict(zip(concepts, ahead, strict=True)))
     load = load_unfused if regional_lora and not concepts and os.path.isdir(model) else load_model
     known = load(model, base=base, **loading)
     if concepts:
@@ -91,6 +92,19 @@ def require_known_words(composition: Composition, known: Vocabulary | None) -> N
         known = replace(known, syntax=composition.prompt_syntax)
         for prompt in composition.texts:
             known.split(prompt)
+
+
+def _require_known_adapters(composition: Composition, model: str, concepts: Mapping[Path, Concept | None]) -> None:
+    """Raise SettingsError for a LoRA of a region that nobody will have."""
+    asked = dict.fromkeys(name for region in composition.regions for name in region.adapters or ())
+    if not asked or not (concepts or model in EMBEDDED or os.path.isfile(Path(model) / MANIFEST)):
+        return
+    there = [one.info.name if one else name_ahead(path) for path, one in concepts.items()]
+    if not concepts and model not in EMBEDDED:
+        there = [one.name for one in read_manifest(Path(model)).concepts]
+    if missing := [name for name in asked if name not in there]:
+        hint = nearest(missing[0], there) or f"; there are {shown(', '.join(there) or 'none')}"
+        raise SettingsError(f"regions: no concept is called {shown(', '.join(missing))}{hint}")
 
 
 def known_words(model: str, concepts: Sequence[Concept | None]) -> Vocabulary | None:

@@ -80,6 +80,17 @@ def read_ahead(path: str | Path) -> Concept | None:
     return read_concept(tensors, texts, file) if METADATA_KEY in texts else None
 
 
+def name_ahead(path: str | Path, settings: ImportSettings = AS_USUAL) -> str:
+    """What the concept of another tool's file will be called, which is told without its base. Raises BadInputError."""
+    file = str(_in_folder(Path(path)))
+    tensors, _ = _read(file)
+    rest = {key: tensor for key, tensor in tensors.items() if split_key(key) is None}
+    words = _embedded_words(rest, file, settings, plain=len(rest) == len(tensors))
+    if words is None:  # but triggers, which are ordinary words and name nothing
+        return named((), 1, settings.model_copy(update={"words": None}), file)[0]
+    return named(words.names, len(words.vectors), settings, file)[0]
+
+
 def as_concept(concept: Concept | str | Path, pipeline: Any) -> Concept:
     """A concept as it is, or the one in a file of any tool. Raises BadInputError for what is neither."""
     if isinstance(concept, Concept):
@@ -135,19 +146,27 @@ def _imported(
     rest = {key: tensors[key] for key, found in keys.items() if found is None}
     deltas = _changes({key: tensors[key] for key in tensors if key not in rest}, texts, file, pipeline)
     _say_scale({found[1] for found in keys.values() if found}, texts, file, settings)
-    if kind := other_kind(rest):
-        raise ConceptFileError(f"{file}: {kind}, which is not read; LoRA, LoCon, LoHa, LoKr, DoRA and full changes are")
-    # Only a file without a LoRA can be a plain table of tokens, whose keys are anything.
-    words = file_words(rest, file, plain=len(rest) == len(tensors))
-    if settings.embeddings:
-        added, _ = _read(str(settings.embeddings))
-        raise_if(value_problems(added), str(settings.embeddings))
-        words = file_words(added, str(settings.embeddings), plain=True)
+    words = _embedded_words(rest, file, settings, plain=len(rest) == len(tensors))
     if not (words or deltas):
         raise ConceptFileError(f"{file}: neither a LoRA nor an embedding; there is nothing in it to take")
     words = words or trigger_words(texts, pipeline, settings, file)
     info = _info(words, deltas, texts, file=file, pipeline=pipeline, settings=settings)
     return Concept(info, words.vectors, deltas)
+
+
+def _embedded_words(rest: Mapping[str, Tensor], file: str, settings: ImportSettings, *, plain: bool) -> Words | None:
+    """The words in the `rest` of a file's tensors, which change nothing, or in the settings' own file of embeddings.
+
+    Raises ConceptFileError. Only a `plain` file, without a LoRA, can be a table of tokens, whose keys are anything.
+    """
+    if kind := other_kind(rest):
+        raise ConceptFileError(f"{file}: {kind}, which is not read; LoRA, LoCon, LoHa, LoKr, DoRA and full changes are")
+    words = file_words(rest, file, plain=plain)
+    if settings.embeddings:
+        added, _ = _read(str(settings.embeddings))
+        raise_if(value_problems(added), str(settings.embeddings))
+        words = file_words(added, str(settings.embeddings), plain=True)
+    return words
 
 
 def _say_scale(parts: set[str], texts: Mapping[str, str], file: str, settings: ImportSettings) -> None:
