@@ -2,7 +2,7 @@
 
 A file or folder is made in a hidden folder beside its place, under a lock that ends with the process, and takes the
 name at the end. What killed processes left there is swept by the next that writes into the same place. What has the
-name already is replaced only if it is a file of the same kind, or a folder that holds nothing but what we wrote.
+name already is replaced only if it is a file of the same kind that we wrote, or a folder that holds nothing else.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mixofshow.errors import NO_ROOM, REFUSED, BadInputError, MixOfShowError, ResourceError, shown
-from mixofshow.replaceable import is_another_kind, kind_of, list_files, strangers
+from mixofshow.replaceable import is_in_the_way, kind_of, list_files, strangers
 
 fcntl: Any
 try:
@@ -51,7 +51,7 @@ def check_outputs(
 ) -> None:
     """Raise unless all of this can be written where it is asked for, and none of it meets what is read.
 
-    `files`, by their kinds, and `folders` are replaced as a whole, no file by one of another kind; `shared` folders are
+    `files`, by their kinds, and `folders` are replaced as a whole, no file that is not ours and of the kind; `shared` folders are
     added to. `inputs` are what is read; what is not there is passed over. What killed processes left in these places is
     swept.
 
@@ -73,7 +73,7 @@ def check_outputs(
         _refuse_over_inputs(path, inputs=[one for one in inputs if one and _exists(one)], whole=path in whole)
         _refuse_over_outputs(path, outputs[:number] + outputs[number + 1 :], whole=path in whole)
     for path, kind in kinds.items():
-        _refuse_over_another_kind(path, kind)
+        _refuse_over_others(path, kind)
 
 
 def check_file(path: Path) -> None:
@@ -116,11 +116,11 @@ def _refuse_over_outputs(path: Path, others: Iterable[Path], *, whole: bool) -> 
             )
 
 
-def _refuse_over_another_kind(path: Path, kind: str | None) -> None:
-    if is_another_kind(path, kind):
+def _refuse_over_others(path: Path, kind: str | None) -> None:
+    if is_in_the_way(path, kind):
         raise BadInputError(
-            f"{shown(path, 100)}: there is a file of another kind than {f'the {kind}' if kind else 'what'} this "
-            "program writes, which would be lost; choose another name, or remove it"
+            f"{shown(path, 100)}: there is a file that is no {kind or 'output'} of this program's, and that would be lost; "
+            "choose another name, or remove it"
         )
 
 
@@ -189,14 +189,14 @@ def _refuse_strangers(folder: Path) -> None:
 def writing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path for a file; on success it is flushed to disk and takes the name, else it vanishes.
 
-    Raises BadInputError when `path` is something other than a file of the same kind, ResourceError when the disk refuses.
+    Raises BadInputError when `path` is something other than a file of the same kind that we wrote, ResourceError when the disk refuses.
     """
     path = Path(path)
     check_file(path)
     with refusals(path), _staging(path.parent) as staging:
         temporary = staging / path.name
         yield temporary
-        _refuse_over_another_kind(path, kind_of(temporary))
+        _refuse_over_others(path, kind_of(temporary))
         _flush(temporary)
         temporary.replace(path)
         _flush_folder(path.parent)

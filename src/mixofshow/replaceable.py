@@ -9,16 +9,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+MARK: Final = "mixofshow"
+"""What pictures and pages of ours say of who made them; a note in a picture is called so too."""
+SOFTWARE: Final = "Software"
+"""What PNG calls that."""
 KINDS: Final = {
     "safetensors": rb'.{3}\0{5}\{"__metadata__":\{"format":"pt","mixofshow',  # a header of at most 8 MB
-    "PNG": rb"\x89PNG",
-    "HTML": rb"(?i)\s*<!doctype html",
-    "JSON": rb'\s*(\{\s*(\}|"(findings|image_alignment|schema|references)":)|\[\s*(\]|\{\s*"pair":))',
+    "PNG": rb"\x89PNG.{29}.{4}(tEXt|iTXt)(Software\0)?mixofshow",  # behind the size, the first that is said
+    "HTML": rb'(?i)\s*<!doctype html>.{,80}<meta name="generator" content="mixofshow">',
+    "JSON": rb'\s*(\{\s*(\}|"(findings|image_alignment|schema|references|seconds)":)|\[\s*(\]|\{\s*"pair":))',
     "YAML": rb"# A composition of mixofshow: ",
-    "CSV": rb"\w+(,\w+)+\r?\n",
+    "CSV": rb"method,measure,over,state,value,low,high\n",
+    "checkpoint": rb"PK\x03\x04.{,60}archive/data\.pkl.{,80}step.{,20}identity",
 }
-"""Kinds of files that we write, and how those of each begin; of those that others write too, only ours."""
-LONGEST_START: Final = 200
+"""Kinds of files that we write, and how those of each begin that are ours: others write such files too."""
+LONGEST_START: Final = 300
 LISTING: Final = ".mixofshow-files.json"
 """In a folder that we wrote: its files with their sizes in bytes."""
 DROPPINGS: Final = {LISTING, ".DS_Store", "Thumbs.db", "desktop.ini"}
@@ -33,14 +38,14 @@ MODEL_FILE: Final = re.compile(
 
 
 def kind_of(path: Path) -> str | None:
-    """Which of KINDS a file is by its beginning, whatever its name says; None: none of them."""
+    """Which of KINDS a file is by its beginning, whatever its name says; None: not one that we wrote."""
     start = _start(path, LONGEST_START)
     return next((kind for kind, pattern in KINDS.items() if re.match(pattern, start, re.DOTALL)), None)
 
 
-def is_another_kind(path: Path, kind: str | None) -> bool:
-    """Whether a file is there, with something in it, that is of another kind."""
-    return bool(_start(path, 1)) and kind_of(path) != kind
+def is_in_the_way(path: Path, kind: str | None) -> bool:
+    """Whether a file is there, with something in it, that is none of ours of this kind."""
+    return bool(_start(path, 1)) and (kind is None or kind_of(path) != kind)
 
 
 def list_files(folder: Path) -> None:

@@ -6,6 +6,7 @@ and B36.
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 
@@ -13,15 +14,21 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from mixofshow import cli, outputs
 from mixofshow.concepts.concept import load_concept
 from mixofshow.concepts.interchange.exporting import export_concept
 from mixofshow.concepts.model import ConceptModel, load_model, with_concept
 from mixofshow.errors import BadInputError, ResourceError
+from mixofshow.evaluation.report import templates
+from mixofshow.evaluation.results import COLUMNS
+from mixofshow.evaluation.tasks import _measured
 from mixofshow.files import write_tensors
 from mixofshow.outputs import check_outputs, writing, writing_folder
-from mixofshow.replaceable import KINDS, LISTING
+from mixofshow.replaceable import KINDS, LISTING, kind_of
+from mixofshow.sampling.pictures import write_picture
+from mixofshow.tuning import checkpoints
 from mixofshow.tuning.checkpoints import run_folder
 
 GOLDEN_BASE = str(Path(__file__).parents[1] / "goldens" / "pipeline")
@@ -59,6 +66,10 @@ def place(tmp_path, golden_concepts):
     (tmp_path / "scene.yaml").write_text("prompt: a man\nimage: start.png\nregions: [{mask: mask.png, prompt: a cat}]")
     for name, mode in (("start", "RGB"), ("mask", "L")):
         Image.new(mode, (64, 64), "white").save(tmp_path / f"{name}.png")
+    for name in ("own", "own-001"):
+        Image.new("RGB", (64, 64), "green").save(tmp_path / f"{name}.png")
+    (tmp_path / "own.html").write_text(OTHER_KINDS["a page of the user's"].decode())
+    (tmp_path / "own.json").write_text('{"name": "a project"}')
     (tmp_path / "list.yaml").write_text("concepts: [kept/dogx.safetensors]\nmethod: average")
     return tmp_path
 
@@ -99,11 +110,19 @@ SAMPLE = f"sample --model {GOLDEN_BASE} --size 64x64"
         ("check train --json train/00.png", "which is read"),
         (
             f"convert {A} start.png --base {GOLDEN_BASE}",
-            "start.png: there is a file of another kind than the safetensors",
+            "start.png: there is a file that is no safetensors of this program's",
         ),
-        (f"{TUNE} --out mask.png", "mask.png: there is a file of another kind"),
-        (f"fuse {A} --as-delta start.png --base {GOLDEN_BASE}", "start.png: there is a file of another kind"),
-        (f"evaluate {A}=train --json start.png", "start.png: there is a file of another kind"),
+        (f"{TUNE} --out mask.png", "mask.png: there is a file that is no safetensors"),
+        (f"fuse {A} --as-delta start.png --base {GOLDEN_BASE}", "start.png: there is a file that is no safetensors"),
+        (f"fuse {A} --as-delta d.x --report own.html --base {GOLDEN_BASE}", "own.html: there is a file that is no HTML of"),
+        (f"{SAMPLE} --prompt a --out own.png", "own.png: there is a file that is no PNG of this program's"),
+        (f"{SAMPLE} --prompt a --num 2 --out own.png", "own-001.png: there is a file that is no PNG of this program's"),
+        (f"{SAMPLE} --prompt a --out a.png --show-layout own.png", "own.png: there is a file that is no PNG"),
+        (f"{SAMPLE} --prompt a --grid own.png", "own.png: there is a file that is no PNG"),
+        ("replay start.png --out own.png", "own.png: there is a file that is no PNG"),
+        ("study build . --pairs a,b --out own.html", "own.html: there is a file that is no HTML"),
+        ("check train --json own.json", "own.json: there is a file that is no JSON"),
+        (f"evaluate {A}=train --json start.png", "start.png: there is a file that is no JSON"),
         ("study score list.yaml --json kept/../list.yaml", "is read"),
     ],
 )
@@ -112,6 +131,19 @@ def test_what_a_user_has_is_never_written_over(line, message, place, run):
     code, error = run(line)
     assert code == 2 and message in error and len(error.strip().splitlines()) == 1, error
     assert everything(place) == before
+
+
+def _png(**texts: str) -> bytes:
+    about, data = PngInfo(), io.BytesIO()
+    for key, text in texts.items():
+        about.add_text(key, text)
+    Image.new("L", (8, 8)).save(data, "PNG", pnginfo=about)
+    return data.getvalue()
+
+
+def _checkpoint(content: object) -> bytes:
+    torch.save(content, data := io.BytesIO())
+    return data.getvalue()
 
 
 OTHER_KINDS = {
@@ -127,6 +159,12 @@ OTHER_KINDS = {
     "another tool's LoRA": safetensors.torch.save({"lora_up": torch.zeros(1)}, {"format": "pt", "ss_network_dim": "4"}),
     "another tool's JSON": b'{"name": "a project", "version": 1}',
     "another tool's list": b'[{"lora_path": "a.safetensors"}]',
+    "a page of the user's": b'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>The beach</title></head>',
+    "another tool's page": b'<!DOCTYPE html><html><head><meta name="generator" content="Quarto"></head>',
+    "a table of the user's": b"name,age\nmixofshow,1\n",
+    "a picture of the user's": _png(),
+    "another tool's picture": _png(Software="GIMP", Comment="mixofshow"),
+    "an archive of torch's": _checkpoint({"weights": torch.zeros(1)}),
 }
 
 
@@ -137,18 +175,19 @@ def test_no_file_is_replaced_by_one_of_another_kind(kind, tmp_path):
     write_tensors(path, {"a": torch.zeros(1)}, {"format": "pt", "mixofshow": "{}"})
     ours = {
         "safetensors": path.read_bytes(),
-        "PNG": b"\x89PNG\r\n\x1a\n",
-        "HTML": b"<!DOCTYPE html>",
+        "PNG": _png(Software="mixofshow"),
+        "HTML": b'<!DOCTYPE html>\n<html><head><meta name="generator" content="mixofshow">',
         "JSON": b'{\n "findings": []}',
-        "CSV": b"method,measure\n",
+        "CSV": ",".join(COLUMNS).encode() + b"\n",
+        "checkpoint": _checkpoint({"step": 3, "identity": {"facts": {}}, "state": {}}),
     }
     for other in [*OTHER_KINDS.values(), *(start for name, start in ours.items() if name != kind)]:
         path.write_bytes(other)
         with pytest.raises(
-            BadInputError, match=f"it: there is a file of another kind than the {kind} this .*choose another name"
+            BadInputError, match=f"it: there is a file that is no {kind} of this .*choose another name"
         ):
             check_outputs(files={kind: [path]})
-        with pytest.raises(BadInputError, match="another kind"), writing(path) as temporary:
+        with pytest.raises(BadInputError, match="it: there is a file that is no"), writing(path) as temporary:
             temporary.write_bytes(ours[kind])
         assert path.read_bytes() == other
     for good in (b"", ours[kind]):
@@ -156,6 +195,22 @@ def test_no_file_is_replaced_by_one_of_another_kind(kind, tmp_path):
         check_outputs(files={kind: [path]})
         with writing(path) as temporary:
             temporary.write_bytes(ours[kind])
+
+
+def test_what_is_written_is_known_as_ours(tmp_path):
+    """Pictures with a note and without, pages of every template, costs and checkpoints: each may be written anew."""
+    small = Image.new("RGB", (16, 16))
+    write_picture(small, tmp_path / "layout")
+    write_picture(small, tmp_path / "picture", '{"composition": {}}')
+    (tmp_path / "page").write_text(templates().from_string('{% extends "page.html.j2" %}').render())
+    study, _, _ = templates().loader.get_source(templates(), "study.html.j2")
+    (tmp_path / "study").write_text(study)
+    checkpoints.save(tmp_path, 3, {}, checkpoints.Identity({}, {}))
+    with _measured(tmp_path / "fused.safetensors", "cpu"):
+        pass
+    found = {path.name: kind_of(path) for path in tmp_path.iterdir()}
+    pages = dict.fromkeys(("page", "study"), "HTML")
+    assert found == {"layout": "PNG", "picture": "PNG", **pages, "step-00000003.pt": "checkpoint", "fused.cost.json": "JSON"}
 
 
 @pytest.mark.parametrize("name", ["a\0b", "a\0b/c", "a\0b.png"])
@@ -172,7 +227,7 @@ def test_a_name_with_a_nul_is_no_name(name, tmp_path):
 
 
 def test_a_concept_is_saved_over_no_picture_in_python_too(golden_concepts, place):
-    with pytest.raises(BadInputError, match="start.png: there is a file of another kind"):
+    with pytest.raises(BadInputError, match="start.png: there is a file that is no safetensors"):
         golden_concepts[0].save(place / "start.png")
     assert (place / "start.png").read_bytes().startswith(b"\x89PNG")
 

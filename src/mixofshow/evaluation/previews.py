@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from mixofshow.concepts.concept import Concept
 from mixofshow.grids import grid
-from mixofshow.outputs import writing
 from mixofshow.progress import Progress, silent
+from mixofshow.sampling.pictures import write_picture
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.settings import STEPS
 from mixofshow.tuning.run import Preview
@@ -33,8 +33,7 @@ def preview_grids(pipeline: Any, folder: Path, *, images: int = 4) -> Preview:
         ]
         seeds = [f"seed {seed}" for seed in range(images)]
         sheet = grid(pictures, images, row_labels=list(STRENGTHS), column_labels=seeds, corner=f"step {step}")
-        with writing(folder / f"{step:06d}.png") as path:
-            sheet.save(path, "PNG")
+        write_picture(sheet, folder / f"{step:06d}.png")
 
     return preview
 

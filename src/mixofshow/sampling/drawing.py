@@ -22,13 +22,13 @@ from mixofshow.concepts.model import load_model, load_unfused, with_concept, wit
 from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import SettingsError, nearest, shown
 from mixofshow.grids import grid
-from mixofshow.outputs import write_text, writing
+from mixofshow.outputs import write_text
 from mixofshow.progress import Progress, silent
 from mixofshow.sampling.composition import as_part, compose, settled, variations
 from mixofshow.sampling.finding import Layout
 from mixofshow.sampling.inputs import Callback
 from mixofshow.sampling.latents import decode
-from mixofshow.sampling.pictures import read_picture
+from mixofshow.sampling.pictures import read_picture, write_picture
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.regions import bounding_cells, coverage, shape_of
 from mixofshow.sampling.replay import maker_of, resolved, save_picture
@@ -142,7 +142,7 @@ def draw_pictures(
     first = settled(composition, found[0])
     if layout is not None:
         under = decode(pipeline, found[0].draft)[0] if found[0] else images[0]
-        _write(draw_layout(under, (first.redo,) if first.redo else first.regions), layout)
+        write_picture(draw_layout(under, (first.redo,) if first.redo else first.regions), layout)
     if regions is not None:
         save_regions(first.model_copy(update={"num": 1}), regions)
 
@@ -171,7 +171,7 @@ def save_regions(composition: Composition, path: Path) -> None:
         if key in table:
             table[key] = beside(key, table[key])
     for target, picture in pictures.items():
-        _write(read_picture(picture, "RGB" if target.stem.endswith("-image") else "L"), target)
+        write_picture(read_picture(picture, "RGB" if target.stem.endswith("-image") else "L"), target)
     text = yaml.safe_dump(table, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
     write_text(path, f"{YAML_HEAD}\n{text}")
 
@@ -194,7 +194,7 @@ def draw_grid(
         images += compose(pipeline, one, progress=as_part(progress, number, len(rows)))
     seeds = [f"seed {composition.seed + number}" for number in range(composition.num)]
     labels = [label for label, _ in rows] if vary else []
-    _write(grid(images, composition.num, column_labels=seeds, row_labels=labels), out)
+    write_picture(grid(images, composition.num, column_labels=seeds, row_labels=labels), out)
 
 
 def draw_layout(image: Image.Image, regions: Sequence[Region]) -> Image.Image:
@@ -223,8 +223,3 @@ def _outline(inside: np.ndarray) -> np.ndarray:
     padded = np.pad(inside, 1)
     deep = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return (inside & ~deep).astype(np.float32)
-
-
-def _write(image: Image.Image, path: Path) -> None:
-    with writing(path) as temporary:
-        image.save(temporary, "PNG")

@@ -1,4 +1,4 @@
-"""Pictures that a composition is given: read from a file, or carried in a text, so that it needs no other file."""
+"""Pictures: read from a file, or carried in a text, so that a composition needs no other file; and written."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Final
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from mixofshow import images
 from mixofshow.errors import BadInputError, shown
 from mixofshow.images import read_grey, read_image
+from mixofshow.outputs import writing
 from mixofshow.reading import read_bytes
+from mixofshow.replaceable import MARK, SOFTWARE
 
 MAX_BYTES: Final = 64 * 2**20
 FORMATS: Final = (*images.FORMATS, "BMP")
@@ -48,6 +51,14 @@ def embedded(image: Image.Image) -> str:
     data = io.BytesIO()
     image.save(data, "PNG", optimize=True)
     return _EMBEDDED + base64.b64encode(data.getvalue()).decode()
+
+
+def write_picture(image: Image.Image, path: Path, note: str | None = None) -> None:
+    """Write a PNG whole or not at all, which says that it is ours, and carries a note. Raises as `writing` does."""
+    about = PngInfo()
+    about.add_text(*((SOFTWARE, MARK) if note is None else (MARK, note)))
+    with writing(path) as temporary:
+        image.save(temporary, "PNG", pnginfo=about)
 
 
 def _from_text(text: str) -> bytes:

@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from mixofshow.bases.families import family_of, text_encoders
@@ -22,18 +21,18 @@ from mixofshow.bases.parts import glimpse, plain
 from mixofshow.errors import BadInputError, SettingsError, shown
 from mixofshow.files import raw
 from mixofshow.images import opened
-from mixofshow.outputs import writing
 from mixofshow.progress import Progress, silent
 from mixofshow.reading import parse_json, read_bytes
+from mixofshow.replaceable import MARK
 from mixofshow.sampling.composition import compose, make_composition
-from mixofshow.sampling.pictures import FORMATS, MAX_BYTES, PictureSource, read_picture
+from mixofshow.sampling.pictures import FORMATS, MAX_BYTES, PictureSource, read_picture, write_picture
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.settings import Composition
 from mixofshow.tables import Settings
 
 logger = logging.getLogger(__name__)
 
-PNG_KEY: Final = "mixofshow"
+PNG_KEY: Final = MARK
 _KNOWN: Final[WeakKeyDictionary[Any, tuple[str, Any]]] = WeakKeyDictionary()
 """What UNets' models looked like when their weights were hashed, and that hash, which goes on with the rest."""
 PACKAGES: Final = ("mixofshow", "torch", "diffusers", "transformers")
@@ -106,14 +105,7 @@ def save_picture(image: Image.Image, path: Path, composition: Composition, maker
     """
     alone = composition.model_copy(update={"seed": composition.seed + number, "num": 1})
     about = {"composition": alone.model_dump(mode="json"), "maker": maker.model_dump()}
-    _save(image, path, json.dumps(about))
-
-
-def _save(image: Image.Image, path: Path, text: str) -> None:
-    note = PngInfo()
-    note.add_text(PNG_KEY, text)
-    with writing(path) as temporary:
-        image.save(temporary, "PNG", pnginfo=note)
+    write_picture(image, path, json.dumps(about))
 
 
 def resolved(composition: Composition, pipeline: MixOfShowPipeline) -> Composition:
@@ -179,7 +171,7 @@ def replay(pipeline: MixOfShowPipeline, path: Path, out: Path, *, progress: Prog
             logger.warning("%s was drawn with %s; the bytes may differ", path, changed)
         (image,) = compose(pipeline, composition, progress=progress)
         if maker == before:  # said as it was, by whatever version
-            _save(image, out, _note(path))
+            write_picture(image, out, _note(path))
         else:
             save_picture(image, out, resolved(composition, pipeline), maker)
 
