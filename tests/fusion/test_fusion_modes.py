@@ -23,7 +23,7 @@ from mixofshow.fusion.settings import PAPER, FusionSettings
 from mixofshow.fusion.solving import QUIET
 from mixofshow.fusion.stages import Fused, fuse, record_concept
 from mixofshow.fusion.statistics import input_of
-from mixofshow.fusion.store import Store
+from mixofshow.fusion.store import Recording, Store
 
 FEW = {**PAPER, "steps": 1, "mode": "staged", "options": {"ridge": 0.1}}
 SOME = re.compile(r"^text_encoder|mid_block|up_blocks\.3")
@@ -507,6 +507,23 @@ def test_less_memory_means_more_recordings_of_fewer_layers_and_the_same_model(re
     assert told[-1][0] == told[-1][1]
 
 
+def test_less_memory_without_a_store_keeps_nothing_in_memory_and_gives_the_same_model(golden_pipeline, three, monkeypatch):
+    settings = FusionSettings(steps=1, prompts=("a {}",), picture_prompts=("a {}",))
+    whole = fuse(three[:2], golden_pipeline, settings)
+    kept, save = [], stages.Scratch.save
+
+    def watched(scratch: Any, *args: Any) -> Any:
+        kept.append(save(scratch, *args))
+        return kept[-1]
+
+    monkeypatch.setattr(stages.Scratch, "save", watched)
+    limit = 8 * 32**2 * 4  # bytes: four of the widest inputs
+    little = settings.model_copy(update={"max_memory": limit / 2**30})
+    assert same(fuse(three[:2], golden_pipeline, little), whole)
+    assert all(isinstance(one, Recording) for one in kept)
+    assert len(kept) > 3 * 2  # more than one in each stage
+
+
 def test_a_fusion_without_a_store_is_the_same_in_memory_and_in_files(golden_pipeline, three, monkeypatch):
     in_memory = fuse(three, golden_pipeline, STAGED)
     monkeypatch.setattr(stages, "ROOM", 10_000)
@@ -527,6 +544,17 @@ def test_a_fusion_without_a_store_is_the_same_in_memory_and_in_files(golden_pipe
 )
 def test_products_are_in_single_only_where_the_ridge_damps_them_and_nobody_else_reads_them(options, exact):
     assert FusionSettings(**options).exact is exact
+
+
+@pytest.mark.parametrize("ridges", [(0.03, 1e-6), (1e-6, 0.03)])
+def test_products_in_single_and_in_double_are_kept_apart(ridges, golden_pipeline, three, recorded, tmp_path):
+    """What the text encoder sees depends on nothing that is fused before it, but it does on how it is counted."""
+    first, second = (few(options={"ridge": ridge}) for ridge in ridges)
+    fuse(three[:2], golden_pipeline, first, store=Store(tmp_path))
+    recorded.clear()
+    found = fuse(three[:2], golden_pipeline, second, store=Store(tmp_path))
+    assert recorded == 3 * [concept.info.name for concept in sorted(three[:2], key=lambda one: one.hash)]
+    assert same(found, fuse(three[:2], golden_pipeline, second))
 
 
 def test_what_single_precision_changes_is_little(golden_pipeline, three, monkeypatch):

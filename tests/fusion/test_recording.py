@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -27,6 +27,8 @@ from mixofshow.fusion.statistics import LayerStatistics, input_of, parts
 PROMPTS: dict[str, Any] = {"steps": 2, "prompts": ("photo of a {}", "{}"), "picture_prompts": ("photo of a {}",)}
 FEW = RecordingSettings(**PROMPTS)
 Rows = dict[str, list[Tensor]]
+NOISY = (DDPMScheduler, EulerAncestralDiscreteScheduler)
+"""Schedulers that add noise in every step."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "guidance": {"guidance_scale": 5.0},
@@ -127,13 +129,16 @@ def _draw(source: Source, settings: RecordingSettings, prompt: str, seed: int, m
     scheduler = type(model.scheduler).from_config(model.scheduler.config)
     scheduler.set_timesteps(settings.steps)
     size = model.unet.config.sample_size
-    latents = torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(seed)).double()
+    own = torch.Generator().manual_seed(seed)
+    latents = torch.randn(1, 4, size, size, generator=own).double() * scheduler.init_noise_sigma
+    noisy = {"generator": own} if type(scheduler) in NOISY else {}
     for timestep in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(latents, timestep).repeat(len(text), 1, 1, 1)
         with collecting(model, rows, "picture"), layerwise(model.unet):
-            noise = model.unet(latents.repeat(len(text), 1, 1, 1), timestep, encoder_hidden_states=text).sample
+            noise = model.unet(scaled, timestep, encoder_hidden_states=text).sample
         if guided:
             noise = noise[:1] + settings.guidance_scale * (noise[1:] - noise[:1])
-        latents = scheduler.step(noise, timestep, latents).prev_sample
+        latents = scheduler.step(noise, timestep, latents, **noisy).prev_sample
 
 
 def assert_moments(seen: Mapping[str, LayerStatistics], names: list[str], own: dict[str, Tensor]) -> None:
@@ -255,6 +260,32 @@ def test_products_are_in_single_also_amid_autocast():
     assert distance(counted.seen()["layer"].moments, exact.T @ exact) < 1e-6
 
 
+def with_scheduler(pipeline: Any, kind: Any) -> Any:
+    changed = copy.copy(pipeline)
+    changed.scheduler = kind.from_config(pipeline.scheduler.config)
+    return changed
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("scheduler", NOISY)
+def test_noise_that_is_added_on_the_way_is_each_pictures_own(scheduler, guidance, double_pipeline, concept, monkeypatch):
+    """One at a time or side by side, each picture's noise comes from its own seed, at the start and in every step."""
+    prompts = ("photo of a {}", "a {} on the street", "{}")
+    settings = RecordingSettings(steps=3, picture_prompts=prompts, guidance_scale=guidance)
+    pipeline, source = with_scheduler(double_pipeline, scheduler), Source.of(concept, settings)
+    names = [name for name in concept.deltas if ".up_blocks.3." in name and stage(name) == "picture"][::4]
+    own = model_with(pipeline, tuned_weights(pipeline, concept, concept.deltas))
+    expected = brute_force(source, settings, own)
+    drawn = []
+    handle = pipeline.unet.register_forward_pre_hook(lambda module, args: drawn.append(len(args[0])))
+    for at_once, batches in ((1, [1, 1, 1]), (2, [2, 1]), (4, [3])):
+        monkeypatch.setattr(recording, "CELLS", at_once * pipeline.unet.config.sample_size**2)
+        assert_moments(record(pipeline, source, names, settings), names, {name: expected[name] for name in names})
+        assert drawn == [size * (1 if guidance == 1 else 2) for size in batches for _ in range(settings.steps)]
+        drawn.clear()
+    handle.remove()
+
+
 def test_each_layer_alone_sees_what_it_sees_among_others(golden_pipeline, concept):
     names, source = list(lora_layers(golden_pipeline))[::11], Source.of(concept, FEW)
     whole = record(golden_pipeline, source, names, FEW)
@@ -262,9 +293,9 @@ def test_each_layer_alone_sees_what_it_sees_among_others(golden_pipeline, concep
     assert same(whole, {name: seen for one in each for name, seen in one.items()})
 
 
-def test_schedulers_that_draw_noise_draw_the_same_again(golden_pipeline, concept):
-    pipeline = copy.copy(golden_pipeline)
-    pipeline.scheduler = DDPMScheduler.from_config(golden_pipeline.scheduler.config)
+@pytest.mark.parametrize("scheduler", NOISY)
+def test_schedulers_that_draw_noise_draw_the_same_again(scheduler, golden_pipeline, concept):
+    pipeline = with_scheduler(golden_pipeline, scheduler)
     names, source = [name for name in concept.deltas if ".up_blocks.3." in name][::6], Source.of(concept, FEW)
     state = torch.get_rng_state()
     whole = record(pipeline, source, names, FEW)
