@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ from mixofshow.fusion.solving import (
     solver_for,
 )
 from mixofshow.fusion.statistics import LayerStatistics, input_of, parts
-from mixofshow.fusion.store import ROOM, HeldRecording, Recording, Scratch, StatisticsReader, Store
+from mixofshow.fusion.store import ROOM, Found_co, Keeper, Recorded, Recording, Scratch, StatisticsReader, Store
 from mixofshow.outputs import scratch
 from mixofshow.progress import Progress, silent
 
@@ -125,7 +125,7 @@ def fuse(
 
 
 @contextlib.contextmanager
-def _kept(store: Store | None, settings: FusionSettings) -> Iterator[Store | Scratch]:
+def _kept(store: Store | None, settings: FusionSettings) -> Iterator[Keeper[Any]]:
     """Where recordings go: the store, or in memory and a folder that vanishes at the end."""
     if store is not None:
         yield store
@@ -160,8 +160,7 @@ def record_concept(concept: Concept, pipeline: Any, settings: RecordingSettings,
     refuse_inpainting(pipeline, "recording")
     names = _with_attention(pipeline, concept.deltas)
     source = Source.of(concept, settings)
-    found = _recorded(pipeline, source, names, settings, store, base=fingerprint(pipeline), how=INDEPENDENT)
-    return cast(Recording, found)  # a store has nothing else
+    return _recorded(pipeline, source, names, settings, store, base=fingerprint(pipeline), how=INDEPENDENT)
 
 
 def _with_attention(pipeline: Any, changed: Collection[str]) -> list[str]:
@@ -175,14 +174,14 @@ def _recorded(
     source: Source,
     names: Sequence[str],
     settings: RecordingSettings,
-    store: Store | Scratch,
+    store: Keeper[Found_co],
     *,
     base: str,
     how: Mapping[str, Any],
     keep_inputs: bool = False,
     exact: bool = True,
     own: Collection[str] | None = None,
-) -> Recording | HeldRecording:
+) -> Found_co:
     """What a source's layers see, from the store, or recorded into it.
 
     `base` is the fingerprint of the pipeline with its own weights, and `how` is what a recording depends on beside it.
@@ -221,7 +220,7 @@ class _Fusion:
     concepts: Sequence[Concept]
     verdicts: Mapping[int, Verdict]
     settings: FusionSettings
-    store: Store | Scratch
+    store: Keeper[Any]
     progress: Progress
     weights: dict[str, Tensor] = field(default_factory=dict)
     reports: dict[str, LayerReport] = field(default_factory=dict)
@@ -288,9 +287,10 @@ class _Fusion:
 
     def _record(
         self, names: Sequence[str], how: Mapping[str, Any], *, counts: bool = True, **options: Any
-    ) -> list[Recording | HeldRecording]:
+    ) -> list[Recorded]:
         """Of the concepts, and last of the base if its own prompts count."""
-        settings, recordings = self.settings, []
+        settings = self.settings
+        recordings: list[Recorded] = []
         of_base = [Source.of_base(settings)] if settings.prior else []
         sources = [*(Source.of(concept, settings) for concept in self.concepts), *of_base]
         rounds = (1 if settings.mode == "independent" else len(STAGES)) + self._passes
@@ -306,7 +306,7 @@ class _Fusion:
             self.progress(self.recorded, rounds * len(sources), {})
         return recordings
 
-    def _solve(self, names: Sequence[str], recordings: Sequence[Recording | HeldRecording] = ()) -> None:
+    def _solve(self, names: Sequence[str], recordings: Sequence[Recorded] = ()) -> None:
         """One layer after another, those with one input together.
 
         Without recordings changes are measured as they are, as if all inputs came equally often.

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
@@ -52,6 +52,26 @@ class RecordingInfo(BaseModel):
     rows: dict[str, int]
     digests: dict[str, str]
     error: tuple[float, float]
+
+
+class Recorded(Protocol):
+    """What was recorded of one concept: `statistics(input name)` is what a layer saw, in double."""
+
+    def statistics(self, name: str, device: Any = "cpu", width: int | None = None) -> LayerStatistics:
+        """Of a layer with that `width` of inputs, if it is given."""
+
+
+Found_co = TypeVar("Found_co", bound=Recorded, covariant=True)
+
+
+class Keeper(Protocol[Found_co]):
+    """Where recordings are kept, and perhaps found again, by what made them."""
+
+    def find(self, key: Mapping[str, Any], name: str, inputs: set[str]) -> Found_co | None:
+        """The recording made with `key`, if it is there and holds these inputs."""
+
+    def save(self, key: Mapping[str, Any], name: str, seen: Mapping[str, LayerStatistics]) -> Found_co:
+        """Keep what was seen."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +128,7 @@ class StatisticsReader:
     """
 
     def __init__(
-        self, recordings: Sequence[Recording | HeldRecording], name: str, device: Any, width: int | None = None
+        self, recordings: Sequence[Recorded], name: str, device: Any, width: int | None = None
     ) -> None:
         self._recordings, self._name, self._device, self._width = recordings, name, device, width
         self._kept: dict[int, LayerStatistics] = {}
@@ -194,7 +214,7 @@ class Scratch:
     def find(self, key: Mapping[str, Any], name: str, inputs: set[str]) -> None:
         """Nothing, whatever was recorded."""
 
-    def save(self, key: Mapping[str, Any], name: str, seen: Mapping[str, LayerStatistics]) -> Recording | HeldRecording:
+    def save(self, key: Mapping[str, Any], name: str, seen: Mapping[str, LayerStatistics]) -> Recorded:
         """As it is, or in a file if there is no room left."""
         size = sum(tensor.nbytes for one in seen.values() for tensor in one.tensors().values())
         if size > self._room:
