@@ -8,6 +8,7 @@ import inspect
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -120,6 +121,30 @@ def test_every_folder_of_modules_is_a_package() -> None:
     assert [label(folder) for folder in {path.parent for path in FILES} if not (folder / "__init__.py").exists()] == []
 
 
+NAMED_TWICE = {
+    "__init__": "what makes a folder a package",
+    "__main__": "what `python -m` runs",
+    "settings": "of tuning, of fusing, of sampling, of files: people's scripts import from them",
+    "adapters": "trained ones in tuning, put on a base in concepts",
+}
+"""Module names that stand more than once, and why."""
+
+
+def test_no_two_modules_share_a_name() -> None:
+    """Those of the command line are called as their commands."""
+    names = Counter(path.stem for path in FILES if path.parent.name != "cli")
+    assert {name for name, count in names.items() if count > 1} == NAMED_TWICE.keys()
+
+
+def test_no_two_types_share_a_name() -> None:
+    """Classes, and names for types, which are written in capitals like classes."""
+    places: dict[str, list[str]] = {}
+    for path in FILES:
+        for name in types(parse(path)):
+            places.setdefault(name, []).append(label(path))
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
 def test_modules_import_without_warnings() -> None:
     # Flower is an extra.
     names = [module_name(path) for path in FILES if path.stem != "__main__" and (find_spec("flwr") or "federation" not in path.parts)]
@@ -162,6 +187,15 @@ def public(node: ast.Module | ast.ClassDef) -> Iterator[Function | ast.ClassDef]
             if isinstance(child, ast.ClassDef):
                 # `forward` is called through the class, whose docstring says what goes in and comes out.
                 yield from (method for method in public(child) if method.name != "forward")
+
+
+def types(tree: ast.Module) -> Iterator[str]:
+    """The public types that a module defines."""
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        names = [target.id for target in targets if isinstance(target, ast.Name)]
+        names += [node.name] if isinstance(node, ast.ClassDef) else []
+        yield from (name for name in names if re.fullmatch(r"[A-Z]\w*[a-z]\w*", name))
 
 
 def dangers(tree: ast.AST) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from mixofshow.bases.layers import TEXT_PREFIX, cross_attentions
 from mixofshow.concepts.prompts import layerwise
 from mixofshow.concepts.words import Vocabulary, token_ids
-from mixofshow.tuning.adapters import Words, initial_words, lora_adapters
+from mixofshow.tuning.adapters import PlaceholderEmbeddings, initial_words, lora_adapters
 from mixofshow.tuning.losses import Batch, Pictures, TrainingLoss, recorded_attention
 from mixofshow.tuning.settings import make_settings
 
@@ -29,7 +29,7 @@ def step(golden, golden_pipeline, golden_concepts):
     expected, concept = golden("g_train"), golden_concepts[0]
 
     def run(settings, *, valid=None):
-        words = Words(concept.embeddings.transpose(0, 1), 2)
+        words = PlaceholderEmbeddings(concept.embeddings.transpose(0, 1), 2)
         known = Vocabulary(dict.fromkeys(concept.info.words, torch.empty(0)))
         first = golden_pipeline.text_encoder.get_input_embeddings().num_embeddings
         ids = [token_ids(one, golden_pipeline.tokenizer, known, first, 77) for one in expected.values["prompts"]]

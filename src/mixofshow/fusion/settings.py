@@ -25,7 +25,7 @@ PICTURE_PROMPTS: Final = (PROMPTS[0], *PROMPTS[2:])
 """More than the paper's, so that what is kept is the concept and not one picture of it (docs/how-it-works.md)."""
 DAMPED: Final = 1e-3
 """The ridge from which on products in single precision move a change by less than .3 %."""
-Positive = Annotated[float, Field(gt=0, le=1e6)]
+ConceptWeight = Annotated[float, Field(gt=0, le=1e6)]
 
 
 def parse_weights(value: Any) -> Any:
@@ -37,7 +37,7 @@ def parse_weights(value: Any) -> Any:
 
 
 Weights = Annotated[
-    Annotated[Literal["equal", "energy"], Tag("word")] | Annotated[dict[str, Positive], Tag("table")],
+    Annotated[Literal["equal", "energy"], Tag("word")] | Annotated[dict[str, ConceptWeight], Tag("table")],
     # So that an error tells of the one that was meant.
     Discriminator(lambda value: "table" if isinstance(value, Mapping) else "word"),
     BeforeValidator(parse_weights),

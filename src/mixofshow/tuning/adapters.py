@@ -221,7 +221,7 @@ def full_keys_and_values(pipeline: Any, settings: TuningSettings) -> Iterator[Ad
 
 
 @dataclass(frozen=True)
-class Method:
+class TuningMethod:
     """The concept's words by how they start, how many of them (the first) move, and what else is trained."""
 
     starts: tuple[Start, ...]
@@ -231,11 +231,11 @@ class Method:
 
 
 METHODS: Final = {
-    "ed-lora": Method(("random", "class"), True, lora_adapters),
-    "lora": Method(("random", "class"), False, lora_adapters),
-    "p-plus": Method(("class",), True, lambda pipeline, settings: contextlib.nullcontext({})),
-    "textual-inversion": Method(("class",), False, lambda pipeline, settings: contextlib.nullcontext({})),
-    "custom-diffusion": Method(("random", "class"), False, full_keys_and_values, moving=1),
+    "ed-lora": TuningMethod(("random", "class"), True, lora_adapters),
+    "lora": TuningMethod(("random", "class"), False, lora_adapters),
+    "p-plus": TuningMethod(("class",), True, lambda pipeline, settings: contextlib.nullcontext({})),
+    "textual-inversion": TuningMethod(("class",), False, lambda pipeline, settings: contextlib.nullcontext({})),
+    "custom-diffusion": TuningMethod(("random", "class"), False, full_keys_and_values, moving=1),
 }
 
 
@@ -266,7 +266,7 @@ def class_token(tokenizer: Any, class_word: str) -> int:
     return int(ids[-1])
 
 
-class Words(nn.Module):
+class PlaceholderEmbeddings(nn.Module):
     """The vectors of the concept's words; calling it gives all of them, (layers or 1, words, dim)."""
 
     def __init__(self, vectors: Tensor, moving: int) -> None:
@@ -279,7 +279,7 @@ class Words(nn.Module):
         return torch.cat([self.moving, self.fixed], dim=1)  # type: ignore[list-item]
 
 
-def initial_words(pipeline: Any, settings: TuningSettings, generator: torch.Generator) -> Words:
+def initial_words(pipeline: Any, settings: TuningSettings, generator: torch.Generator) -> PlaceholderEmbeddings:
     """The words as they start, equal in all layers."""
     method = METHODS[settings.method]
     known = class_vector(pipeline, settings.class_word)
@@ -291,4 +291,4 @@ def initial_words(pipeline: Any, settings: TuningSettings, generator: torch.Gene
     ]
     layers = count_groups(pipeline.unet) if method.layerwise else 1
     vectors = repeat(torch.stack(starts), "words dim -> layers words dim", layers=layers)
-    return Words(vectors, len(starts) if method.moving is None else method.moving)
+    return PlaceholderEmbeddings(vectors, len(starts) if method.moving is None else method.moving)

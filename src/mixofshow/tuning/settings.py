@@ -19,7 +19,7 @@ from mixofshow.errors import SettingsError, shown
 from mixofshow.reading import named_in
 from mixofshow.tables import Group, Settings
 
-Place = Annotated[Path, AfterValidator(partial(named_in, Path()))]
+DataPath = Annotated[Path, AfterValidator(partial(named_in, Path()))]
 """A path as it is named from the working folder."""
 NOT_IN_FILES: Final = {
     *("name", "class_word", "data", "masks", "base", "instance_prompt", "skip_bad", "license", "author"),
@@ -151,7 +151,7 @@ class PriorSettings(Group):
 
     weight: float = Field(0.0, ge=0, description="Weight of their loss; 0: none are used.")
     count: int = Field(50, ge=1, le=10_000, description="How many the base draws before the first step.")
-    data: Place | None = Field(None, description="Folder of pictures to use instead.")
+    data: DataPath | None = Field(None, description="Folder of pictures to use instead.")
     prompt: str | None = Field(None, description="Their caption; default: a photo of a CLASS_WORD.")
 
 
@@ -160,10 +160,10 @@ class TuningSettings(Settings):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,30}$", description="The concept; prompts call it <name>.")
     class_word: str = Field(max_length=64, description="An ordinary word for what it is.")
-    data: Place = Field(
+    data: DataPath = Field(
         description="Folder of pictures, captions in .txt or .caption files beside them, metadata.jsonl or metadata.csv."
     )
-    masks: Place | None = Field(None, description="Folder of masks with the pictures' names; default: DATA/../masks.")
+    masks: DataPath | None = Field(None, description="Folder of masks with the pictures' names; default: DATA/../masks.")
     base: str = Field(
         "emojiland",
         description="Embedded base, diffusers folder, or hub id in the local cache, for the command line to load.",

@@ -20,7 +20,7 @@ from mixofshow.tuning.settings import PictureSettings
 WIDEST: Final = 2.0
 """Buckets are at most this many times as wide as high, or as high as wide."""
 
-Box = tuple[float, float, float, float]
+CropBox = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels of the picture as it was read."""
 
 
@@ -105,7 +105,7 @@ def _cut(example: Example, width: int, height: int, generator: torch.Generator |
     return Fitted(picture, _mask(example.mask, (width, height), box))
 
 
-def _part(size: tuple[int, int], width: int, height: int, generator: torch.Generator | None) -> Box:
+def _part(size: tuple[int, int], width: int, height: int, generator: torch.Generator | None) -> CropBox:
     """Where to cut. Resizing only this part spares the memory that a picture of 60000 x 1 would need whole."""
     scale = max(width / size[0], height / size[1])
     part = (min(width / scale, size[0]), min(height / scale, size[1]))
@@ -143,7 +143,7 @@ def _picture(image: Image.Image) -> Tensor:
     return rearrange(torch.from_numpy(np.array(image)).float() / 127.5 - 1, "height width rgb -> rgb height width")
 
 
-def _mask(mask: Image.Image | None, size: tuple[int, int], box: Box) -> Tensor | None:
+def _mask(mask: Image.Image | None, size: tuple[int, int], box: CropBox) -> Tensor | None:
     """L to (1, height, width) in [0, 1]. Bilinear: Lanczos would ring, and count what is not the concept."""
     if mask is None:
         return None
