@@ -1,4 +1,4 @@
-"""What others do to a base beside us is neither lost nor mistaken for the base: B9, B11 to B15, B18, B22, B6."""
+"""What others do to a base beside us is neither lost nor mistaken for the base: B9, B11 to B15, B18, B21, B22, B6."""
 
 from __future__ import annotations
 
@@ -107,6 +107,18 @@ def test_a_lora_cannot_be_fused_under_a_concept(with_lora, golden_concepts):
     with_lora.unet.fuse_lora()
     with pytest.raises(BaseModelError, match="unfuse_lora"):
         pipeline("a <dogx>", **ASKED)
+
+
+def test_a_lora_beside_a_concept_comes_and_goes(with_lora, golden_pipeline, golden_concepts):
+    """B21: which was as it should be."""
+    alone = draw(with_concept(golden_pipeline, golden_concepts[0]))
+    pipeline = MixOfShowPipeline.single(with_lora, golden_concepts[0])
+    beside = pipeline("a <dogx>", **ASKED)[0].tobytes()
+    assert beside != alone
+    pipeline.disable_lora()
+    assert pipeline("a <dogx>", **ASKED)[0].tobytes() == alone
+    pipeline.enable_lora()
+    assert pipeline("a <dogx>", **ASKED)[0].tobytes() == beside
 
 
 @pytest.mark.parametrize("verb", [with_concept, lambda base, concept: fuse([concept], base)])

@@ -1,6 +1,6 @@
 """What is broken off, by Ctrl-C, a full disk, a closed pipe or another run, loses nothing that was there.
 
-Covers F13, F33, F34, F36, F37, G4, G7, G9, G10 and case 15.
+Covers F5, F13, F33, F34, F36, F37, G4, G7, G9, G10 and case 15.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from mixofshow.evaluation.suite import Suite, run_suite
 from mixofshow.fusion.jobs import inputs_of
 from mixofshow.fusion.stages import Fused
 from mixofshow.outputs import holding
+from mixofshow.progress import terminal_bar
 from mixofshow.reading import parse_table
 from mixofshow.sampling.composition import make_composition
 from mixofshow.sampling.pictures import is_embedded
@@ -285,3 +286,11 @@ def test_the_home_folder_on_the_command_line_is_ones_own(typed, meant, monkeypat
     with pytest.raises(SystemExit):
         cli.main()
     assert sys.argv[1:] == meant
+
+
+def test_an_errors_line_has_no_bar_above_it(capfd):
+    """F5: what a run found wrong once its bar was there was told in the second line."""
+    with pytest.raises(BadInputError), terminal_bar("sampling") as progress:
+        progress(1, 5, {"loss": 0.1})
+        raise BadInputError("a word that nobody knows")
+    assert capfd.readouterr().err == ""
