@@ -45,7 +45,7 @@ def kind_of(path: Path) -> str | None:
 
 def is_in_the_way(path: Path, kind: str | None) -> bool:
     """Whether a file is there, with something in it, that is none of ours of this kind."""
-    return bool(_start(path, 1)) and (kind is None or kind_of(path) != kind)
+    return bool(_start(path, 1)) and kind_of(path) != kind
 
 
 def list_files(folder: Path) -> None:
