@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mixofshow.errors import SettingsError, field_problem, listed, shown
+
+logger = logging.getLogger(__name__)
 
 
 class Group(BaseModel):
@@ -19,9 +22,12 @@ class Group(BaseModel):
 class Settings(Group):
     """A table of settings. Made from keyword arguments, or by `of`; raises SettingsError naming field and nearest key."""
 
+    former: ClassVar[Mapping[str, str | None]] = {}
+    """What settings were called before, and are called now; None: nothing depends on them any more."""
+
     def __init__(self, /, **values: Any) -> None:
         try:
-            super().__init__(**values)
+            super().__init__(**self.renamed(values))
         except ValidationError as error:
             problems = [field_problem(one, self.known_keys(one)) for one in error.errors()]
             raise SettingsError(listed(problems)) from error
@@ -35,6 +41,20 @@ class Settings(Group):
             return cls(**{str(key): value for key, value in table.items()})
         except SettingsError as error:
             raise SettingsError(f"{source}: {error}") from error
+
+    @classmethod
+    def renamed(cls, table: Mapping[str, Any], *, quiet: bool = False) -> dict[str, Any]:
+        """The table with the names of now for those of before, which is said, unless `quiet`. Raises SettingsError."""
+        named = {key: value for key, value in table.items() if key not in cls.former}
+        for old in (key for key in table if key in cls.former):
+            now = cls.former[old]
+            if now is not None:
+                if now in named:
+                    raise SettingsError(f"'{old}': is called '{now}' now, which is there too; say it once")
+                named[now] = table[old]
+            if not quiet:
+                logger.warning("`%s`: %s", old, f"is called `{now}` now" if now else "does nothing any more; leave it out")
+        return named
 
     @classmethod
     def known_keys(cls, problem: Mapping[str, Any]) -> Iterable[str]:

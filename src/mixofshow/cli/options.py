@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from mixofshow.errors import SettingsError, shown
 from mixofshow.tuning.settings import dotted_keys
@@ -69,7 +70,10 @@ def with_settings(model: type[BaseModel], *, leave_out: Collection[str] = ()) ->
     """Gives a command an option for every setting by its dotted name, handed over as a table `given`."""
     settings = {key.replace(".", "__"): (key, field) for key, field in dotted_keys(model) if key not in leave_out}
     options = [_setting_option(name, *setting) for name, setting in settings.items()]
-    return _with_options(options, {name: key for name, (key, _) in settings.items()}, "given")
+    former = getattr(model, "former", {})
+    for old, now in former.items():
+        options.append(_setting_option(old, old, model.model_fields.get(now, FieldInfo(annotation=str)), hidden=True))
+    return _with_options(options, {name: key for name, (key, _) in settings.items()} | {old: old for old in former}, "given")
 
 
 def with_loading(command: Command) -> Command:
@@ -99,7 +103,7 @@ def _with_options(options: list[Parameter], keys: Mapping[str, str], table: str)
     return wrap
 
 
-def _setting_option(name: str, key: str, field: Any) -> Parameter:
+def _setting_option(name: str, key: str, field: Any, *, hidden: bool = False) -> Parameter:
     spellings = [f"--{spelling}" for spelling in dict.fromkeys((key.replace("_", "-"), key))]
     kind: Any = str
     if field.annotation is bool:
@@ -107,7 +111,7 @@ def _setting_option(name: str, key: str, field: Any) -> Parameter:
     elif get_origin(field.annotation) is tuple:
         kind = list[str]
     panel = f"Settings: {key.rpartition('.')[0] or 'the run'}"
-    option = typer.Option(*spellings, help=_help(field), rich_help_panel=panel, metavar="VALUE")
+    option = typer.Option(*spellings, help=_help(field), rich_help_panel=panel, metavar="VALUE", hidden=hidden)
     return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
 
 

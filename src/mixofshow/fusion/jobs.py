@@ -188,7 +188,7 @@ def fused_from(folder: Path, pipeline: Any = None) -> tuple[list[Concept], Fusio
     manifest = read_manifest(folder)
     if not manifest.settings or not manifest.concepts:
         raise ConceptFileError(f"{folder / MANIFEST}: not written by a fusion of this version; fuse its concepts anew")
-    settings = FusionSettings.of(manifest.settings, str(folder / MANIFEST))
+    settings = FusionSettings.of(FusionSettings.renamed(manifest.settings, quiet=True), str(folder / MANIFEST))
     concepts = read_concepts(folder, manifest.hashes, pipeline)
     if not concepts:
         raise ConceptFileError(f"{folder / CONCEPTS}: the concepts of {MANIFEST} are not there; fuse them anew")

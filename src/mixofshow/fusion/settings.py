@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
@@ -64,6 +64,8 @@ class RecordingSettings(Settings):
 
 class FusionSettings(RecordingSettings):
     """How concepts are fused."""
+
+    former: ClassVar[Mapping[str, str | None]] = {"refine_order": None}
 
     method: str = Field(USUAL, description="gradient, average, or another of docs/how-it-works.md.")
     options: Mapping[str, Any] = Field(

@@ -105,7 +105,7 @@ def from_options(path: Path | None, options: Mapping[str, Any]) -> Composition:
 
 def inputs_of(path: Path | None, options: Mapping[str, Any]) -> list[Path]:
     """The files that `from_options` reads: the YAML, and the pictures and networks that it or the options name."""
-    table, folder = _table(path, options), path.parent if path else Path()
+    table, folder = _table(path, options, quiet=True), path.parent if path else Path()
     lists = [listed for key in ENTRIES if isinstance(listed := table.get(key), list)]
     entries = [table, *chain.from_iterable(lists)]
     names = [entry.get(key) for entry in entries if isinstance(entry, Mapping) for key in NAMING]
@@ -113,8 +113,9 @@ def inputs_of(path: Path | None, options: Mapping[str, Any]) -> list[Path]:
     return [path, *named] if path else named
 
 
-def _table(path: Path | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    table = (read_table(path) if path else {}) | dict(options)
+def _table(path: Path | None, options: Mapping[str, Any], *, quiet: bool = False) -> dict[str, Any]:
+    table = {**(read_table(path) if path else {})}
+    table = Composition.renamed(table, quiet=quiet) | Composition.renamed(options, quiet=quiet)
     if "size" in options:
         table["width"], table["height"] = parse_size(table.pop("size"))
     if "regions" in options:
@@ -205,6 +206,7 @@ def variations(composition: Composition, text: str | None) -> Iterator[tuple[str
         yield "", composition
         return
     key, _, values = text.partition("=")
+    (key,) = Composition.renamed({key: values}) or (key,)
     if key not in Composition.model_fields or not values:
         hint = nearest(key, Composition.model_fields)
         raise SettingsError(f"'{shown(text)}': expected KEY=VALUE,VALUE of a setting{hint}")

@@ -20,7 +20,7 @@ from mixofshow.errors import RegionError, SettingsError, shown
 from mixofshow.progress import Progress
 from mixofshow.sampling.controls import require_all_fit
 from mixofshow.sampling.denoising import Control
-from mixofshow.sampling.settings import ALSO, AUTO, Region, SamplingSettings, without_auto
+from mixofshow.sampling.settings import ALSO, AUTO, Composition, Region, SamplingSettings, without_auto
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,8 @@ class Inputs:
 def check_inputs(pipeline: Any, given: dict[str, Any]) -> Inputs:
     """A call's arguments, by name, as they are meant. Raises SettingsError, RegionError."""
     more = given.pop("settings")
-    own = given["regional_lora"] = more.pop("own_weights", given["regional_lora"])  # its name before
+    former = {name: more.pop(name) for name in Composition.former if name in more}
+    own = given["regional_lora"] = Composition.renamed(former).get("regional_lora", given["regional_lora"])
     holds = isinstance(own, bool) or (isinstance(own, list | tuple) and all(isinstance(one, Concept) for one in own))
     require(holds, "regional_lora", shown(own), "True, False, or a list of concepts (load_concept reads them)")
     for name, way_out in REFUSED.items():

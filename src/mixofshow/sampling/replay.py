@@ -125,7 +125,10 @@ def _parsed(note: str, name: str) -> tuple[Composition, Maker]:
     about = parse_json(note, name, SettingsError)
     if not isinstance(about, dict) or not about.keys() >= {"composition", "maker"}:
         raise SettingsError(f"{name}: what it carries is not the expected table ({shown(about)})")
-    return make_composition(about["composition"], name), Maker.of(about["maker"], name)
+    wanted = about["composition"]
+    if isinstance(wanted, dict):
+        wanted = Composition.renamed(wanted, quiet=True)
+    return make_composition(wanted, name), Maker.of(about["maker"], name)
 
 
 def _note(path: Path) -> str:

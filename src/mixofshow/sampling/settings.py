@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import (
-    AliasChoices,
     ConfigDict,
     Field,
     FiniteFloat,
@@ -259,6 +258,8 @@ class Composition(SamplingSettings):
     With `redo`, a place, nothing but that is drawn, over what `image` shows there; see inset.py.
     """
 
+    former: ClassVar[Mapping[str, str | None]] = {"own_weights": "regional_lora"}
+
     prompt: str = Field(description="What the whole picture shows.")
     negative_prompt: str = Field("", description="What it does not show.")
     regions: tuple[Region, ...] = ()
@@ -274,7 +275,6 @@ class Composition(SamplingSettings):
     num: int = Field(1, ge=1, le=10_000, description="How many pictures; picture k has seed + k.")
     regional_lora: bool = Field(
         False,
-        validation_alias=AliasChoices("regional_lora", "own_weights"),
         description="Draw each region by the LoRA of its own concepts alone, un-fused.",
     )
 
