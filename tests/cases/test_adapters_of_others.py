@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from mixofshow.bases.layers import layer, matrix, tunable_layers
 from mixofshow.concepts.concept import load_concept
+from mixofshow.concepts.interchange.adapter_keys import _original
 from mixofshow.concepts.interchange.importing import open_concept
-from mixofshow.concepts.interchange.keys import _original
 from mixofshow.concepts.interchange.settings import ImportSettings
 from mixofshow.errors import ConceptFileError
 

@@ -21,9 +21,9 @@ from mixofshow.bases.layers import layer
 from mixofshow.concepts.changes import DOWN, UP, Change, LowRank
 from mixofshow.concepts.concept import Concept
 from mixofshow.concepts.delta import Compression, compressed
+from mixofshow.concepts.interchange.adapter_keys import kohya_name
 from mixofshow.concepts.interchange.cards import kohya_metadata, model_card
 from mixofshow.concepts.interchange.embeddings import TABLES
-from mixofshow.concepts.interchange.keys import kohya_name
 from mixofshow.errors import SettingsError
 from mixofshow.files import write_tensors
 from mixofshow.outputs import write_text, writing_folder

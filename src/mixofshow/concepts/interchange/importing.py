@@ -31,9 +31,9 @@ from mixofshow.concepts.concept import (
     read_concept,
     value_problems,
 )
+from mixofshow.concepts.interchange.adapter_keys import NO_WEIGHTS, layer_names, other_kind, split_key
 from mixofshow.concepts.interchange.causes import other_base
 from mixofshow.concepts.interchange.embeddings import Words, file_words, named, trigger_words
-from mixofshow.concepts.interchange.keys import NO_WEIGHTS, layer_names, other_kind, split_key
 from mixofshow.concepts.interchange.kinds import change_of
 from mixofshow.concepts.interchange.pickles import read_pickle
 from mixofshow.concepts.interchange.scales import WEIGHTS, scales_of
