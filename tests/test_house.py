@@ -126,8 +126,12 @@ NAMED_TWICE = {
     "__main__": "what `python -m` runs",
     "settings": "of tuning, of fusing, of sampling, of files: people's scripts import from them",
     "adapters": "trained ones in tuning, put on a base in concepts",
+    "drawing": "sampling's own, and the studio's page of it",
+    "jobs": "what is to be fused, and what the studio has to do",
+    "server": "the center's, and the studio's",
 }
 """Module names that stand more than once, and why."""
+TYPES_TWICE = {"Job": "of fusing, and of the studio", "State": "of a run of tuning, and of a studio's job"}
 
 
 def test_no_two_modules_share_a_name() -> None:
@@ -137,12 +141,12 @@ def test_no_two_modules_share_a_name() -> None:
 
 
 def test_no_two_types_share_a_name() -> None:
-    """Classes, and names for types, which are written in capitals like classes."""
+    """Classes, and names for types, which are written in capitals like classes. The command line names its options so."""
     places: dict[str, list[str]] = {}
-    for path in FILES:
+    for path in (path for path in FILES if path.parent.name != "cli"):
         for name in types(parse(path)):
             places.setdefault(name, []).append(label(path))
-    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+    assert {name for name, where in places.items() if len(where) > 1} == TYPES_TWICE.keys()
 
 
 def test_modules_import_without_warnings() -> None:

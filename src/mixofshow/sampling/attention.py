@@ -78,7 +78,7 @@ class Piece:
     share: Tensor
 
 
-Plan = Mapping[int, tuple[Grid, list[Piece]]]
+RegionSchedule = Mapping[int, tuple[Grid, list[Piece]]]
 """For each feature map by its number of cells: its (columns, rows), and what each text has of it."""
 
 
@@ -113,7 +113,7 @@ class RegionalAttention:
     def at(self, step: int) -> None:
         """Take the regions that are there in this step, counted from 1."""
         self._there = tuple(number for number, region in enumerate(self.regions) if region.holds(step))
-        self.plan: Plan = self._plan_of(self._there)
+        self.plan: RegionSchedule = self._plan_of(self._there)
         isolated = step <= self.isolate and len(self._there) > 1
         self.apart: Mapping[int, Tensor] = self._mask_of(self._there) if isolated else {}
 
@@ -140,7 +140,7 @@ class RegionalAttention:
             covers[number + 1] = area_coverage(self.regions[number].shape, columns=columns, rows=rows)
         return shares(covers, self.regions, together=True).to(self.like)
 
-    def _planned(self, there: tuple[int, ...]) -> Plan:
+    def _planned(self, there: tuple[int, ...]) -> RegionSchedule:
         texts, found = (0, *(number + 1 for number in there)), {}
         for columns, rows in self.grids:
             pieces = []
