@@ -27,6 +27,7 @@ from mixofshow.evaluation.tasks import _measured
 from mixofshow.files import write_tensors
 from mixofshow.outputs import check_outputs, writing, writing_folder
 from mixofshow.replaceable import KINDS, LISTING, kind_of
+from mixofshow.sampling.drawing import YAML_HEAD
 from mixofshow.sampling.pictures import write_picture
 from mixofshow.tuning import checkpoints
 from mixofshow.tuning.checkpoints import run_folder
@@ -178,6 +179,7 @@ def test_no_file_is_replaced_by_one_of_another_kind(kind, tmp_path):
         "PNG": _png(Software="mixofshow"),
         "HTML": b'<!DOCTYPE html>\n<html><head><meta name="generator" content="mixofshow">',
         "JSON": b'{\n "findings": []}',
+        "YAML": YAML_HEAD.encode() + b"\n",
         "CSV": ",".join(COLUMNS).encode() + b"\n",
         "checkpoint": _checkpoint({"step": 3, "identity": {"facts": {}}, "state": {}}),
     }
