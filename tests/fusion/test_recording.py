@@ -15,6 +15,7 @@ from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mixofshow.bases import memory
 from mixofshow.bases.layers import cross_attentions, layer, lora_layers, matrix, tunable_layers
 from mixofshow.concepts.adapters import tuned_weights
 from mixofshow.concepts.prompts import layerwise, placeholder_vectors
@@ -279,7 +280,7 @@ def test_noise_that_is_added_on_the_way_is_each_pictures_own(scheduler, guidance
     drawn = []
     handle = pipeline.unet.register_forward_pre_hook(lambda module, args: drawn.append(len(args[0])))
     for at_once, batches in ((1, [1, 1, 1]), (2, [2, 1]), (4, [3])):
-        monkeypatch.setattr(recording, "CELLS", at_once * pipeline.unet.config.sample_size**2)
+        monkeypatch.setattr(memory, "CELLS", at_once * pipeline.unet.config.sample_size**2)
         assert_moments(record(pipeline, source, names, settings), names, {name: expected[name] for name in names})
         assert drawn == [size * (1 if guidance == 1 else 2) for size in batches for _ in range(settings.steps)]
         drawn.clear()
