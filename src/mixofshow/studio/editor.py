@@ -26,7 +26,9 @@ TYPES: Final[Mapping[str, Mapping[str, Any]]] = {
     "whole": {"type": "number", "step": 1},
     "number": {"type": "number", "step": "any"},
     "text": {"type": "text"},
+    "switch": {"type": "checkbox"},
 }
+"""How a browser asks for each kind; any other is typed as text."""
 
 
 def region_editor(**props: Any) -> Any:
@@ -50,7 +52,7 @@ def region_fields() -> list[dict[str, Any]]:
 def _asked(field: Field) -> dict[str, Any]:
     fallback = "" if field.default is None else str(field.default)
     bounds = {"min": field.minimum, "max": field.maximum}
-    return {"key": field.key, "label": field.label, "fallback": fallback, **bounds, **TYPES[field.kind]}
+    return {"key": field.key, "label": field.label, "fallback": fallback, **bounds, **TYPES.get(field.kind, TYPES["text"])}
 
 
 def value_of(composition: Composition, size: tuple[int, int]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 // The list of regions with their settings, the concepts' cards, the keyboard; and the beginning of it all.
 function field(index, { key, label, type, min, max, step, fallback }) {
   const region = doc.regions[index];
-  const input = make("input", { type, min, max, step, "data-key": key, value: region[key] ?? "", placeholder: fallback ?? "" });
+  const input = make("input", { type, min, max, step, "data-key": key, value: region[key] ?? "", checked: Boolean(region[key]), placeholder: fallback ?? "" });
   return make("label", {}, `${label} `, input);
 }
 
@@ -68,8 +68,8 @@ function typed(event) {
     item.querySelector("strong").textContent = `${index + 1} ${nameOf(index)}`;
     item.style.borderLeftColor = colourOf(index);
   } else if (input.dataset.key) {
-    const value = input.type === "number" ? input.valueAsNumber : input.value;
-    const empty = input.value === "" || Number.isNaN(value);
+    const value = { number: input.valueAsNumber, checkbox: input.checked }[input.type] ?? input.value;
+    const empty = value === "" || value === false || Number.isNaN(value);
     change(() => { if (empty) delete region[input.dataset.key]; else region[input.dataset.key] = value; }, { typing: true });
   } else if (input.dataset.edge) {
     const box = [...region.box];
