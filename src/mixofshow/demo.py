@@ -18,6 +18,7 @@ from PIL import Image
 from mixofshow.bases.emojiland.concepts import class_word, write_concept
 from mixofshow.bases.loading import load_base
 from mixofshow.concepts.concept import Concept, load_concept
+from mixofshow.concepts.model import ConceptModel, with_words
 from mixofshow.errors import BadInputError, shown
 from mixofshow.evaluation.metrics import image_alignment
 from mixofshow.evaluation.report import number, samples, write_page
@@ -71,7 +72,7 @@ def run_demo(out: Path, *, quick: bool = False) -> None:
     for fused, path in zip((gradient, average), deltas.values(), strict=True):
         fused.model.save_delta(path)
     run = perform(_suite(files, deltas, quick=quick), out / "evaluation", bars=terminal_bar)
-    wide = _wide_pictures(out, run, gradient)
+    wide = _wide_pictures(out, run, gradient, with_words(base, concepts))
     facts = _facts(run, gradient, concepts, base)
     write_text(
         out / "summary.json",
@@ -142,25 +143,33 @@ def _suite(files: Mapping[str, Path], deltas: Mapping[str, Path], *, quick: bool
     )
 
 
-def _wide_pictures(out: Path, run: SuiteRun, gradient: Fused) -> dict[str, list[Image.Image]]:
-    """Wide pictures by what drew them, also as wide-WAY-NUMBER.png: regions with each fusion, and one prompt only."""
+def _wide_pictures(
+    out: Path, run: SuiteRun, gradient: Fused, unfused: ConceptModel
+) -> dict[str, list[Image.Image]]:
+    """Wide pictures by what drew them, also as wide-WAY-NUMBER.png: with regions, and by one prompt only."""
     regions = {key: row[0] for key, row in run.plan.together.items()}
-    pipeline = MixOfShowPipeline.of(gradient.model)
-    maker = maker_of(pipeline)
-    plain = [one.composition.model_copy(update={"regions": ()}) for one in regions["gradient"].requests]
-    with terminal_bar("sampling") as progress:
-        together = [compose(pipeline, one, progress=progress)[0] for one in plain]
-    for k, (wanted, image) in enumerate(zip(plain, together, strict=True)):
-        save_picture(image, out / f"wide-1-{k}.png", resolved(wanted, pipeline), maker)
+    asked = [one.composition for one in regions["gradient"].requests]
+    plain = _drawn(out, 1, gradient.model, [one.model_copy(update={"regions": ()}) for one in asked])
+    own = _drawn(out, 3, unfused, [one.model_copy(update={"regional_lora": True}) for one in asked])
     for way, key in ((0, "gradient"), (2, "average")):
         for k, request in enumerate(regions[key].requests):
             with writing(out / f"wide-{way}-{k}.png") as path:
                 shutil.copyfile(request.paths(run.pictures)[0], path)
     return {
+        "nothing fused, a LoRA and a prompt in each region": own,
         "gradient fusion, a prompt in each region": regions["gradient"].pictures(run.pictures),
-        "gradient fusion, one prompt for all": together,
+        "gradient fusion, one prompt for all": plain,
         "weight fusion, a prompt in each region": regions["average"].pictures(run.pictures),
     }
+
+
+def _drawn(out: Path, way: int, model: ConceptModel, wanted: Sequence[Composition]) -> list[Image.Image]:
+    pipeline = MixOfShowPipeline.of(model)
+    with terminal_bar("sampling") as progress:
+        images = [compose(pipeline, one, progress=progress)[0] for one in wanted]
+    for k, (composition, image) in enumerate(zip(wanted, images, strict=True)):
+        save_picture(image, out / f"wide-{way}-{k}.png", resolved(composition, pipeline), maker_of(pipeline))
+    return images
 
 
 def _facts(run: SuiteRun, gradient: Fused, concepts: Sequence[Concept], base: Any) -> list[str]:
