@@ -34,6 +34,7 @@ from mixofshow.grids import grid
 from mixofshow.outputs import check_outputs, refusals, write_text, writing
 from mixofshow.progress import terminal_bar
 from mixofshow.sampling.composition import compose
+from mixofshow.sampling.pictures import write_picture
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.replay import maker_of, resolved, save_picture
 from mixofshow.sampling.settings import Composition
@@ -79,8 +80,7 @@ def run_demo(out: Path, *, quick: bool = False) -> None:
         json.dumps({**summary(run.results), "seconds": round(time.monotonic() - started)}, indent=1) + "\n",
     )
     training = {name: Image.open(out / "pictures" / name / "train" / "00.png") for name in CONCEPTS}
-    with writing(out / "overview.png") as path:
-        _overview(training, wide).save(path, "PNG")
+    write_picture(_overview(training, wide), out / "overview.png")
     worst = sorted(gradient.layers.items(), key=lambda item: -item[1].residual)[:10]
     write_page(
         out / "report.html",
