@@ -55,6 +55,8 @@ class Town:
     def start(self, name, *words):
         with (self.place / f"{name}.out").open("ab") as out:
             command = [sys.executable, "-m", "mixofshow", *map(str, words)]
+            if before := self.running.get(name):
+                before.stdin.close()
             self.running[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=out)
         return self.running[name]
 
@@ -76,7 +78,9 @@ class Town:
 
     def kill(self, name):
         self.running[name].send_signal(signal.SIGKILL)
-        self.running.pop(name).wait()
+        process = self.running.pop(name)
+        process.wait()
+        process.stdin.close()
 
     def federate(self, **plan):
         table = {"wait": PATIENCE, "patience": PATIENCE, "fuse": QUICK, **plan}
@@ -119,6 +123,7 @@ def town(tmp_path_factory) -> Iterator[Town]:
         made.running[name].terminate()
     for name in list(made.running):
         made.running[name].wait(60)
+        made.running[name].stdin.close()
 
 
 def test_a_round_of_three_equals_fuse_of_their_files_and_a_stranger_is_refused(town, tmp_path):

@@ -40,6 +40,8 @@ def control(folder: Path, address: str) -> Iterator[Any]:
     except httpx.TransportError as error:
         raise ResourceError(f"the center does not answer at {address} ({shown(error)}); is it running?") from error
     except httpx.HTTPStatusError as error:
+        if error.response.status_code >= 500:  # its database was locked for too long, for one
+            raise Busy(f"the center could not answer at {address}; its superlink.log says why") from error
         said = shown(error.response.text, 200)
         raise BadInputError(f"the center refused: {said}") from error
     finally:
