@@ -235,7 +235,7 @@ def test_places_are_found_saved_and_drawn_again(golden_concepts, tmp_path, capsy
     assert "--regions: expected auto, found 'all'" in run(*asked, "--regions", "all", "--out", "{0}/d.png", code=2)
     (tmp_path / "mine.yaml").write_text("prompt: a castle\n")
     refused = run(*asked, "--regions", "auto", "--save-regions", "{0}/mine.yaml", "--out", "{0}/d.png", code=2)
-    assert "another kind" in refused
+    assert "no YAML of this program's" in refused
 
 
 def test_a_controlled_picture_is_replayed_while_its_files_are_there(folder, capsys, monkeypatch):

@@ -249,10 +249,17 @@ def test_the_demo_keeps_off_folders_that_are_not_its_own(tmp_path):
     assert len(list(tmp_path.rglob("*"))) == 4
 
 
-def test_a_suite_writes_over_no_report_that_is_not_a_suites(tmp_path):
-    (tmp_path / "report.html").write_text("<!doctype html> mine")
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("<!doctype html> mine", "report.html: there is a file that is no HTML of this program's"),
+        ('<!doctype html><meta name="generator" content="mixofshow">', "report.html: is there and of no suite"),
+    ],
+)
+def test_a_suite_writes_over_no_report_that_is_not_a_suites(page, message, tmp_path):
+    (tmp_path / "report.html").write_text(page)
     suite = Suite(concepts=("clown",), methods=("ed-lora+average",))
-    with pytest.raises(BadInputError, match="report.html: is there and of no suite"):
+    with pytest.raises(BadInputError, match=message):
         run_suite(suite, tmp_path)
     assert [one.name for one in tmp_path.iterdir()] == ["report.html"]
 

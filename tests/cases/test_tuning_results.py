@@ -172,7 +172,9 @@ def test_pictures_of_the_class_word_are_drawn_as_the_base_draws_best(monkeypatch
             asked.append(guidance_scale)
             return SimpleNamespace(images=drawn.numpy())
 
-    base = Base(config={}, image_processor=SimpleNamespace(numpy_to_pil=list))
+    unet, vae = SimpleNamespace(config=SimpleNamespace(sample_size=8)), SimpleNamespace(use_slicing=False)
+    parts = {"unet": unet, "vae": vae, "vae_scale_factor": 1}
+    base = Base(config={}, image_processor=SimpleNamespace(numpy_to_pil=list), **parts)
     settings = make_settings({"name": "x", "class_word": "man", "data": "x", "prior.weight": 1, "prior.count": 1})
     assert len(prior_examples(settings, base, silent)) == 1 and asked == [USUAL_GUIDANCE]
     monkeypatch.setattr(ConceptModel, "usual_guidance", 2.0)

@@ -205,12 +205,15 @@ def test_pictures_are_replayed_and_regions_saved_edited_and_used_again(draw, tmp
     Image.new("L", (64, 48), "white").save(tmp_path / "found-region-1.png")
     (edited,) = compose(draw, from_options(files["regions"], {}))
     assert edited.tobytes() != again.tobytes()
+    with pytest.raises(MixOfShowError, match=r"found-region-1\.png: there is a file that is no PNG of this program"):
+        draw_pictures(draw, saved, targets[:1], **files)
+    (tmp_path / "found-region-1.png").unlink()
     draw_pictures(draw, saved, targets[:1], **files)  # over what was written before
 
 
 def test_regions_are_not_saved_over_a_yaml_of_ones_own(draw, tmp_path):
     (tmp_path / "mine.yaml").write_text("prompt: a castle\n")
-    with pytest.raises(MixOfShowError, match="another kind"):
+    with pytest.raises(MixOfShowError, match="no YAML of this program"):
         draw_pictures(draw, from_options(None, {**TABLE, "auto": True}), [tmp_path / "0.png"], regions=tmp_path / "mine.yaml")
     assert (tmp_path / "mine.yaml").read_text() == "prompt: a castle\n"
 

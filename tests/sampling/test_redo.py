@@ -274,7 +274,7 @@ def test_controls_are_not_followed_and_that_is_said(picture, caplog):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({}, SettingsError, "redo: expected one place by --region NUMBER, .* found 0"),
+        ({}, SettingsError, "redo: expected one place by `region` NUMBER, .* found 0"),
         ({"regions": ["1", "2"]}, SettingsError, "redo: expected one place .* found 2"),
         ({"regions": ["3"]}, RegionError, "region 3: expected a number from 1 to 2"),
         ({"regions": ["0"]}, RegionError, "region 0: expected a number from 1 to 2"),

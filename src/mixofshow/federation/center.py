@@ -95,7 +95,7 @@ def state_of(folder: Path) -> CenterState:
     """The state of the center in a folder. Raises BadInputError where none was ever started."""
     path = folder / STATE
     if not path.is_file():
-        raise BadInputError(f"{folder}: no center was started there; `mixofshow center --folder {shown(folder)}` does")
+        raise BadInputError(f"{folder}: no center was started there; `mixofshow center` with this folder does")
     try:
         return CenterState.model_validate(parse_json(read_bytes(path), str(path)))
     except ValidationError as error:

@@ -113,7 +113,7 @@ def open_door(folder: Path, host: str, port: int, inner: str) -> Iterator[None]:
     waited = time.monotonic()
     while not server.started:
         if not thread.is_alive() or time.monotonic() - waited > STARTS_WITHIN:
-            raise BadInputError(f"{host}:{port}: nothing can listen there; is it in use? Choose another --port or --host")
+            raise BadInputError(f"{host}:{port}: nothing can listen there; is it in use? Choose another `port` or `host`")
         time.sleep(0.05)
     try:
         yield

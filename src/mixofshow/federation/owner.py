@@ -51,9 +51,9 @@ class ClientSettings(Settings):
     def _one_source(self) -> ClientSettings:
         """Raises SettingsError."""
         if (self.data is None) == (self.concept is None):
-            raise SettingsError("give --data FOLDER to tune on, or --concept FILE, and not both")
+            raise SettingsError("give `data`, a folder to tune on, or `concept`, a file, and not both")
         if self.data is not None and not self.class_word:
-            raise SettingsError("--data needs --class-word, what the thing is: dog, chair, street …")
+            raise SettingsError("`data` needs `class_word`, what the thing is: dog, chair, street …")
         return self
 
 

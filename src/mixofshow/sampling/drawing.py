@@ -80,8 +80,8 @@ def drawn_together(files: Sequence[Path], composition: Composition) -> tuple[Seq
         return files, composition
     if not composition.regions and not composition.redo and not composition.auto:
         raise SettingsError(
-            f"--concept: {len(files)} files without regions: give each its place by --region, have places found by "
-            f"--regions {AUTO}, or make one model of them by mixofshow fuse"
+            f"concept: {len(files)} files without regions: give each its place by `region`, have places found by "
+            f"`regions` {AUTO}, or make one model of them by `mixofshow fuse`"
         )
     return files, composition.model_copy(update={"regional_lora": True})
 

@@ -91,7 +91,7 @@ def from_redo_options(picture: Path, path: Path | None, options: Mapping[str, An
             raise SettingsError(f"{name}: expected none with redo: {why}")
     places, mask = settings.pop("regions", []), settings.pop("mask", None)
     if (count := len(places) + (mask is not None)) != 1:
-        ways = "--region NUMBER, --region left,top,right,bottom or --mask FILE"
+        ways = "`region` NUMBER, `region` left,top,right,bottom or `mask` FILE"
         raise SettingsError(f"redo: expected one place by {ways}, found {count}")
     if mask is not None:
         place: Place = Region("", mask=read_picture(mask, "L"))
@@ -131,7 +131,7 @@ def _filled(
         found = replace(place, **({name: getattr(under, name) for name in _BROUGHT} if under else {"prompt": whole}))
     found = replace(found, **asked)
     if not found.prompt:
-        raise RegionError(f"{found.title}: expected a prompt, which neither picture nor options say; give --prompt")
+        raise RegionError(f"{found.title}: expected a prompt, which neither picture nor options say; give `prompt`")
     return found
 
 

@@ -46,7 +46,7 @@ def with_known_controls(composition: Composition, source: str, folder: Path | No
 
 def _check(entry: ControlEntry, regions: int, name: str, *, auto: bool) -> None:
     if entry.regions and auto:
-        raise SettingsError(f"{name}.regions: expected none where places are found; save them by --save-regions first")
+        raise SettingsError(f"{name}.regions: expected none where places are found; save them by `save_regions` first")
     try:
         check_extent(entry.strength, entry.start, entry.end)
     except SettingsError as error:

@@ -133,7 +133,7 @@ def _check_results(results, out):
     assert short["concepts"]["single"]["clown"]["image_alignment"] == by_concept["clown"]["single"]
     page = (out / "report.html").read_text()
     assert f"{identity['missing']} of 4" in page
-    assert [row for row in csv.DictReader((out / "results.csv").open()) if row["measure"] == "identity_accuracy"]
+    assert [row for row in csv.DictReader((out / "results.csv").read_text().splitlines()) if row["measure"] == "identity_accuracy"]
     assert set(re.findall(r'(?:src|href)="([a-z]+:)', page)) == {"data:"}
     assert "<script" not in page and page.count("data:image/svg+xml;base64,") >= 5
     assert "0.843\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}0.749" in page
