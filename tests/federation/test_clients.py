@@ -89,9 +89,9 @@ def test_figures_that_are_none_are_not_noted(federation, figures):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"name": "dog"}, "--data FOLDER"),
+        ({"name": "dog"}, "`data`, a folder"),
         ({"name": "dog", "data": "x", "concept": "y"}, "not both"),
-        ({"name": "dog", "data": "x"}, "--class-word"),
+        ({"name": "dog", "data": "x"}, "needs `class_word`"),
         ({"name": "../dog", "concept": "y"}, "name"),
         ({"name": "dog", "concept": "y", "approve": "never"}, "approve"),
     ],
