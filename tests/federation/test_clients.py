@@ -127,3 +127,24 @@ def test_an_app_ends_at_once_with_the_process_that_started_it(tmp_path):
         while (state := Path(f"/proc/{pid}/stat")).exists() and state.read_text().split()[2] != "Z":
             assert time.monotonic() < end, "it lives on"
             time.sleep(0.1)
+
+
+def test_a_yes_to_recordings_is_no_yes_to_the_file(tmp_path, monkeypatch):
+    """One answer did for both: whoever asked for recordings first got the file unasked."""
+    from types import SimpleNamespace
+
+    from mixofshow.federation import client
+
+    asked = []
+    found = SimpleNamespace(hash="0" * 64, info=SimpleNamespace(name="dog"))
+    monkeypatch.setattr(client, "_base", lambda *_: None)
+    monkeypatch.setattr(client, "_asked", lambda *_: {"fingerprint": "", "tune": "{}", "record": "{}", "has": ""})
+    monkeypatch.setattr(client, "own_concept", lambda *_: tmp_path / "dog.safetensors")
+    monkeypatch.setattr("mixofshow.concepts.concept.load_concept", lambda *_: found)
+    monkeypatch.setattr(client, "approved", lambda _folder, _settings, content, _question: asked.append(content))
+    (tmp_path / "dog.safetensors").touch()
+    offer = ClientSettings(name="dog", concept=tmp_path / "dog.safetensors")
+    for handler in (client.moments, client.concept):
+        with pytest.raises(client.Declined):
+            handler(None, tmp_path, offer)
+    assert len(asked) == len(set(asked)) == 2

@@ -46,6 +46,8 @@ def test_a_round_fuses_what_fuse_makes_of_the_same_files_bit_for_bit_also_when_m
     third = federation.round(3, remove=["manx"])
     assert third.received == {}
     assert Path(third.delta).read_bytes() == fused_files(federation, ("dogx", "catx"), tmp_path)
+    again = federation.round(4, remove=["manx"])  # the same plan, whose member is gone
+    assert Path(again.delta).read_bytes() == Path(third.delta).read_bytes()
 
 
 def test_who_wants_the_model_gets_it_and_nobody_else(federation):

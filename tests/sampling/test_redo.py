@@ -134,6 +134,11 @@ def test_the_prompt_is_that_of_what_lies_there(picture):
     assert prompt_of(Region("a house", (2, 2, 30, 30))) == "a house"
     first = redo_composition(picture, Region("", (2, 2, 30, 30)), {"prompt": "a <manx>"})
     assert (first.prompt, first.redo.negative_prompt) == ("a castle", "red")
+    own = redo_composition(picture, Region("a bird", (2, 2, 30, 30)), {"negative_prompt": "blue"})
+    assert own.redo.negative_prompt == "blue"
+    for place in ("1", True):
+        with pytest.raises(RegionError, match="place: expected a region's number or a Region"):
+            redo_composition(picture, place, {})
 
 
 def seam(before: np.ndarray, after: np.ndarray, box=BOX) -> float:

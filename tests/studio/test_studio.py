@@ -327,3 +327,14 @@ def test_an_address_that_others_reach_needs_a_token(host: str) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.0.0.5"])
 def test_this_machine_alone_needs_none(host: str) -> None:
     check_address(host, None)
+
+
+def test_pictures_beyond_the_ten_thousandth_write_over_none(tmp_path):
+    workspace = Workspace(tmp_path / "work")
+    workspace.open()
+    (workspace.pictures / "9999.yaml").touch()
+    names = [workspace.new_pictures([Composition(prompt=text)])[0].name for text in ("first", "second")]
+    assert names == ["10000.yaml", "10001.yaml"]
+    for name in ("9999.png", "10000.png", "mine.png"):
+        (workspace.pictures / name).touch()
+    assert [one.name for one in workspace.picture_files()] == ["10000.png", "9999.png", "mine.png"]

@@ -31,7 +31,8 @@ from mixofshow.federation.watched import end_with_flower
 logger = logging.getLogger(__name__)
 FAILED: Final = "could not do it; the client's own log says why"
 SUMS: Final = "-sums"
-"""Behind a concept's hash: what its owner said of its sums, which is not what was said of the file."""
+RECORDINGS: Final = "-recordings"
+"""Behind a concept's hash: what its owner said of its sums, or recordings, which is not what was said of the file."""
 Reply = tuple[Mapping[str, Value], Mapping[str, bytes]]
 Handler = Callable[[Message, Path, ClientSettings], Reply]
 app = ClientApp()
@@ -95,7 +96,7 @@ def moments(message: Message, folder: Path, settings: ClientSettings) -> Reply:
     asked = _asked(message, {"fingerprint": str, "tune": str, "record": str})
     pipeline = _base(settings, asked["fingerprint"])
     found = load_concept(own_concept(folder, settings, pipeline, tunable(json.loads(asked["tune"]))), pipeline)
-    if not approved(folder, settings, found.hash, f"send recordings of <{found.info.name}> to the center?"):
+    if not approved(folder, settings, found.hash + RECORDINGS, f"send recordings of <{found.info.name}> to the center?"):
         raise Declined("its owner does not approve")
     how = RecordingSettings.of(json.loads(asked["record"]), "the center's settings")
     recording = record_concept(found, pipeline, how, Store(folder / "recordings"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from mixofshow.errors import BadInputError, nearest, shown
 from mixofshow.files import parse_tensors
 from mixofshow.outputs import write_text, writing
 from mixofshow.reading import parse_json, read_bytes
+
+logger = logging.getLogger(__name__)
 
 MEMBERS: Final = "members.json"
 CONCEPTS: Final = "concepts"
@@ -76,11 +79,14 @@ class Membership:
         return new
 
     def remove(self, names: Iterable[str]) -> None:
-        """Take members' concepts out of the model to come; their files stay. Raises BadInputError for unknown ones."""
+        """Take members' concepts out of the model to come; their files stay. Who is not there is said.
+
+        A plan may be used again, and what it removes is gone then.
+        """
         table = self.table()
         for name in names:
             if name not in table:
-                raise BadInputError(f"remove: no member '{shown(name)}' has brought a concept{nearest(name, table)}")
+                logger.warning("remove: no member '%s' has brought a concept%s", shown(name), nearest(name, table))
         self._write({name: member for name, member in table.items() if name not in names})
 
     def _refuse_collisions(self, found: Concept, others: Iterable[Member]) -> None:

@@ -167,9 +167,12 @@ class Round:
         with writing(arrived) as temporary:
             temporary.write_bytes(data)
         try:
-            key = open_recording(arrived).info.key
+            recording = open_recording(arrived)
+            key = recording.info.key
             if key.get("source") != member.hash or key.get("base") != self.fingerprint:
                 raise BadInputError("sent a recording of something else than its concept on this base")
+            for name_of_input in recording.info.rows:  # what is no recording in truth would end the fusing of all
+                recording.statistics(name_of_input)
             arrived.replace(store.path(key, member.concept))
         finally:
             arrived.unlink(missing_ok=True)

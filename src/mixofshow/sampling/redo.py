@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from PIL import Image
 
-from mixofshow.errors import RegionError, SettingsError
+from mixofshow.errors import RegionError, SettingsError, shown
 from mixofshow.progress import Progress, silent
 from mixofshow.sampling.attention import visible
 from mixofshow.sampling.composition import compose, from_options, make_composition, region_entry
@@ -119,7 +119,10 @@ def _filled(
     """The place, checked, with all that is missing of its prompts and concepts."""
     if isinstance(place, Region) and place.prompt:
         pixels_covered(place, image)
-        return place
+        own = place.negative_prompt
+        return replace(place, negative_prompt=asked.get("negative_prompt") if own is None else own)
+    if isinstance(place, bool) or not isinstance(place, int | Region):
+        raise RegionError(f"place: expected a region's number or a Region, found {shown(place)}")
     if not isinstance(place, Region):
         if not 1 <= place <= len(regions):
             there = f"a number from 1 to {len(regions)}" if regions else "a box or a mask, the picture knows no regions"

@@ -20,7 +20,7 @@ from mixofshow.evaluation.previews import tune_into
 from mixofshow.images import opened, read_image
 from mixofshow.outputs import check_outputs, write_text, writing
 from mixofshow.reading import read_bytes, read_table
-from mixofshow.sampling.pictures import MAX_BYTES, read_picture
+from mixofshow.sampling.pictures import MAX_BYTES, read_picture, write_picture
 from mixofshow.studio.commands import line
 from mixofshow.studio.compose import Studio
 from mixofshow.studio.forms import Field, fields_of
@@ -140,8 +140,7 @@ def write_mask(workspace: Workspace, name: str, picture: str, regions: Sequence[
     for one in painted:
         mask = ImageChops.lighter(mask, read_picture(one, "L").resize(size, Image.Resampling.BILINEAR))
     target = folder_of(workspace, name) / "masks" / f"{Path(picture).stem}.png"
-    with writing(target) as temporary:
-        mask.save(temporary, "PNG")
+    write_picture(mask, target)
     return target
 
 

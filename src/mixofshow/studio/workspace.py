@@ -6,6 +6,7 @@ All of it in the formats that the command line reads and writes, under names tha
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,7 +74,7 @@ class Workspace:
 
     def picture_files(self) -> list[Path]:
         """All pictures, the newest first."""
-        return sorted(self.pictures.glob("*.png"), reverse=True)
+        return sorted(self.pictures.glob("*.png"), key=lambda path: (_number(path), path.name), reverse=True)
 
     def composition(self) -> Composition:
         """What is on the canvas. What cannot be read is put aside, for people write there too, and an empty one begun."""
@@ -101,8 +102,7 @@ class Workspace:
     def new_pictures(self, compositions: Sequence[Composition]) -> list[Path]:
         """Write each composition under the next free number; its pictures are to go beside it, with the same name."""
         with self.lock:
-            taken = [int(one.stem[:4]) for one in self.pictures.iterdir() if one.stem[:4].isdecimal()]
-            first = max(taken, default=0) + 1
+            first = max(map(_number, self.pictures.iterdir()), default=0) + 1
             files = [self.pictures / f"{number:04d}.yaml" for number in range(first, first + len(compositions))]
             for file, composition in zip(files, compositions, strict=True):
                 write_text(file, as_yaml(composition))
@@ -111,6 +111,12 @@ class Workspace:
     def shown(self, path: Path) -> str:
         """A path as the command line has it, started in the workspace."""
         return path.relative_to(self.folder).as_posix() if path.is_relative_to(self.folder) else str(path)
+
+
+def _number(path: Path) -> int:
+    """What a file's name begins with, 0 for words; nobody has more than a billion pictures."""
+    found = re.match(r"[0-9]{1,9}(?![0-9])", path.name)
+    return int(found[0]) if found else 0
 
 
 def as_yaml(composition: Composition) -> str:
