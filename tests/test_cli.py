@@ -236,6 +236,10 @@ def test_places_are_found_saved_and_drawn_again(golden_concepts, tmp_path, capsy
     (tmp_path / "mine.yaml").write_text("prompt: a castle\n")
     refused = run(*asked, "--regions", "auto", "--save-regions", "{0}/mine.yaml", "--out", "{0}/d.png", code=2)
     assert "no YAML of this program's" in refused
+    (tmp_path / "found-region-1.png").write_bytes(b"mine")
+    (tmp_path / "found-region-x.png").write_bytes(b"mine")  # no name that anything is written to
+    refused = run(*asked, "--regions", "auto", "--save-regions", "{0}/found.yaml", "--out", "{0}/e.png", code=2)
+    assert "found-region-1.png" in refused and not (tmp_path / "e.png").exists()
 
 
 def test_a_controlled_picture_is_replayed_while_its_files_are_there(folder, capsys, monkeypatch):

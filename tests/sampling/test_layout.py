@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from mixofshow.sampling import layout
 from mixofshow.sampling.layout import Square, arranged, cut, filled, smoothed
 
 SIZES = {"smallest": 0.06, "largest": 0.3}
@@ -122,6 +123,17 @@ def test_arrangement_is_the_best_of_all():
         found = sum(one.height for one in arranged(squares) if one)
         choices = product(*[[*of_one, None] for of_one in squares])
         assert found == pytest.approx(max(_total(one) for one in choices))
+
+
+def test_many_concepts_take_no_more_than_so_many_tries(monkeypatch):
+    """Nine that all want the same four places: each more took four times as long."""
+    looks, meets = [], Square.meets
+    monkeypatch.setattr(layout, "TRIES", 1000)
+    monkeypatch.setattr(Square, "meets", lambda one, other: looks.append(one) or meets(one, other))
+    squares = [[Square(0, 4 * place, 4, 3.0 - 0.1 * place) for place in range(4)] for _ in range(9)]
+    chosen = arranged(squares)
+    assert len(looks) <= 1000 * 4 * 9
+    assert len(chosen) == 9 and _total(chosen) == pytest.approx(sum(one.height for one in squares[0]))
 
 
 def _total(chosen):

@@ -92,14 +92,14 @@ def sample(
     """Draw pictures, with regions if you like. Every setting of a composition is an option, on top of the YAML."""
     from mixofshow.outputs import check_outputs
     from mixofshow.sampling.composition import picture_paths
-    from mixofshow.sampling.drawing import draw_grid, draw_pictures, drawn_together, open_pipeline
+    from mixofshow.sampling.drawing import beside, draw_grid, draw_pictures, drawn_together, open_pipeline
 
     typed = {"regions": region, "controls": control, "size": size, "image": image, "mask": mask, "auto": _auto(regions)}
     wanted, read = _wanted(composition, redo, given | {key: value for key, value in typed.items() if value})
     concepts, wanted = drawn_together(concept or [], wanted)
     model, base = _named(model, base)
     targets = picture_paths(out, wanted.num) if grid is None else _grid(grid, wanted, vary)
-    files = {"PNG": [*targets, show_layout], "YAML": [save_regions]}
+    files = {"PNG": [*targets, show_layout, *beside(save_regions)], "YAML": [save_regions]}
     check_outputs(files=files, inputs=[*read, *bases(model, base), *concepts])
     how: dict[str, Any] = {"regional_lora": wanted.regional_lora, "composition": wanted, "device": device, **loading}
     pipeline = open_pipeline(model, base=base, concepts=concepts, strength=strength, **how)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -147,6 +148,12 @@ def draw_pictures(
         save_regions(first.model_copy(update={"num": 1}), regions)
 
 
+def beside(path: Path | None) -> list[Path]:
+    """Pictures that are there already where `save_regions` would write those of a YAML file."""
+    name = re.compile(re.escape(path.stem if path else "") + r"-(region-[0-9]+|redo|image|mask)\.png")
+    return sorted(one for one in path.parent.glob("*.png") if name.fullmatch(one.name)) if path else []
+
+
 def save_regions(composition: Composition, path: Path) -> None:
     """Write a composition as YAML, its pictures beside it as PNGs that can be edited; `sample` draws it again.
 
@@ -155,7 +162,7 @@ def save_regions(composition: Composition, path: Path) -> None:
     table = composition.model_dump(mode="json", exclude_defaults=True)
     pictures: dict[Path, str] = {}
 
-    def beside(name: str, picture: str) -> str:
+    def put_beside(name: str, picture: str) -> str:
         target = path.with_name(f"{path.stem}-{name}.png")
         pictures[target] = picture
         return target.name
@@ -166,10 +173,10 @@ def save_regions(composition: Composition, path: Path) -> None:
         for key in [key for key, value in region.items() if key != "prompt" and value == plain[key].default]:
             del region[key]
         if "mask" in region:
-            region["mask"] = beside(name, region["mask"])
+            region["mask"] = put_beside(name, region["mask"])
     for key in ("image", "mask"):
         if key in table:
-            table[key] = beside(key, table[key])
+            table[key] = put_beside(key, table[key])
     for target, picture in pictures.items():
         write_picture(read_picture(picture, "RGB" if target.stem.endswith("-image") else "L"), target)
     text = yaml.safe_dump(table, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
