@@ -21,6 +21,8 @@ from mixofshow.federation.messages import content_of
 from mixofshow.federation.owner import answer, open_questions
 from mixofshow.federation.plan import Plan
 from mixofshow.fusion.stages import fuse
+from mixofshow.fusion.statistics import LayerStatistics
+from mixofshow.fusion.store import Store, open_recording
 from tests.federation.local import QUICK
 
 THREE = ("dogx", "manx", "catx")
@@ -154,6 +156,31 @@ def test_a_hostile_client_costs_the_others_nothing_and_is_named(federation, tmp_
     assert said in report.refused.pop("manx")
     assert report.refused == {}
     assert Path(report.delta).read_bytes() == fused_files(federation, ("dogx", "catx"), tmp_path)
+
+
+def test_a_recording_that_is_none_is_refused_and_the_others_are_fused(federation, tmp_path):
+    """Sums of squares below 0, with digests that fit; it was kept, and ended the fusing of all."""
+    for name in THREE[:2]:
+        federation.join(name)
+    honest = federation.clients["manx"]
+
+    def lie(message):
+        reply = honest(message)
+        if message.metadata.message_type != messages.MOMENTS:
+            return reply
+        (tmp_path / "sent").write_bytes(messages.file_of(reply, "recording", messages.MAX_RECORDING))
+        true = open_recording(tmp_path / "sent")
+        seen = {one: true.statistics(one) for one in true.info.rows}
+        below = {one: LayerStatistics(-found.moments, found.rows) for one, found in seen.items()}
+        false = Store(tmp_path / "false").save(true.info.key, "manx", below)
+        return Message(content_of({"hash": "0" * 64}, {"recording": false.file.path.read_bytes()}), reply_to=message)
+
+    federation.clients["manx"] = lie
+    independent = {**QUICK, "mode": "independent"}
+    report = federation.round(1, moments=True, fuse=independent)
+    assert "negative" in report.refused["manx"] and sorted(report.members) == ["dogx", "manx"]
+    fuse([federation.files[name] for name in THREE[:2]], federation.base, **independent).model.save_delta(tmp_path / "alone.safetensors")
+    assert Path(report.delta).read_bytes() == (tmp_path / "alone.safetensors").read_bytes()
 
 
 def test_a_file_that_is_too_large_is_not_taken(federation, monkeypatch):
