@@ -143,9 +143,7 @@ def _suite(files: Mapping[str, Path], deltas: Mapping[str, Path], *, quick: bool
     )
 
 
-def _wide_pictures(
-    out: Path, run: SuiteRun, gradient: Fused, unfused: ConceptModel
-) -> dict[str, list[Image.Image]]:
+def _wide_pictures(out: Path, run: SuiteRun, gradient: Fused, unfused: ConceptModel) -> dict[str, list[Image.Image]]:
     """Wide pictures by what drew them, also as wide-WAY-NUMBER.png: with regions, and by one prompt only."""
     regions = {key: row[0] for key, row in run.plan.together.items()}
     asked = [one.composition for one in regions["gradient"].requests]
@@ -165,10 +163,11 @@ def _wide_pictures(
 
 def _drawn(out: Path, way: int, model: ConceptModel, wanted: Sequence[Composition]) -> list[Image.Image]:
     pipeline = MixOfShowPipeline.of(model)
+    maker = maker_of(pipeline)
     with terminal_bar("sampling") as progress:
         images = [compose(pipeline, one, progress=progress)[0] for one in wanted]
     for k, (composition, image) in enumerate(zip(wanted, images, strict=True)):
-        save_picture(image, out / f"wide-{way}-{k}.png", resolved(composition, pipeline), maker_of(pipeline))
+        save_picture(image, out / f"wide-{way}-{k}.png", resolved(composition, pipeline), maker)
     return images
 
 

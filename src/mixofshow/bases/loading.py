@@ -260,8 +260,9 @@ def fingerprint(pipeline: Any) -> str:
         for name, tensor in named:
             digest.update(f"{name.removeprefix('text_model.')} {tuple(tensor.shape)}".encode())
             digest.update(raw(tensor.half()))
-        _KNOWN[unet] = seen, digest.hexdigest()[:16]
-    return _KNOWN[unet][1]
+        found = digest.hexdigest()[:16]
+        _KNOWN[unet] = seen, found
+    return found
 
 
 def scheduler_settings(pipeline: Any) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def make_door(inner: str, authority: Path, meter: Meter) -> Any:
             yield
 
     async def hand_on(request: Request) -> Response:
+        """The SuperLink's answer, or why there is none."""
         body = bytearray()
         async for part in request.stream():
             body += part

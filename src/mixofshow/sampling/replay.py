@@ -77,7 +77,7 @@ def model_hash(pipeline: MixOfShowPipeline) -> str:
         seen = glimpse(named)
         if _KNOWN.get(unet, ("", None))[0] != seen:
             _KNOWN[unet] = seen, _digest(named)
-    digest = _KNOWN[unet][1].copy()
+        digest = _KNOWN[unet][1].copy()
     if any(skips := [one.clip_skip for one in text_encoders(pipeline)]):
         digest.update(f"clip_skip {skips}".encode())
     _digest(pipeline.model.vocabulary.embeddings.items(), digest)

@@ -22,6 +22,7 @@ def advice(composition: Composition, shelf: Sequence[Card], base: str) -> list[s
     places = {number: place for place, number in enumerate(row)} if base in COUNTS_THINGS and len(row) > 1 else {}
 
     def line(number: int, region: Region) -> str:
+        """What one region lacks."""
         if not region.prompt.strip():
             return "Say what is in this region."
         try:
