@@ -17,7 +17,9 @@ from mixofshow.bases.emojiland.vocabulary import CLASSES, GENERATOR_SETS
 from mixofshow.bases.emojiland.world import KNOWN_SCENES, SIZE, SOFTNESS, TINTS, Picture, Placement, compose, places
 
 BLURRED_SHARE: Final = 0.15
-CLASS_SHARE: Final = 0.5
+CLASS_SHARE: Final = 0.6
+SINGLE_SHARE: Final = 0.5
+"""How many square pictures show one thing; the others show two, which are small and so need more practice."""
 TINTED_SHARE: Final = 0.2
 STYLES: Final = {"noto": "noto", "fluent-emoji-flat": "fluent", "twemoji": "twemoji", "openmoji": "openmoji"}
 """The word for each icon set's drawing style."""
@@ -34,7 +36,7 @@ class Thing:
 
 
 def random_thing(random: Random, library: Library) -> Thing:
-    """One of the 24 classes as often as any other of the library; one in five tinted."""
+    """One of the 24 classes more often than any other of the library; one in five tinted."""
     if random.random() < CLASS_SHARE:
         name, icon_set = random.choice(list(CLASSES)), random.choice(GENERATOR_SETS)
         picture = sprite(icon_set, CLASSES[name])
@@ -56,7 +58,7 @@ def random_picture(random: Random, library: Library, *, width: int = SIZE) -> Pi
     Half of the captions say all that varies. The others are short, as people write; but a tint and blur are always
     said, so that who says nothing gets a thing in its own colours, and crisp.
     """
-    rooms = 1 if width == SIZE and random.random() < 2 / 3 else max(2, math.ceil(width / SIZE))
+    rooms = 1 if width == SIZE and random.random() < SINGLE_SHARE else max(2, math.ceil(width / SIZE))
     count = rooms if rooms < 3 else random.choice((1, 2, 3, 3))
     taken = sorted(random.sample(range(rooms), count))
     things = _of_different_names(random, library, count)
