@@ -59,6 +59,14 @@ def test_a_base_that_others_rounded_is_not_taken_for_another():
         fingerprint(base)
 
 
+def test_a_rounded_base_that_was_changed_is_not_taken_for_what_it_was():
+    base = load_base(GOLDEN_BASE, dtype=torch.bfloat16)
+    fingerprint(base)
+    base.unet.conv_in.weight.data *= 2
+    with pytest.raises(BaseModelError, match="in bfloat16 cannot tell it from others"):
+        fingerprint(base)
+
+
 @pytest.mark.parametrize(
     ("method", "checkpointing"), [("ed-lora", False), ("ed-lora", True), ("custom-diffusion", False)]
 )

@@ -91,9 +91,11 @@ def load_base(
     if allow_base not in (None, SISTER):
         raise SettingsError(f"allow_base: expected {SISTER}, found '{shown(allow_base)}'")
     pipeline.unet.takes_sisters = allow_base == SISTER
-    if precise != dtype:
-        pipeline.unet.fingerprint_of_base = fingerprint(pipeline)
-    return pipeline.to(device, dtype)
+    exact = fingerprint(pipeline) if precise != dtype else None
+    pipeline = pipeline.to(device, dtype)
+    if exact:
+        pipeline.unet.fingerprint_of_rounded = {_hash_of_weights(pipeline): exact}
+    return pipeline
 
 
 def _dtype(named: torch.dtype | str) -> torch.dtype:
@@ -240,16 +242,23 @@ def fingerprint(pipeline: Any) -> str:
     """16 hex digits that tell base models apart: a hash of a fixed set of weights, taken in half precision.
 
     Half precision makes the same model loaded as fp16 or fp32 give the same digits; what `load_base` loads in bfloat16
-    remembers them. Adapters that are attached do not count. Weights that are as they were last time are not hashed again.
-    Raises BaseModelError for what was made bfloat16 by others.
+    remembers them, as long as nobody changes it. Adapters that are attached do not count. Weights that are as they were
+    last time are not hashed again.
+    Raises BaseModelError for what was made bfloat16, or changed in it, by others.
     """
-    if pipeline.unet.dtype == torch.bfloat16:
-        if (known := getattr(pipeline.unet, "fingerprint_of_base", None)) is None:
-            raise BaseModelError(
-                f"{base_name(pipeline)}: its weights in bfloat16 cannot tell it from others; load it by load_base(..., "
-                "dtype=torch.bfloat16)"
-            )
-        return str(known)
+    found = _hash_of_weights(pipeline)
+    if pipeline.unet.dtype != torch.bfloat16:
+        return found
+    known: dict[str, str] = getattr(pipeline.unet, "fingerprint_of_rounded", {})
+    if found not in known:
+        raise BaseModelError(
+            f"{base_name(pipeline)}: its weights in bfloat16 cannot tell it from others; load it by load_base(..., "
+            "dtype=torch.bfloat16), and change none of them"
+        )
+    return known[found]
+
+
+def _hash_of_weights(pipeline: Any) -> str:
     digest = hashlib.sha256()
     with exclusive(pipeline):
         parts = (*(one.model for one in text_encoders(pipeline)), pipeline.unet)
