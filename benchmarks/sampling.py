@@ -4,8 +4,9 @@
 
 Three regions cover 75 % of the picture: SD 1.5 at 1024×512, SDXL at 1024×1024, Emojiland at 160×64. All ways draw latents,
 with classifier-free guidance, encoding of the prompts included, and take turns; medians count. `three_loras` is with a LoRA
-of its own for each region: the three example concepts on Emojiland, random ED-LoRAs of rank 4 on the others. Then plain
-regions against their number. Bases that are run by themselves are added to those in the JSON file. `--shrink 4` makes sides
+of its own for each region: random ED-LoRAs of rank 4 on the linear layers of attention, as the paper has them;
+`three_locons`, on Emojiland, with the three example concepts, which change convolutions and all other layers too. Then
+plain regions against their number. Bases that are run by themselves are added to those in the JSON file. `--shrink 4` makes sides
 a quarter as long, which flatters nobody: what a LoRA costs grows with the cells, attention with their square. Times are
 the processor's where there is no GPU, since those of the clock depend on what else the machine does.
 
@@ -71,11 +72,14 @@ def main() -> None:
         ways = {
             "plain": plain(pipeline, how),
             "three regions": ours(pipeline, how, THIRDS),
-            "three LoRAs": ours(pipeline, how, THIRDS, concepts=concepts_for(base, pipeline)),
+            "three LoRAs": ours(pipeline, how, THIRDS, [random_concept(pipeline, name) for name in CONCEPTS]),
         }
+        if base == "emojiland":
+            examples = [load_concept(EXAMPLES / f"{name}.safetensors", pipeline) for name in CONCEPTS]
+            ways["three LoCons"] = ours(pipeline, how, THIRDS, examples)
         seconds = taking_turns(ways, options.repeats)
         small = f"_at_{width}x{height}" if shrink > 1 else ""
-        for way in ("three regions", "three LoRAs"):
+        for way in list(ways)[1:]:
             figures[f"{base}{small}_{way.lower().replace(' ', '_')}"] = seconds[way] / seconds["plain"]
             print(f"{base}{small}: plain {seconds['plain']:.2f} s, {way} × {seconds[way] / seconds['plain']:.3f}", flush=True)
         keep(figures, options.json)
@@ -100,13 +104,6 @@ def taking_turns(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, 
             if turn:
                 taken[name].append(now() - start)
     return {name: statistics.median(times) for name, times in taken.items()}
-
-
-def concepts_for(base: str, pipeline: Any) -> list[Concept]:
-    """Three concepts of the base, one for each region."""
-    if base == "emojiland":
-        return [load_concept(EXAMPLES / f"{name}.safetensors", pipeline) for name in CONCEPTS]
-    return [random_concept(pipeline, name) for name in CONCEPTS]
 
 
 def plain(pipeline: Any, how: dict[str, Any]) -> Callable[[], Any]:
