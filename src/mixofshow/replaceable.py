@@ -17,7 +17,8 @@ KINDS: Final = {
     "safetensors": rb'.{3}\0{5}\{"__metadata__":\{"format":"pt","mixofshow',  # a header of at most 8 MB
     "PNG": rb"\x89PNG.{29}.{4}(tEXt|iTXt)(Software\0)?mixofshow",  # behind the size, the first that is said
     "HTML": rb'(?i)\s*<!doctype html>.{,80}<meta name="generator" content="mixofshow">',
-    "JSON": rb'\s*(\{\s*(\}|"(findings|image_alignment|schema|references|seconds)":)|\[\s*(\]|\{\s*"pair":))',
+    "JSON": rb'\s*(\{\s*(\}|"findings":\s*\[|"image_alignment":\s*\{\s*"lower_bound"|"schema":\s*\d+,\s*"concepts"|'
+    rb'"references":\s*\{|"seconds":\s*[\d.]+,\s*"peak_memory_mb")|\[\s*(\]|\{\s*"pair":))',
     "YAML": rb"# A composition of mixofshow: ",
     "CSV": rb"method,measure,over,state,value,low,high\n",
     "checkpoint": rb"PK\x03\x04.{,60}archive/data\.pkl.{,80}step.{,20}identity",

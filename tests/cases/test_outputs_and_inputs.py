@@ -159,6 +159,8 @@ OTHER_KINDS = {
     "zip": b"PK\x03\x04",
     "another tool's LoRA": safetensors.torch.save({"lora_up": torch.zeros(1)}, {"format": "pt", "ss_network_dim": "4"}),
     "another tool's JSON": b'{"name": "a project", "version": 1}',
+    "a schema of another's": b'{"schema": 2, "nodes": []}',
+    "another's times": b'{"seconds": 12.5, "frames": 300}',
     "another tool's list": b'[{"lora_path": "a.safetensors"}]',
     "a page of the user's": b'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>The beach</title></head>',
     "another tool's page": b'<!DOCTYPE html><html><head><meta name="generator" content="Quarto"></head>',
