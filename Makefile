@@ -17,13 +17,18 @@ INSTALLED := $(VENV)/.mixofshow-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo studio test check docs dist clean help
+.PHONY: demo studio browser test check docs dist clean help
 
 demo: $(INSTALLED) ## tune three concepts, fuse them, draw them together; writes out/demo/report.html
 	$(BIN)/mixofshow demo --out out/demo
 
 studio: $(INSTALLED) ## open the studio in a browser, on the embedded base with the example concepts
 	$(BIN)/mixofshow studio out/studio $(foreach one,$(wildcard examples/concepts/*.safetensors),--concept $(one))
+
+browser: ## install Debian's Chromium, where that may be, in which the tests open the studio; else they are skipped
+	@command -v chromium || command -v chromium-browser \
+		|| { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } \
+		|| echo 'no Chromium, and none could be installed: the tests of the studio in a browser are skipped'
 
 # A file stays in one process, so that what it makes once for its tests is made once; one thread for each, or they
 # and the commands that they start would be in each other's way.
