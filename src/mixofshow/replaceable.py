@@ -20,6 +20,7 @@ KINDS: Final = {
     "JSON": rb'\s*(\{\s*(\}|"findings":\s*\[|"image_alignment":\s*\{\s*"lower_bound"|"schema":\s*\d+,\s*"concepts"|'
     rb'"references":\s*\{|"seconds":\s*[\d.]+,\s*"peak_memory_mb")|\[\s*(\]|\{\s*"pair":))',
     "YAML": rb"# A composition of mixofshow: ",
+    "settings": rb"# Settings of mixofshow: ",
     "CSV": rb"method,measure,over,state,value,low,high\n",
     "checkpoint": rb"PK\x03\x04.{,60}archive/data\.pkl.{,80}step.{,20}identity",
 }

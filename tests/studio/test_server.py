@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -17,18 +18,12 @@ from mixofshow.studio import compose
 from mixofshow.studio.drawing import OWN
 from mixofshow.studio.forms import values_of
 from mixofshow.studio.workspace import Workspace
+from tests.studio.conftest import free_port
 
 pytest.importorskip("gradio")
 pytestmark = pytest.mark.filterwarnings("default")  # the client's own are no errors of ours
 
 CLOWN = Path(__file__).parents[2] / "examples" / "concepts" / "clown.safetensors"
-
-
-def free_port() -> int:
-    """One that nobody listens on."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +33,10 @@ def open_studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     def opened(*options: str) -> tuple[str, Workspace]:
         folder, port = tmp_path_factory.mktemp("studio"), free_port()
+        # So that the workspace is in no folder for temporary files, of which all would be served.
+        elsewhere = {**os.environ, "TMPDIR": str(tmp_path_factory.mktemp("tmp"))}
         command = [sys.executable, "-m", "mixofshow", "studio", str(folder), "--concept", str(CLOWN)]
-        child = subprocess.Popen([*command, "--port", str(port), *options], stdout=subprocess.PIPE, text=True)
+        child = subprocess.Popen([*command, "--port", str(port), *options], stdout=subprocess.PIPE, text=True, env=elsewhere)
         running.append(child)
         assert child.stdout
         line = child.stdout.readline()
@@ -70,8 +67,8 @@ def test_a_picture_is_drawn_through_the_page(address_and_workspace: tuple[str, W
     while not workspace.picture_files() and time.monotonic() < deadline:
         time.sleep(0.1)
     (picture,) = workspace.picture_files()
-    assert compose.recalled(picture).seed == 7
-    assert compose.recalled(workspace.picture_files()[0]).steps == 1
+    assert compose.recalled(workspace, picture).seed == 7
+    assert compose.recalled(workspace, picture).steps == 1
     refused = client.predict(canvas, "<b>bold</b>", "", 33, 32, 7, 1, *more, OWN, api_name="/draw")
     assert "unknown concept &#x27;&lt;b&gt;&#x27;" in refused
     client.close()
@@ -87,15 +84,14 @@ def test_only_this_machines_names_lead_to_it(address_and_workspace: tuple[str, W
         assert httpx.get(address + path).status_code >= 400
 
 
-def test_files_outside_of_the_workspace_are_not_served(address_and_workspace: tuple[str, Workspace]) -> None:
+def test_only_what_the_page_shows_is_served(address_and_workspace: tuple[str, Workspace]) -> None:
     import httpx
 
     address, workspace = address_and_workspace
-    inside, outside = workspace.canvas, workspace.folder.parent / "secret.txt"
-    inside.write_text("prompt: x")
-    outside.write_text("secret")
-    assert httpx.get(f"{address}gradio_api/file={inside}").text == "prompt: x"
-    for path in (outside, inside.parent / ".." / "secret.txt", "/etc/hostname"):
+    inside, outside = workspace.folder / "mine.txt", workspace.folder.parent / "secret.txt"
+    for path in (inside, outside):
+        path.write_text("secret")
+    for path in (inside, outside, inside.parent / ".." / "secret.txt", *workspace.concept_files(), "/etc/hostname"):
         assert httpx.get(f"{address}gradio_api/file={path}").status_code in (403, 404)
 
 
@@ -111,15 +107,14 @@ def test_the_page_names_nothing_to_fetch_from_elsewhere(address_and_workspace: t
 def test_with_a_token_nobody_comes_in_without(open_studio: Any) -> None:
     import httpx
 
-    address, workspace = open_studio("--token", "open sesame")
-    workspace.canvas.write_text("prompt: x")
-    assert httpx.get(f"{address}gradio_api/file={workspace.canvas}").status_code == 401
+    address, _ = open_studio("--token", "open sesame")
+    assert httpx.post(f"{address}gradio_api/upload", files={"files": b"x"}).status_code == 401
     assert httpx.get(f"{address}config").status_code == 401
     with httpx.Client() as visitor:
         wrong = visitor.post(f"{address}login", data={"username": "me", "password": "open sesam"})
         assert wrong.status_code == 400
         assert visitor.post(f"{address}login", data={"username": "me", "password": "open sesame"}).status_code == 200
-        assert visitor.get(f"{address}gradio_api/file={workspace.canvas}").text == "prompt: x"
+        assert visitor.get(f"{address}config").status_code == 200
 
 
 def test_a_port_that_is_taken_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

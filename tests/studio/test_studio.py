@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from pydantic import BaseModel, Field
@@ -16,20 +17,21 @@ from mixofshow import cli
 from mixofshow.errors import BadInputError, MixOfShowError, SettingsError
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.reading import read_table
+from mixofshow.replaceable import kind_of
 from mixofshow.sampling.composition import make_composition
 from mixofshow.sampling.pictures import embedded
 from mixofshow.sampling.replay import Maker, save_picture
 from mixofshow.sampling.settings import Composition, Region
-from mixofshow.studio import compose, web
+from mixofshow.studio import compose, sketching, web
 from mixofshow.studio.advice import advice, completed
 from mixofshow.studio.compose import Studio
 from mixofshow.studio.drawing import OWN
-from mixofshow.studio.editor import region_fields, regions_of, value_of
+from mixofshow.studio.editor import painted, region_fields, regions_of, value_of
 from mixofshow.studio.forms import fields_of, table_of, values_of
 from mixofshow.studio.jobs import Job, Jobs
 from mixofshow.studio.server import check_address
 from mixofshow.studio.shelf import cards, file_name, named_in, put_on, unreadable
-from mixofshow.studio.workspace import Workspace, as_yaml
+from mixofshow.studio.workspace import Workspace
 from mixofshow.tuning.settings import TuningSettings, dotted_keys
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "concepts"
@@ -46,9 +48,10 @@ def studio(tmp_path: Path) -> Studio:
 
 def parts(canvas: dict[str, Any], prompt: str = "", **values: Any) -> list[Any]:
     """The page's parts as they are when it opens, with some filled in."""
+    given = values.pop("given", {})
     plain = [values.pop(key, None) for key in compose.PLAIN[1:]]
     more = values_of(compose.more_fields(), values)
-    return [canvas, prompt, *plain, *more]
+    return [canvas, prompt, *plain, *more, given]
 
 
 # Forms.
@@ -275,9 +278,31 @@ def test_a_picture_has_the_bytes_that_its_command_line_gives(studio: Studio, mon
         cli.main()
     assert not ended.value.code
     assert Path("picture.png").read_bytes() == second.read_bytes()
-    again = compose.recalled(second)
+    again = compose.recalled(studio.workspace, second)
     assert again.regions == composition.regions and again.seed == 6
     assert compose.drawn_by_of(second) == OWN
+
+
+def test_one_region_is_drawn_over_and_all_else_stays(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(studio.workspace.folder)
+    canvas = {"regions": [BOX, {"prompt": "a <steamtrain>", "box": [0.5, 0, 1, 1], "units": "share"}]}
+    composition = compose.composition_from(*parts(canvas, "a <clown>", width=64, height=32, steps=2))
+    (first,) = studio.jobs.wait(compose.start_drawing(studio, composition, OWN)).results
+    anew = composition.model_copy(update={"seed": 9})
+    job = studio.jobs.wait(compose.start_drawing_over(studio, first.stem, 2, anew, OWN))
+    assert job.state == "done", job.line
+    (second,) = job.results
+    before, after = (np.array(Image.open(one).convert("RGB")) for one in (first, second))
+    assert (before[:, :32] == after[:, :32]).all() and (before[:, 32:] != after[:, 32:]).any()
+    monkeypatch.setattr(sys, "argv", shlex.split(compose.command_of(second)))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert Path("picture.png").read_bytes() == second.read_bytes()
+    assert compose.recalled(studio.workspace, second).redo.prompt == "a <steamtrain>"
+    for picture, place, said in (("", 1, "which picture"), ("7777", 1, "no picture is called"), (first.stem, 3, "from 1 to 2")):
+        with pytest.raises(BadInputError, match=said):
+            compose.start_drawing_over(studio, picture, place, composition, OWN)
 
 
 def test_what_cannot_be_drawn_is_refused_before_anything_is_written(studio: Studio) -> None:
@@ -295,21 +320,66 @@ def test_what_cannot_be_drawn_is_refused_before_anything_is_written(studio: Stud
         compose.picture_named(studio, "../composition")
 
 
-def test_what_the_page_cannot_show_of_a_picture_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    start = embedded(Image.new("RGB", (8, 8)))
-    made = make_composition({"prompt": "a", "image": start, "seed": 4})
+def carrying(made: Composition, path: Path) -> Path:
+    """A picture that says it was made from a composition."""
     maker = Maker(base="b", hash="h", concepts={}, versions={}, device="cpu", threads=1)
-    save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.png", made, maker)
-    found = compose.recalled(tmp_path / "a.png")
-    assert found == made.model_copy(update={"image": None})
-    assert "also made from image" in caplog.text
+    save_picture(Image.new("RGB", (8, 8)), path, made, maker)
+    return path
 
 
-def test_a_composition_read_back_from_its_file_is_the_same(tmp_path: Path) -> None:
-    mask = embedded(Image.new("L", (4, 4), 128))
-    made = make_composition({"prompt": "ü: #x", "regions": [{"prompt": "- a", "mask": mask}], "guidance_scale": 3})
-    (tmp_path / "a.yaml").write_text(as_yaml(made), encoding="utf-8")
-    assert make_composition(read_table(tmp_path / "a.yaml")) == made
+def test_what_a_picture_was_drawn_from_comes_back_with_it(studio: Studio, tmp_path: Path) -> None:
+    start = embedded(Image.new("RGB", (8, 8)))
+    made = make_composition({"prompt": "a", "image": start, "seed": 4, "width": 64, "height": 64})
+    found = compose.recalled(studio.workspace, carrying(made, tmp_path / "a.png"))
+    assert found == made
+    assert compose.composition_from(*compose.parts_of(studio, found)) == made
+    assert compose.underlay(None, found) == start
+
+
+def test_a_sketch_becomes_a_control_and_strangers_sketches_are_left_out(
+    studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    workspace = studio.workspace
+    monkeypatch.chdir(workspace.folder)
+    sketch = painted({"regions": [{"box": [0, 0, 0.5, 1], "units": "share"}]}, (64, 64))
+    assert [sketch.getpixel((x, 9)) for x in (10, 50)] == [255, 0]
+    control = sketching.following(workspace, sketch.convert("RGB"), "emojiland-t2i-adapter", strength=0.8, end=None)
+    assert control["picture"].startswith("inputs/") and control["strength"] == 0.8
+    made = compose.composition_from(*parts({"regions": []}, "a <clown>", given={"controls": [control]}))
+    workspace.keep(made)
+    assert workspace.composition() == made
+    assert compose.recalled(workspace, carrying(made, tmp_path / "a.png")) == made
+    Path(control["picture"]).rename(tmp_path / "elsewhere.png")
+    assert compose.recalled(workspace, tmp_path / "a.png").controls == ()
+    assert "a sketch that is not here" in caplog.text
+    with pytest.raises(SettingsError, match="no network is called '../x'"):
+        sketching.following(workspace, sketch, "../x")
+    with pytest.raises(SettingsError, match="nothing is painted"):
+        painted({"regions": []}, (64, 64))
+
+
+def test_a_composition_read_back_from_its_file_is_the_same(studio: Studio) -> None:
+    workspace = studio.workspace
+    mask, large = embedded(Image.new("L", (4, 4), 128)), embedded(Image.effect_noise((128, 128), 99).convert("RGB"))
+    regions = [{"prompt": "- a", "mask": mask}]
+    made = make_composition({"prompt": "ü: #x", "regions": regions, "guidance_scale": 3, "image": large})
+    workspace.keep(made)
+    assert workspace.composition() == made
+    (file,) = workspace.inputs.iterdir()
+    assert f"image: inputs/{file.name}" in workspace.canvas.read_text("utf-8")
+    assert kind_of(workspace.canvas) == "YAML"
+
+
+def test_what_others_wrote_is_not_written_over(studio: Studio, caplog: pytest.LogCaptureFixture) -> None:
+    workspace = studio.workspace
+    workspace.canvas.write_text("prompt: mine\n")
+    assert workspace.composition().prompt == "mine"
+    workspace.keep(Composition(prompt="new"))
+    assert (workspace.folder / "composition-aside-1.yaml").read_text() == "prompt: mine\n"
+    assert "is now composition-aside-1.yaml" in caplog.text
+    workspace.keep(Composition(prompt="newer"))
+    assert workspace.composition().prompt == "newer"
+    assert not (workspace.folder / "composition-aside-2.yaml").exists()
 
 
 # Who may come in.
@@ -333,7 +403,8 @@ def test_pictures_beyond_the_ten_thousandth_write_over_none(tmp_path):
     workspace = Workspace(tmp_path / "work")
     workspace.open()
     (workspace.pictures / "9999.yaml").touch()
-    names = [workspace.new_pictures([Composition(prompt=text)])[0].name for text in ("first", "second")]
+    made = [workspace.new_pictures([Composition(prompt=text)], lambda *_: "")[0] for text in ("first", "second")]
+    names = [file.name for file in made]
     assert names == ["10000.yaml", "10001.yaml"]
     for name in ("9999.png", "10000.png", "mine.png"):
         (workspace.pictures / name).touch()

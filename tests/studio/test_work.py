@@ -23,7 +23,7 @@ from mixofshow.images import read_grey
 from mixofshow.reading import read_table
 from mixofshow.sampling.composition import make_composition
 from mixofshow.sampling.pictures import embedded
-from mixofshow.studio import compose, fusing, measuring, shelf, tuning
+from mixofshow.studio import comparing, compose, fusing, measuring, shelf, sketching, tuning
 from mixofshow.studio.commands import line, options
 from mixofshow.studio.compose import Studio
 from mixofshow.studio.drawing import OWN
@@ -33,6 +33,7 @@ from mixofshow.tuning.settings import make_settings, with_presets
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "concepts"
+ONE = {"<clown>": 1}
 QUICK = {"steps": 2, "prompts": ["photo of a {}"], "picture_prompts": ["photo of a {}"]}
 
 
@@ -81,14 +82,15 @@ def test_a_model_is_fused_as_its_command_does_it_and_says_what_is_kept(
     studio: Studio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace = studio.workspace
-    job = studio.jobs.wait(fusing.start_fusing(studio, ["<clown>", "<robot>"], "two", QUICK))
+    job = studio.jobs.wait(fusing.start_fusing(studio, {"<clown>": 1, "<robot>": 0.8}, "two", QUICK))
     assert job.line == "fusing 2 concepts into 'two': done"
     assert workspace.model_names() == ["two"]
     name, kept = job.facts
     assert name == "two" and set(kept) == {"clown", "robot"} and all(0 < share < 1 for share in kept.values())
     assert "&lt;clown&gt;" in fusing.bars(kept) and f"{kept['clown']:.0%}" in fusing.bars(kept)
     assert (workspace.models / "two.html").read_bytes().startswith(b"<!doctype html>")
-    files = [card.path for card in fusing.chosen(workspace, ["<clown>", "<robot>"])]
+    files, listed = fusing.sources(workspace, {"<clown>": 1, "<robot>": 0.8})
+    assert files[0].read_text() == listed and '"unet_alpha": 0.8' in listed
     typed(fusing.command(workspace, files, "two", QUICK), monkeypatch, workspace.folder, **{"models/two": "models/same"})
     parts = ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "concepts.safetensors"]
     for part in parts:
@@ -98,15 +100,23 @@ def test_a_model_is_fused_as_its_command_does_it_and_says_what_is_kept(
 @pytest.mark.parametrize(
     ("words", "name", "given", "said"),
     [
-        ([], "two", {}, "tick the concepts"),
-        (["<clown>"], "../two", {}, "name of the model"),
-        (["<clown>"], "two", {"steps": 0}, "'steps'"),
-        (["<clown>"], "two", {"method": "gradeint"}, "did you mean 'gradient'"),
+        ({}, "two", {}, "tick the concepts"),
+        (ONE, "../two", {}, "name of the model"),
+        (ONE, "two", {"steps": 0}, "'steps'"),
+        (ONE, "two", {"method": "gradeint"}, "did you mean 'gradient'"),
     ],
 )
 def test_what_cannot_be_fused_is_said_at_once(studio: Studio, words: Any, name: str, given: Any, said: str) -> None:
     with pytest.raises(BadInputError, match=said):
         fusing.start_fusing(studio, words, name, given)
+
+
+def test_as_strong_as_tuned_is_said_by_the_files_themselves(studio: Studio) -> None:
+    files, listed = fusing.sources(studio.workspace, {"<clown>": 1.0, "<robot>": 1})
+    assert [file.name for file in files] == ["clown.safetensors", "robot.safetensors"] and not listed
+    for value in (None, ["<clown>"], {"<clown>": "1"}):
+        with pytest.raises(SettingsError, match="how strong"):
+            fusing.strengths_of(value)
 
 
 def test_the_price_of_fusing_is_said() -> None:
@@ -174,11 +184,11 @@ def test_captions_and_masks_are_what_tuning_reads(studio: Studio, pictures: list
         tuning.write_captions(workspace, "foxy", [["../../x.png", "a"]])
     half = Image.new("L", (64, 64))
     half.paste(255, (0, 0, 32, 64))
-    mask = tuning.write_mask(workspace, "foxy", "000.png", [{"mask": embedded(half)}])
+    mask = tuning.write_mask(workspace, "foxy", "000.png", {"regions": [{"mask": embedded(half)}]})
     assert read_grey(mask, "mask").getpixel((5, 5)) == 255 and read_grey(mask, "mask").getpixel((60, 5)) == 0
     for picture, regions in (("../x.png", [{"mask": embedded(half)}]), ("000.png", [{"mask": "/etc/hostname"}])):
         with pytest.raises(SettingsError):
-            tuning.write_mask(workspace, "foxy", picture, regions)
+            tuning.write_mask(workspace, "foxy", picture, {"regions": regions})
 
 
 def test_the_form_shows_what_this_base_needs() -> None:
@@ -246,7 +256,9 @@ def _doors() -> dict[str, Any]:
 
     return {
         "a training picture": in_folder,
-        "a picture of ours": lambda _, path: compose.recalled(path),
+        "a picture of ours": lambda studio, path: compose.recalled(studio.workspace, path),
+        "a picture to start from": lambda _, path: sketching.uploaded(path),
+        "answers of a study": lambda _, path: measuring.preferences([path]),
         "a concept": lambda studio, path: shelf.taken_in(studio.workspace, path, path.name, {}),
         "results": lambda _, path: measuring.tables(measuring.results_in(path)),
     }
@@ -283,14 +295,19 @@ def test_malformed_uploads_are_refused_in_one_line(studio: Studio, tmp_path: Pat
 def test_a_comparison_draws_every_way_that_can_on_one_seed(studio: Studio) -> None:
     two = [{"prompt": f"a <{name}>", "box": box} for name, box in (("clown", [0, 0, 0.5, 1]), ("robot", [0.5, 0, 1, 1]))]
     composition = make_composition({"prompt": "", "regions": two, "steps": 1, "width": 32, "height": 32, "num": 3})
-    studio.jobs.wait(fusing.start_fusing(studio, ["<clown>"], "one", {"method": "average", **QUICK}))
-    studio.jobs.wait(fusing.start_fusing(studio, ["<clown>", "<robot>"], "both", {"method": "average", **QUICK}))
-    job = studio.jobs.wait(compose.start_comparing(studio, composition, OWN))
+    job = studio.jobs.wait(comparing.start_comparing(studio, composition, OWN))
     assert job.state == "done", job.line
-    labels = [label for _, label in job.facts]
-    assert labels == [f"by {OWN}", "by both", "without regions, by both", "without regions, by one"]
-    drawn = [compose.recalled(path) for path in job.results]
-    assert {one.seed for one in drawn} == {0} and [len(one.regions) for one in drawn] == [2, 2, 0, 0]
+    assert [label for _, label in job.facts] == [
+        "each region by its own concept",
+        "by weight fusion",
+        "without regions, by weight fusion",
+    ]
+    drawn = [compose.recalled(studio.workspace, path) for path in job.results]
+    assert {one.seed for one in drawn} == {0} and [len(one.regions) for one in drawn] == [2, 2, 0]
+    model = studio.workspace.models / "weight-fusion-clown-robot" / "concepts.json"
+    before = model.stat().st_mtime_ns
+    studio.jobs.wait(comparing.start_comparing(studio, composition, OWN))
+    assert model.stat().st_mtime_ns == before
 
 
 def test_a_suites_results_are_shown_and_other_files_refused(tmp_path: Path) -> None:
@@ -313,3 +330,14 @@ def test_what_is_measured_needs_pictures_held_out(studio: Studio, pictures: list
     assert measuring.add_held_out(studio.workspace, "<clown>", pictures) == []
     assert [card.name for card in measuring.measurable(studio.workspace)] == ["clown"]
     assert "concepts/clown.safetensors=measured/clown" in measuring.command(studio.workspace, 2)
+
+
+def test_what_people_answered_in_a_study_is_counted(tmp_path: Path) -> None:
+    answer = {"item": 0, "left": "gradient", "right": "average", "image": "gradient", "text": "average"}
+    file = tmp_path / "answers.json"
+    file.write_text(json.dumps({"schema": 1, "study": "s", "rater": "r", "items": 1, "answers": [answer]}))
+    head, rows = measuring.preferences([file])
+    assert head[0] == "preferred" and [row[:4] for row in rows] == [
+        ["average", "gradient", "image", "0.0%"],
+        ["average", "gradient", "text", "100.0%"],
+    ]

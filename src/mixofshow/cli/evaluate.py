@@ -16,7 +16,6 @@ from mixofshow.progress import terminal_bar
 from mixofshow.terminal import print_table, say
 
 if TYPE_CHECKING:
-    from mixofshow.evaluation.study import Preference
     from mixofshow.evaluation.suite import Suite
 
 app = typer.Typer()
@@ -124,17 +123,11 @@ def score(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Count what people answered: preferences with 95 % intervals, and how far people agree (Fleiss' kappa)."""
-    from mixofshow.evaluation.study import score_study
+    from mixofshow.evaluation.study import PREFERENCES, score_study
     from mixofshow.outputs import check_outputs, write_text
 
     check_outputs(files={"JSON": [json_file]}, inputs=answers)
     found = score_study(answers)
-    print_table(("preferred", "to", "question", "share", "95 %", "answers", "kappa"), map(_row, found))
+    print_table(PREFERENCES, [one.row for one in found])
     if json_file:
         write_text(json_file, json.dumps([asdict(one) for one in found], indent=1) + "\n")
-
-
-def _row(one: Preference) -> tuple[str, ...]:
-    low, high = one.interval
-    kappa = "" if one.agreement is None else f"{one.agreement:.2f}"
-    return (*one.pair, one.question, f"{one.share:.1%}", f"{low:.1%}–{high:.1%}", str(one.answers), kappa)

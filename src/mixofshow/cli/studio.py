@@ -35,12 +35,15 @@ def studio(
     loading: dict[str, Any],
 ) -> None:
     """Open the studio: tune, fuse and draw in a browser. Needs the extra `studio`; Ctrl-C ends it."""
+    from mixofshow.bases.loading import EMBEDDED
     from mixofshow.studio.server import check_address, serve
     from mixofshow.studio.shelf import put_on
     from mixofshow.studio.workspace import Workspace
 
     check_address(host, token)
-    place = Workspace(workspace.absolute(), base, {"device": device, **loading})
+    if base not in EMBEDDED and Path(base).exists():
+        base = str(Path(base).absolute())  # for the studio works in its own folder
+    place = Workspace(workspace.resolve(), base, {"device": device, **loading})
     put_on(place, concept or [])
     page, address = serve(place, host=host, port=port, token=token)
     say(f"{address} (workspace {workspace}); Ctrl-C ends it")

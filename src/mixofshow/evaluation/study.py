@@ -45,6 +45,7 @@ PictureState = Literal["single", "fused"]
 Pair = tuple[str, str]
 Show = Callable[[Path], str]
 """A picture by its path in the index, as a data URI."""
+PREFERENCES: Final = ("preferred", "to", "question", "share", "95 %", "answers", "kappa")
 Question = Literal["image", "text"]
 MethodName = Annotated[str, Field(min_length=1, max_length=64)]
 
@@ -262,6 +263,13 @@ class Preference:
     interval: tuple[float, float]
     answers: int
     agreement: float | None
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """As a table has it, under PREFERENCES."""
+        low, high = self.interval
+        kappa = "" if self.agreement is None else f"{self.agreement:.2f}"
+        return (*self.pair, self.question, f"{self.share:.1%}", f"{low:.1%}–{high:.1%}", str(self.answers), kappa)
 
 
 def score_study(paths: Sequence[Path]) -> list[Preference]:

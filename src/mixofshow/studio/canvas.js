@@ -31,7 +31,7 @@ function shapeOf(index) {
     return make("svg:rect", { ...look, x: left * WIDE, y: top * high(), width: (right - left) * WIDE, height: (bottom - top) * high() });
   }
   if (region.polygon) return make("svg:polygon", { ...look, points: region.polygon.map(([x, y]) => `${x * WIDE},${y * high()}`).join(" ") });
-  const id = `mask-${index}`;
+  const id = `${own}-${index}`;
   const picture = make("svg:image", { href: region.mask, width: WIDE, height: high(), preserveAspectRatio: "none" });
   const tinted = make("svg:rect", { class: "shape", fill: colour, width: WIDE, height: high(), mask: `url(#${id})`, style: "fill-opacity: .5" });
   return make("svg:g", {}, make("svg:mask", { id }, picture), tinted);

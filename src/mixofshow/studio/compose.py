@@ -9,29 +9,29 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from mixofshow.errors import MixOfShowError, SettingsError, shown
-from mixofshow.outputs import write_text
+from mixofshow.errors import SettingsError, shown
 from mixofshow.sampling.composition import make_composition
+from mixofshow.sampling.pictures import read_picture
 from mixofshow.sampling.pipeline import MixOfShowPipeline
+from mixofshow.sampling.redo import redo_composition
 from mixofshow.sampling.replay import composition_of, read_note
 from mixofshow.sampling.settings import Composition
 from mixofshow.studio.advice import advice, completed
 from mixofshow.studio.drawing import OWN, Engine, Order, check, command, draw, order, shelf_of
-from mixofshow.studio.editor import regions_of, thumbnail, value_of
+from mixofshow.studio.editor import regions_of, shrunk, thumbnail, value_of
 from mixofshow.studio.forms import Field, fields_of, table_of, values_of
 from mixofshow.studio.jobs import Job, Jobs
-from mixofshow.studio.workspace import Workspace, as_yaml
+from mixofshow.studio.sketching import is_here
+from mixofshow.studio.workspace import HEAD, Workspace
 
 logger = logging.getLogger(__name__)
 
 PLAIN: Final = ("prompt", "negative_prompt", "width", "height", "seed", "num")
 """The keys that stand beside the canvas."""
-HIDDEN: Final = ("image", "mask", "controls", "redo", "redo_margin")
-"""Keys that the page has no place for yet."""
-ON_THE_PAGE: Final = (*PLAIN, "regions", "regional_lora", *HIDDEN)
+GIVEN: Final = ("image", "mask", "controls", "redo", "redo_margin")
+"""Keys of what is drawn from pictures, which no visitor types."""
+ON_THE_PAGE: Final = (*PLAIN, "regions", "regional_lora", *GIVEN)
 """Of a composition's keys, those that are not in the form."""
-MOST_WAYS: Final = 4
-"""Models that a comparison draws by, at most."""
 MOST_AT_ONCE: Final = 64
 """Pictures that one click draws, at most."""
 
@@ -68,13 +68,14 @@ def more_fields() -> list[Field]:
 
 
 def composition_from(canvas: Any, *values: Any) -> Composition:
-    """A composition out of the page's parts, checked: the editor's value, those of PLAIN, those of `more_fields`.
+    """A composition out of the page's parts, checked: the editor's value, those of PLAIN, of `more_fields`, and `given_of`.
 
     No file is read, whatever names stand in it. Raises SettingsError, RegionError.
     """
-    table: dict[str, Any] = {"prompt": "", "regions": regions_of(canvas)}
-    table |= {key: value for key, value in zip(PLAIN, values, strict=False) if value not in (None, "")}
-    return make_composition({**table, **table_of(more_fields(), values[len(PLAIN) :])}, "composition")
+    *typed, given = values
+    table: dict[str, Any] = {"prompt": "", "regions": regions_of(canvas), **given}
+    table |= {key: value for key, value in zip(PLAIN, typed, strict=False) if value not in (None, "")}
+    return make_composition({**table, **table_of(more_fields(), typed[len(PLAIN) :])}, "composition")
 
 
 def parts_of(studio: Studio, composition: Composition) -> list[Any]:
@@ -90,7 +91,13 @@ def parts_of(studio: Studio, composition: Composition) -> list[Any]:
         composition.seed,
         composition.num,
         *values_of(more_fields(), table),
+        given_of(composition),
     ]
+
+
+def given_of(composition: Composition) -> dict[str, Any]:
+    """What a composition is drawn from beside its prompts and regions, by key."""
+    return composition.model_dump(mode="json", include=set(GIVEN), exclude_defaults=True)
 
 
 def lacking(studio: Studio, composition: Composition, drawn_by: str) -> list[str]:
@@ -125,45 +132,26 @@ def start_drawing(studio: Studio, composition: Composition, drawn_by: str) -> Jo
     return studio.jobs.submit("draw", title, lambda job: draw(studio.engine, orders, job))
 
 
-def start_comparing(studio: Studio, composition: Composition, drawn_by: str) -> Job:
-    """A job that draws the first picture in every way there is, on one seed: as it is, by other models, without regions.
+def start_drawing_over(studio: Studio, picture: str, place: int, composition: Composition, drawn_by: str) -> Job:
+    """A job that draws one region of a picture in the workspace over, by number, as `mixofshow sample --redo` does.
 
-    Raises SettingsError, TokenError where not even the way that was chosen can draw it.
+    Raises SettingsError, RegionError, TokenError.
     """
-    alone = composition.model_copy(update={"num": 1})
-    check(studio.workspace, order(studio.workspace, studio.workspace.canvas, alone, drawn_by), alone)
-    ways = [drawn_by, *(way for way in (OWN, *studio.workspace.model_names()) if way != drawn_by)][:MOST_WAYS]
-    plain = alone.model_copy(update={"regions": ()})
-    wanted = [(f"by {way}", alone, way) for way in ways]
-    wanted += [(f"without regions, by {way}", plain, way) for way in ways if alone.regions]
-    possible = [one for one in wanted if _can_draw(studio, one[1], one[2])]
-    orders = written(studio, [(one, way) for _, one, way in possible])
-    labels = [label for label, _, _ in possible]
-
-    def work(job: Job) -> list[Path]:
-        job.facts = list(zip((one.target for one in orders), labels, strict=True))
-        return draw(studio.engine, orders, job)
-
-    return studio.jobs.submit("draw", f"drawing {len(orders)} ways to compare", work)
-
-
-def _can_draw(studio: Studio, composition: Composition, way: str) -> bool:
-    """Whether this way knows all words, and has any concept to draw."""
-    try:
-        asked = order(studio.workspace, studio.workspace.canvas, composition, way)
-        check(studio.workspace, asked, composition)
-    except MixOfShowError:
-        return False
-    return bool(asked.model or asked.concepts)
+    if not picture:
+        raise SettingsError("which picture? click one in the strip first, then draw its region over")
+    file = picture_named(studio, picture)
+    return start_drawing(studio, redo_composition(file, place, before=composition), drawn_by)
 
 
 def written(studio: Studio, wanted: Sequence[tuple[Composition, str]]) -> list[Order]:
     """Each composition in a file of its own, which says above it by which command it is drawn."""
-    files = studio.workspace.new_pictures([one for one, _ in wanted])
-    orders = [order(studio.workspace, file, *one) for file, one in zip(files, wanted, strict=True)]
-    for one, (composition, _) in zip(orders, wanted, strict=True):
-        write_text(one.file, f"# {command(studio.workspace, one)}\n{as_yaml(composition)}")
-    return orders
+    workspace = studio.workspace
+
+    def how(file: Path, number: int) -> str:
+        return command(workspace, order(workspace, file, *wanted[number]))
+
+    files = workspace.new_pictures([one for one, _ in wanted], how)
+    return [order(workspace, file, *one) for file, one in zip(files, wanted, strict=True)]
 
 
 def command_of(picture: Path) -> str:
@@ -172,7 +160,7 @@ def command_of(picture: Path) -> str:
     if not file.is_file():
         return ""
     first = file.read_text("utf-8").partition("\n")[0]
-    return first.removeprefix("# ") if first.startswith("# mixofshow ") else ""
+    return first.removeprefix(HEAD) if first.startswith(HEAD) else ""
 
 
 def drawn_by_of(picture: Path) -> str:
@@ -189,16 +177,16 @@ def picture_named(studio: Studio, name: str) -> Path:
     return found[name]
 
 
-def recalled(path: Path) -> Composition:
-    """The composition that a picture carries, from wherever it came; what of it the page cannot show is said.
+def recalled(workspace: Workspace, path: Path) -> Composition:
+    """The composition that a picture carries, from wherever it came; sketches that are not in this workspace are left out.
 
     Raises SettingsError, BadInputError.
     """
     composition = composition_of(path)
-    usual = Composition(prompt="")
-    if left := [key for key in HIDDEN if getattr(composition, key) != getattr(usual, key)]:
-        logger.warning("this picture was also made from %s, which the page leaves out", ", ".join(left))
-    return composition.model_copy(update={key: getattr(usual, key) for key in left})
+    there = tuple(one for one in composition.controls if is_here(workspace, one))
+    if len(there) < len(composition.controls):
+        logger.warning("this picture also followed a sketch that is not here; it is left out")
+    return composition.model_copy(update={"controls": there})
 
 
 def caption(path: Path) -> str:
@@ -211,6 +199,8 @@ def _seed(path: Path, changed: int) -> int:
     return read_note(path)[0].seed
 
 
-def underlay(path: Path | None) -> str:
-    """The picture as it lies under the regions."""
+def underlay(path: Path | None, composition: Composition | None = None) -> str:
+    """The picture as it lies under the regions; without one, that which is started from."""
+    if path is None and composition and composition.image:
+        return shrunk(read_picture(composition.image, "RGB"))
     return thumbnail(path) if path else ""

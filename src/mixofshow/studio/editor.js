@@ -1,15 +1,16 @@
 // The region editor: boxes, polygons and painted masks over the picture. All lengths are shares of the picture, so that no
 // size of window, canvas or screen enters. What others wrote (names, prompts) is only ever put in as text.
 // `props.value` is {width, height, regions}, the regions as in a composition's YAML; `props.cards` are the concepts,
-// `props.fields` the settings of a region, `props.advice` lines for each region, `props.picture` what lies underneath.
-const SVG = "http://www.w3.org/2000/svg";
+// `props.fields` the settings of a region, `props.advice` lines for each region, `props.picture` what lies underneath,
+// `props.over` whether a region of a picture can be drawn over.
 const PALETTE = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#a3a300", "#7f3fbf"];
 const SMALLEST = 0.02, WIDE = 1000, MASK_SIDE = 512, BRUSH = 0.06, HISTORY = 200;
 const find = (selector) => element.querySelector(selector);
 const svg = find("svg"), canvas = find(".canvas"), list = find(".regions"), hint = find(".hint");
 let doc = { width: 64, height: 64, regions: [] };
-let selected = -1, tool = "select", drag = null, corners = [], past = [], future = [], timer = null;
+let selected = -1, tool = FIRST_TOOL, drag = null, corners = [], past = [], future = [], timer = null;
 let brushes = new WeakMap();
+const own = `mask-${crypto.getRandomValues(new Uint32Array(1))[0]}`; // a page has several editors
 
 const copy = (value) => JSON.parse(JSON.stringify(value));
 const clamp = (value, low = 0, high = 1) => Math.min(Math.max(value, low), high);
@@ -19,16 +20,6 @@ const grid = () => Number(find("[data-grid]").value);
 const snapped = (value) => clamp(grid() ? Math.round(value * grid()) / grid() : value);
 const cards = () => props.cards || [];
 const cardOf = (region) => cards().findIndex((card) => (region.prompt || "").includes(card.word));
-
-function make(tag, attributes = {}, ...children) {
-  const made = tag.startsWith("svg:") ? document.createElementNS(SVG, tag.slice(4)) : document.createElement(tag);
-  for (const [key, value] of Object.entries(attributes)) {
-    if (key in { textContent: 1, value: 1, checked: 1, disabled: 1 }) made[key] = value;
-    else if (value !== null && value !== undefined) made.setAttribute(key, value);
-  }
-  made.append(...children);
-  return made;
-}
 
 function colourOf(index) {
   const card = cardOf(doc.regions[index]);

@@ -6,18 +6,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+from PIL import Image
 from pydantic import TypeAdapter
 
 from mixofshow.errors import SettingsError, shown
 from mixofshow.images import read_image
+from mixofshow.sampling.composition import make_composition
 from mixofshow.sampling.pictures import embedded
+from mixofshow.sampling.regions import coverage, shape_of
 from mixofshow.sampling.settings import Composition, Region
 from mixofshow.studio import web as gr
 from mixofshow.studio.forms import Field, fields_of
 from mixofshow.studio.shelf import Card
 from mixofshow.studio.web import source
 
-SCRIPTS: Final = ("editor.js", "canvas.js", "panel.js")
+SCRIPTS: Final = ("make.js", "editor.js", "canvas.js", "panel.js")
 BY_ITSELF: Final = ("prompt", "box", "polygon", "mask", "units", "adapters")
 """Of a region's settings, those that the canvas and the list have places for, or that no form can ask."""
 LARGEST_SIDE: Final = 1024
@@ -31,15 +35,29 @@ TYPES: Final[Mapping[str, Mapping[str, Any]]] = {
 """How a browser asks for each kind; any other is typed as text."""
 
 
-def region_editor(**props: Any) -> Any:
-    """The component. Its value is {width, height, regions}; `input` is its event for whatever a person does there."""
+def region_editor(tool: str = "select", **props: Any) -> Any:
+    """The component. Its value is {width, height, regions}; `input` is its event for whatever a person does there.
+
+    The `tool` is that to begin with. With `over` each region has a button for the event `draw_over`, which names the region by its number.
+    """
     return gr.HTML(
         html_template=source("editor.html"),
         css_template=source("editor.css"),
-        js_on_load=source(*SCRIPTS),
+        js_on_load=f'const FIRST_TOOL = "{tool}";\n{source(*SCRIPTS)}',
         apply_default_css=False,
         fields=region_fields(),
-        **{"elem_id": "editor", "value": {"width": 64, "height": 64, "regions": []}, "cards": [], "advice": [], "picture": "", **props},
+        **{"elem_id": "editor", "value": blank((64, 64)), "cards": [], "advice": [], "picture": "", **props},
+    )
+
+
+def concept_shelf(**props: Any) -> Any:
+    """Cards to be ticked. Its value is {word: strength} of those that are; `input` is its event."""
+    return gr.HTML(
+        html_template=source("shelf.html"),
+        css_template=source("shelf.css"),
+        js_on_load=source("make.js", "shelf.js"),
+        apply_default_css=False,
+        **{"elem_id": "shelf", "value": {}, "cards": [], **props},
     )
 
 
@@ -65,6 +83,11 @@ def value_of(composition: Composition, size: tuple[int, int]) -> dict[str, Any]:
     return {"width": width, "height": height, "regions": regions}
 
 
+def blank(size: tuple[int, int]) -> dict[str, Any]:
+    """The editor's value without regions, for (width, height)."""
+    return {"width": size[0], "height": size[1], "regions": []}
+
+
 def _in_shares(region: Region, table: Mapping[str, Any], width: int, height: int) -> dict[str, Any]:
     numbers = [*(region.box or ()), *(one for point in region.polygon or () for one in point)]
     across = (1, 1) if region.in_shares(max(numbers, default=0)) else (width, height)
@@ -86,14 +109,28 @@ def regions_of(value: Any) -> list[dict[str, Any]]:
     return [dict(one) for one in regions]
 
 
-def cards_for(cards: Sequence[Card]) -> list[dict[str, Any]]:
-    """What the editor is told of concepts; all of it is only ever shown as text."""
+def painted(value: Any, size: tuple[int, int]) -> Image.Image:
+    """What is inside of any region of the editor's value: white on black, of (width, height).
+
+    Raises SettingsError, RegionError.
+    """
+    table = {"prompt": "", "regions": [{"prompt": "", **one} for one in regions_of(value)]}
+    regions = make_composition(table, "painted").regions
+    if not regions:
+        raise SettingsError("nothing is painted yet: use the brush, or a box or polygon")
+    width, height = size
+    covers = [coverage(shape_of(one, width=width, height=height), columns=width, rows=height) for one in regions]
+    return Image.fromarray((torch.stack(covers).amax(0) * 255).round().to(torch.uint8).numpy())
+
+
+def cards_for(cards: Sequence[Card], side: int = 64) -> list[dict[str, Any]]:
+    """What the page is told of concepts, their pictures at most so large; all of it is only ever shown as text."""
     return [
         {
             "word": card.word,
             "prompt": f"a photo of a {card.word}",
             "title": card.facts,
-            "picture": thumbnail(card.portrait, 64) if card.portrait else "",
+            "picture": thumbnail(card.portrait, side) if card.portrait else "",
         }
         for card in cards
     ]
@@ -101,12 +138,11 @@ def cards_for(cards: Sequence[Card]) -> list[dict[str, Any]]:
 
 def thumbnail(path: Path, side: int = LARGEST_SIDE) -> str:
     """A picture as a text that a page shows, at most so large. Raises BadInputError."""
-    return thumbnail_of(path, side)[0]
+    return shrunk(read_image(path, shown(path.name)).image, side)
 
 
-def thumbnail_of(path: Path, side: int = LARGEST_SIDE) -> tuple[str, tuple[int, int]]:
-    """The same, and the (width, height) of the picture itself. Raises BadInputError."""
-    image = read_image(path, shown(path.name)).image
-    size = image.size
-    image.thumbnail((side, side))
-    return embedded(image), size
+def shrunk(image: Image.Image, side: int = LARGEST_SIDE) -> str:
+    """The same of one in memory."""
+    small = image.copy()
+    small.thumbnail((side, side))
+    return embedded(small)

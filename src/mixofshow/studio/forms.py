@@ -80,6 +80,7 @@ def component(field: Field, **more: Any) -> Any:
     Numbers are typed as text, so that what is wrong with one is said by the settings themselves, in their words.
     """
     common: dict[str, Any] = {"label": field.label, "info": field.help or None, **more}
+    common["elem_classes"] = f"field-{field.key.replace('.', '-').replace('_', '-')}"
     if field.kind == "switch":
         return gr.Checkbox(value=bool(field.default), **common)
     if field.kind == "choice":

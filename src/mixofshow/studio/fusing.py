@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -15,7 +18,7 @@ from mixofshow.fusion.jobs import make_job
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.solving import looks_at_inputs, share, total
 from mixofshow.fusion.stages import Fused, fuse
-from mixofshow.outputs import check_outputs
+from mixofshow.outputs import check_outputs, write_text
 from mixofshow.studio.commands import line, options
 from mixofshow.studio.compose import Studio
 from mixofshow.studio.forms import Field, fields_of
@@ -24,7 +27,10 @@ from mixofshow.studio.shelf import Card, cards
 from mixofshow.studio.workspace import Workspace
 
 KIND: Final = "fuse"
-NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
+LONGEST_NAME: Final = 40
+NAME: Final = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_-]{{0,{LONGEST_NAME - 1}}}")
+Chosen = Mapping[str, float]
+"""How strong each ticked concept is to be, by what prompts call it; 1 is as tuned."""
 WORDS: Final = ((0.75, "most"), (0.4, "about half"), (0.0, "little"))
 """By the share of a concept's change, in norm, that is left after fusing."""
 
@@ -35,12 +41,37 @@ def fusion_fields() -> list[Field]:
     return fields_of(FusionSettings.model_json_schema())
 
 
-def chosen(workspace: Workspace, words: Sequence[str]) -> list[Card]:
-    """The cards that were ticked, by what prompts call them. Raises SettingsError without any."""
-    found = [card for card in cards(workspace) if card.word in words]
+def strengths_of(value: Any) -> dict[str, float]:
+    """The shelf's value, which may be anybody's. Raises SettingsError."""
+    known = isinstance(value, Mapping) and all(isinstance(one, int | float) for one in value.values())
+    if not known:
+        raise SettingsError(f"concepts: expected how strong each ticked one is, found {shown(value)}")
+    return {str(word): float(strength) for word, strength in value.items()}
+
+
+def chosen(workspace: Workspace, strengths: Chosen) -> list[Card]:
+    """The cards that were ticked. Raises SettingsError without any."""
+    found = [card for card in cards(workspace) if card.word in strengths]
     if not found:
         raise SettingsError("tick the concepts that are to be in the model")
     return found
+
+
+def sources(workspace: Workspace, strengths: Chosen) -> tuple[list[Path], str]:
+    """What `mixofshow fuse` is given: the concepts' files, or a list with their strengths, and what is in that.
+
+    Raises SettingsError.
+    """
+    found = chosen(workspace, strengths)
+    if all(strengths[card.word] == 1 for card in found):
+        return [card.path for card in found], ""
+    entries = []
+    for card in found:
+        path = Path(os.path.relpath(card.path, workspace.inputs)).as_posix()
+        alphas = dict.fromkeys(("unet_alpha", "text_encoder_alpha"), strengths[card.word])
+        entries.append({"lora_path": path, **alphas})
+    text = json.dumps(entries, indent=1) + "\n"
+    return [workspace.inputs / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"], text
 
 
 def cost(settings: FusionSettings, count: int) -> str:
@@ -64,28 +95,38 @@ def report_of(model: Path) -> Path:
     return model.with_name(f"{model.name}.html")
 
 
-def start_fusing(studio: Studio, words: Sequence[str], name: str, given: Mapping[str, Any]) -> Job:
+def start_fusing(studio: Studio, strengths: Chosen, name: str, given: Mapping[str, Any]) -> Job:
     """A job that fuses the ticked concepts into the model of that name. Raises SettingsError, BadInputError."""
     workspace = studio.workspace
     if not NAME.fullmatch(name):
         raise SettingsError(f"name of the model: expected up to 40 letters, digits, '-', '_', found '{shown(name)}'")
     FusionSettings.of(given, "options")
-    files = [card.path for card in chosen(workspace, words)]
+    files, listed = sources(workspace, strengths)
     model = workspace.models / name
     check_outputs(files={"HTML": [report_of(model)]}, folders=[model], inputs=files)
+    if listed and not files[0].exists():
+        write_text(files[0], listed)
 
     def work(job: Job) -> list[Path]:
         studio.engine.forget()
-        task = make_job(files, given, base=workspace.base, **workspace.loading)
-        fused = fuse(task.concepts, task.pipeline, task.settings, progress=job.progress)
-        job.go_on()
-        fused.model.save(model)
+        fused = fused_into(workspace, model, files, given, job)
         write_fusion_report(report_of(model), fused)
         job.facts = (name, kept(fused))
         job.said += [f"<{one}> {verdict.why}" for one, verdict in fused.verdicts.items()]
         return [model, report_of(model)]
 
-    return studio.jobs.submit(KIND, f"fusing {len(files)} concepts into '{name}'", work)
+    return studio.jobs.submit(KIND, f"fusing {len(strengths)} concepts into '{name}'", work)
+
+
+def fused_into(
+    workspace: Workspace, model: Path, files: Sequence[Path], given: Mapping[str, Any], job: Job
+) -> Fused:
+    """Fuse concept files, or a list of them, into a folder."""
+    task = make_job(files, given, base=workspace.base, **workspace.loading)
+    fused = fuse(task.concepts, task.pipeline, task.settings, progress=job.progress)
+    job.go_on()
+    fused.model.save(model)
+    return fused
 
 
 def kept(fused: Fused) -> dict[str, float]:

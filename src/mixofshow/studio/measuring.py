@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from mixofshow.errors import DatasetError, SettingsError, shown
 from mixofshow.evaluation.results import MAIN, alignment_table, drawn_by_the_base
+from mixofshow.evaluation.study import PREFERENCES, score_study
 from mixofshow.evaluation.suite import perform, suite_of_files
 from mixofshow.reading import read_json
 from mixofshow.studio.commands import line
@@ -96,3 +97,8 @@ def tables(results: Mapping[str, Any]) -> tuple[Table, Table]:
         return alignment_table(whole, MAIN), (["drawn \\ looks like", *(f"<{name}>" for name in names)], rows)
     except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
         raise SettingsError(f"these results hold no {shown(error)}") from error
+
+
+def preferences(answers: Sequence[Path]) -> Table:
+    """What people answered in a study, as `mixofshow study score` counts it. Raises BadInputError."""
+    return list(PREFERENCES), [list(one.row) for one in score_study(answers)]

@@ -27,5 +27,5 @@ def make_page(studio: Studio) -> Any:
                 TuneTab(studio)
             with gr.Tab("Measure", id="measure"):
                 MeasureTab(studio)
-        page.load(compose.loaded, None, [*compose.parts, compose.drawn_by], show_progress="hidden", api_visibility="private")
+        page.load(compose.loaded, None, compose.at_first, show_progress="hidden", api_visibility="private")
     return page

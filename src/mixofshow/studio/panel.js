@@ -15,6 +15,7 @@ function showItem(index) {
   const region = doc.regions[index];
   const button = (act, text, label) => make("button", { type: "button", "data-act": act, textContent: text, "aria-label": `${label} region ${index + 1}`, title: label });
   const head = make("div", { class: "row" }, make("strong", { textContent: `${index + 1} ${nameOf(index)}` }), button("up", "↑", "Earlier:"), button("down", "↓", "Later:"), button("double", "Duplicate", "Duplicate"), button("delete", "Delete", "Delete"));
+  if (props.over) head.append(button("over", "Draw over", "Draw over, in the picture that was clicked,"));
   const prompt = make("textarea", { "data-key": "prompt", rows: 2, value: region.prompt || "", "aria-label": `Prompt of region ${index + 1}`, placeholder: "What is in this region" });
   const box = region.box ? [make("div", { class: "row" }, ...[0, 1, 2, 3].map((number) => edge(index, number)))] : [];
   const more = make("details", {}, make("summary", { textContent: "More settings" }), make("div", { class: "row" }, ...(props.fields || []).map((one) => field(index, one))));
@@ -87,7 +88,8 @@ function clicked(event) {
   else if (button.dataset.do) ({ undo: () => travel(past, future), redo: () => travel(future, past), columns: arrange })[button.dataset.do]();
   else if (button.dataset.act) {
     const twice = () => add(copy(doc.regions[index]));
-    ({ up: () => reorder(index, -1), down: () => reorder(index, 1), delete: () => remove(index), double: twice })[button.dataset.act]();
+    const over = () => { hand(); trigger("draw_over", { region: index + 1 }); };
+    ({ over,  up: () => reorder(index, -1), down: () => reorder(index, 1), delete: () => remove(index), double: twice })[button.dataset.act]();
   }
 }
 
@@ -157,3 +159,4 @@ watch("picture", showCanvas);
 new ResizeObserver(showCanvas).observe(canvas.parentElement);
 showCards();
 taken();
+choose(tool);

@@ -44,17 +44,19 @@ def _is_local(host: str) -> bool:
 def serve(
     workspace: Workspace, *, host: str = HOST, port: int = PORT, token: str | None = None
 ) -> tuple[Any, str]:
-    """Open the workspace and serve it from now on; returns the page and its address.
+    """Open the workspace and serve it from now on, working in its folder; returns the page and its address.
 
-    Raises SettingsError, BaseModelError, ResourceError.
+    Only what pages show is served, which Gradio copies for them. Raises SettingsError, BaseModelError, ResourceError.
     """
     check_address(host, token)
     library()  # so that its lack is told before a model is loaded
     os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="mixofshow-studio-"))
     check_port(host, port)
-    page = make_page(Studio.open(workspace))
+    studio = Studio.open(workspace)
+    os.chdir(workspace.folder)  # from where Gradio may take what a page shows, and where the command lines are meant for
+    page = make_page(studio)
     page.queue(default_concurrency_limit=8)
-    _, address, _ = page.launch(**_launching(workspace, host, port, token))
+    _, address, _ = page.launch(**_launching(host, port, token))
     return page, address
 
 
@@ -67,7 +69,7 @@ def check_port(host: str, port: int) -> None:
         raise SettingsError(f"port {port} on {shown(host)}: {error.strerror or error}; give another port") from error
 
 
-def _launching(workspace: Workspace, host: str, port: int, token: str | None) -> dict[str, Any]:
+def _launching(host: str, port: int, token: str | None) -> dict[str, Any]:
     """Gradio's options: everything that would fetch, share, record or tell is off."""
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -79,7 +81,6 @@ def _launching(workspace: Workspace, host: str, port: int, token: str | None) ->
         "server_port": port,
         "auth": (lambda _, password: hmac.compare_digest(password.encode(), token.encode())) if token else None,
         "auth_message": "Any user name; the password is the token that the studio was started with." if token else None,
-        "allowed_paths": [str(workspace.folder.absolute())],
         "max_file_size": LARGEST_UPLOAD,
         "app_kwargs": {"middleware": only_here, "docs_url": None, "redoc_url": None, "openapi_url": None},
         "theme": _theme(),
@@ -99,9 +100,15 @@ def _launching(workspace: Workspace, host: str, port: int, token: str | None) ->
 
 
 def _theme() -> Any:
-    """Gradio's plain one, with the fonts that are here."""
-    return gr.themes.Default(
-        primary_hue="teal",
-        font=["system-ui", "sans-serif"],
-        font_mono=["ui-monospace", "monospace"],
+    """Gradio's plain one, with the fonts that are here, and colours that everybody can read."""
+    plain = gr.themes.Default(
+        primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     )
+    texts = dict.fromkeys(("block_info_text_color", "block_title_text_color", "block_label_text_color"), "*body_text_color")
+    readable = {**texts, **{f"{name}_dark": value for name, value in texts.items()}}
+    readable |= {"body_text_color_subdued": "*neutral_600", "body_text_color_subdued_dark": "*neutral_300"}
+    readable |= {"input_placeholder_color": "*neutral_500", "input_placeholder_color_dark": "*neutral_400"}
+    for mode in ("", "_dark"):
+        readable |= {f"button_primary_background_fill{mode}": "*primary_700"}
+        readable |= {f"button_primary_background_fill_hover{mode}": "*primary_800"}
+    return plain.set(color_accent="*primary_700", **readable)

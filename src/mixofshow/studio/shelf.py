@@ -107,9 +107,7 @@ def known_words(shelf: Sequence[Card]) -> Vocabulary:
 
 def named_in(composition: Composition, shelf: Sequence[Card]) -> list[Card]:
     """The cards whose words stand in the composition's prompts, in the shelf's order."""
-    texts = [composition.prompt, composition.negative_prompt]
-    texts += [text or "" for one in composition.regions for text in (one.prompt, one.negative_prompt)]
-    found = {word.lower() for text in texts for word in ANY_WORD.findall(text)}
+    found = {word.lower() for text in composition.texts for word in ANY_WORD.findall(text)}
     return [card for card in shelf if found & {card.word, *card.words}]
 
 

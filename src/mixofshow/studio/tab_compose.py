@@ -6,18 +6,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from PIL import Image
+
+from mixofshow.sampling.pictures import embedded
 from mixofshow.sampling.settings import Composition
-from mixofshow.studio import compose
+from mixofshow.studio import compose, sketching
 from mixofshow.studio import web as gr
+from mixofshow.studio.comparing import start_comparing
 from mixofshow.studio.compose import Studio
 from mixofshow.studio.drawing import OWN, shelf_of
-from mixofshow.studio.editor import cards_for, region_editor
+from mixofshow.studio.editor import blank, cards_for, painted, region_editor
 from mixofshow.studio.forms import component
 from mixofshow.studio.jobs import Job, outcome
 
 SHOWN: Final = 60
 """Pictures in the strip, at most."""
 KIND: Final = "draw"
+PICTURES: Final = [".png", ".jpg", ".jpeg", ".webp"]
 
 
 class ComposeTab:
@@ -27,15 +32,33 @@ class ComposeTab:
         self.studio = studio
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=340):
-                self.editor = region_editor()
+                self.editor = region_editor(over=True)
                 self.advice = gr.HTML(elem_id="compose-said")
+                self._given()
             with gr.Column(scale=2, min_width=320):
                 self._settings()
                 self._drawing()
         self._pictures()
-        self.seen, self.chosen = gr.State(None), gr.State("")
-        self.parts = [self.editor, *self.plain, *self.more]
+        self.seen, self.chosen, self.given = gr.State(None), gr.State(""), gr.State({})
+        self.parts = [self.editor, *self.plain, *self.more, self.given]
+        self.everything = [*self.parts, self.drawn_by]
         self._connect()
+        self._connect_given()
+
+    def _given(self) -> None:
+        networks = sketching.networks(self.studio.workspace)
+        with gr.Accordion("Start from a picture, follow a sketch", open=False, elem_id="given"):
+            self.start = gr.File(label="A picture to start from", file_types=PICTURES, height=120, elem_id="start")
+            self.pad = region_editor(elem_id="sketch", tool="brush")
+            with gr.Row():
+                self.network = gr.Dropdown(networks, value=next(iter(networks), None), label="Followed by", elem_id="network")
+                names = ("Strength", "From, share of the steps", "To, share of the steps")
+                self.extent = [gr.Number(value, label=name, min_width=90) for name, value in zip(names, (1, 0, 1), strict=True)]
+            self.follow = gr.Button("Follow what is painted", elem_id="follow")
+            label = "Or follow a picture"
+            self.sketch = gr.File(label=label, file_types=PICTURES, height=120, elem_id="sketch-file")
+        self.given_said = gr.HTML(elem_id="given-said")
+        self.without = gr.Button("Draw without these", visible=False, elem_id="without")
 
     def _settings(self) -> None:
         prompt = gr.Textbox(label="Prompt", info="What the whole picture shows.", lines=2, elem_id="prompt")
@@ -84,19 +107,31 @@ class ComposeTab:
         self.dropped_said = gr.HTML(elem_id="dropped-said")
 
     def _connect(self) -> None:
-        everything = [*self.parts, self.drawn_by]
+        everything, told = self.everything, [self.given_said, self.without, self.advice]
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         changes = [self.editor.input, self.drawn_by.input, *(part.input for part in (*self.plain, *self.more))]
-        gr.on(changes, self.edited, everything, [self.editor, self.advice], trigger_mode="always_last", **quiet)
-        self.fill.click(self.filled, [*everything, self.scene], [*self.parts, self.advice], **quiet)
+        resized = [self.editor, self.pad, self.advice]
+        gr.on(changes, self.edited, everything, resized, trigger_mode="always_last", **quiet)
+        self.fill.click(self.filled, [*everything, self.scene], [*self.parts, *told], **quiet)
         self.draw.click(self.drawn, everything, self.status, api_name="draw", show_progress="hidden")
         self.compare.click(self.compared, everything, self.status, **quiet)
+        self.editor.draw_over(self.drawn_over, [*everything, self.chosen], self.status, **quiet)
         self.stop.click(lambda: self.studio.jobs.stop(KIND), **quiet)
-        back = [*self.parts, self.drawn_by, self.chosen, self.command, self.png, self.yaml, self.advice]
-        self.strip.select(self.picked, None, back, **quiet)
-        self.dropped.upload(self.brought, self.dropped, [*self.parts, self.advice, self.dropped_said], **quiet)
-        watched = [self.seen, self.status, self.preview, self.strip, self.command, self.png, self.yaml, self.editor]
-        gr.Timer(1).tick(self.watched, self.seen, [*watched, self.drawn_by, self.beside], **quiet)
+        files = [self.chosen, self.command, self.png, self.yaml]
+        self.strip.select(self.picked, None, [*self.parts, *told, self.drawn_by, *files], **quiet)
+        back = [*self.parts, *told, self.chosen, self.dropped_said]
+        self.dropped.upload(self.brought, self.dropped, back, **quiet)
+        watched = [self.seen, self.status, self.preview, self.strip, *files, self.editor, self.drawn_by, self.beside]
+        gr.Timer(1).tick(self.watched, self.seen, watched, **quiet)
+
+    def _connect_given(self) -> None:
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        changed = [self.given, self.given_said, self.without, self.editor]
+        self.start.upload(self.started_from, [*self.everything, self.start], changed, **quiet)
+        how = [*self.everything, self.network, *self.extent]
+        self.follow.click(self.painted, [*how, self.pad], changed, **quiet)
+        self.sketch.upload(self.followed, [*how, self.sketch], changed, **quiet)
+        self.without.click(self.drawn_without, self.everything, changed, **quiet)
 
     def loaded(self) -> list[Any]:
         """What a page shows that has just been opened: what the workspace holds."""
@@ -104,8 +139,15 @@ class ComposeTab:
         composition = studio.workspace.composition()
         value, *parts = compose.parts_of(studio, composition)
         cards, known = cards_for(shelf_of(studio.workspace, OWN)), [OWN, *studio.workspace.model_names()]
-        lines = compose.lacking(studio, composition, OWN)
-        return [gr.HTML(value=value, cards=cards, advice=lines), *parts, gr.Dropdown(choices=known, value=OWN)]
+        canvas = {"value": value, "cards": cards, "picture": compose.underlay(None, composition)}
+        lines, pad = compose.lacking(studio, composition, OWN), gr.HTML(value=blank(studio.size_of(composition)))
+        drawn_by = gr.Dropdown(choices=known, value=OWN)
+        return [gr.HTML(**canvas, advice=lines), *parts, drawn_by, pad, *_told(parts[-1])]
+
+    @property
+    def at_first(self) -> list[Any]:
+        """What `loaded` fills."""
+        return [*self.everything, self.pad, self.given_said, self.without]
 
     def edited(self, *values: Any) -> list[Any]:
         """Keep what is on the canvas; say what is wrong with it, or what its regions lack."""
@@ -117,11 +159,12 @@ class ComposeTab:
 
         done, said, error = outcome(act)
         if done is None:
-            return [gr.skip(), gr.line(error, bad=True)]
+            return [gr.skip(), gr.skip(), gr.line(error, bad=True)]
         size = self.studio.size_of(done[0])
-        same = size == (canvas.get("width"), canvas.get("height"))
-        resized = {} if same else {"value": {**canvas, "width": size[0], "height": size[1]}}
-        return [gr.HTML(advice=done[1], **resized), gr.lines(said)]
+        if size == (canvas.get("width"), canvas.get("height")):
+            return [gr.HTML(advice=done[1]), gr.skip(), gr.lines(said)]
+        resized = {**canvas, "width": size[0], "height": size[1]}
+        return [gr.HTML(advice=done[1], value=resized), gr.HTML(value=blank(size)), gr.lines(said)]
 
     def filled(self, *values: Any) -> list[Any]:
         """Prompts for all boxes that name a concept."""
@@ -138,7 +181,62 @@ class ComposeTab:
 
     def compared(self, *values: Any) -> str:
         """Begin to draw it in every way; returns the line about it."""
-        return self._begun(compose.start_comparing, values)
+        return self._begun(start_comparing, values)
+
+    def drawn_over(self, event: gr.EventData, *values: Any) -> str:
+        """Begin to draw a region over, in the picture that was clicked last; returns the line about it."""
+        *parts, picture = values
+
+        def start(studio: Studio, composition: Composition, drawn_by: str) -> Job:
+            return compose.start_drawing_over(studio, picture, getattr(event, "region", 0), composition, drawn_by)
+
+        return self._begun(start, parts)
+
+    def started_from(self, *values: Any) -> list[Any]:
+        """The picture that was dropped to start from."""
+        *parts, path = values
+        return self._changed(parts, lambda _: {"image": embedded(sketching.uploaded(Path(path)))})
+
+    def painted(self, *values: Any) -> list[Any]:
+        """The sketch that was painted is followed, in white on black."""
+        *rest, pad = values
+        return self._followed(rest, lambda size: painted(pad, size).convert("RGB"))
+
+    def followed(self, *values: Any) -> list[Any]:
+        """The picture that was dropped is followed."""
+        *rest, path = values
+        return self._followed(rest, lambda _: sketching.uploaded(Path(path)))
+
+    def _followed(self, values: Sequence[Any], picture: Callable[[tuple[int, int]], Image.Image]) -> list[Any]:
+        *parts, network, strength, start, end = values
+
+        def act(composition: Composition) -> dict[str, Any]:
+            how = {"strength": strength, "start": start, "end": end}
+            sketch = picture(self.studio.size_of(composition))
+            return {"controls": [sketching.following(self.studio.workspace, sketch, network or "", **how)]}
+
+        return self._changed(parts, act)
+
+    def drawn_without(self, *values: Any) -> list[Any]:
+        """Nothing to start from or to follow any more."""
+        return self._changed([*values[:-2], {}, values[-1]], lambda _: {})
+
+    def _changed(self, values: Sequence[Any], act: Callable[[Composition], dict[str, Any]]) -> list[Any]:
+        """What a composition is drawn from, with what the action adds; kept with what is on the canvas."""
+        *parts, given, drawn_by = values
+
+        def changed() -> Composition:
+            before = {} if "redo" in given else {key: given[key] for key in ("image", "controls") if key in given}
+            found = before | act(compose.composition_from(*parts, before))
+            composition = compose.composition_from(*parts, found)
+            compose.keep(self.studio, composition, drawn_by)
+            return composition
+
+        found, _, error = outcome(changed)
+        if error:
+            return [gr.skip(), gr.line(error, bad=True), gr.skip(), gr.skip()]
+        now = compose.given_of(found)
+        return [now, *_told(now), gr.HTML(picture=compose.underlay(None, found))]
 
     def _begun(self, start: Callable[[Studio, Composition, str], Job], values: Sequence[Any]) -> str:
         def act() -> str:
@@ -154,29 +252,31 @@ class ComposeTab:
         stem = str((event.value or {}).get("caption", "")).partition(" ")[0]
         found, _, error = outcome(lambda: compose.picture_named(self.studio, stem))
         if error:
-            return [*(gr.skip() for _ in self.parts), *(gr.skip() for _ in range(5)), gr.line(error, bad=True)]
+            return [*self._unchanged(error), *[gr.skip()] * 5]
         drawn_by = compose.drawn_by_of(found)
-        *parts, said = self._back(lambda: compose.recalled(found), drawn_by, found)
-        return [*parts, drawn_by, stem, *_files(found), said]
+        back = self._back(lambda: compose.recalled(self.studio.workspace, found), drawn_by, found)
+        return [*back, drawn_by, *_files(found)]
 
     def brought(self, path: str) -> list[Any]:
         """The composition of a picture from elsewhere."""
-        *parts, said = self._back(lambda: compose.recalled(Path(path)), OWN)
-        return [*parts, "", said]
+        *back, said = self._back(lambda: compose.recalled(self.studio.workspace, Path(path)), OWN)
+        return [*back, "", "", said]
 
     def _back(self, act: Callable[[], Composition], drawn_by: str, picture: Path | None = None) -> list[Any]:
-        """All parts as a composition says, and an empty line; or none of them, and what is wrong."""
+        """All parts as a composition says, what it is drawn from, and an empty line; or none of them, and what is wrong."""
 
         def parts() -> list[Any]:
             composition = act()
             lines = compose.keep(self.studio, composition, drawn_by)
             value, *others = compose.parts_of(self.studio, composition)
-            return [gr.HTML(value=value, advice=lines, picture=compose.underlay(picture)), *others]
+            under = compose.underlay(picture, composition)
+            return [gr.HTML(value=value, advice=lines, picture=under), *others, *_told(others[-1])]
 
         found, said, error = outcome(parts)
-        if error:
-            return [*(gr.skip() for _ in self.parts), gr.line(error, bad=True)]
-        return [*found, gr.lines(said)]
+        return self._unchanged(error) if error else [*found, gr.lines(said)]
+
+    def _unchanged(self, error: str) -> list[Any]:
+        return [*(gr.skip() for _ in self.parts), gr.skip(), gr.skip(), gr.line(error, bad=True)]
 
     def watched(self, seen: Any) -> list[Any]:
         """What has changed since this page looked last."""
@@ -184,7 +284,7 @@ class ComposeTab:
         shelf, models = shelf_of(self.studio.workspace, OWN), self.studio.workspace.model_names()
         now = (job and (id(job), job.line, id(job.preview)), [file.name for file in files], shelf, models)
         if now == seen:
-            return [gr.skip()] * 10
+            return [gr.skip()] * 11
         before: Any = seen or (None, [], [], [])
         finished = [one for one in files if one.name not in before[1]]
         newest = finished[0] if finished and seen is not None else None
@@ -196,7 +296,7 @@ class ComposeTab:
             gr.line(job.line, bad=job.state == "failed") + gr.lines(job.said) if job else "",
             gr.Image(value=job.preview, visible=running and job.preview is not None) if job else gr.skip(),
             [(str(file), compose.caption(file)) for file in files] if finished else gr.skip(),
-            *(_files(newest) if newest else [gr.skip()] * 3),
+            *(_files(newest) if newest else [gr.skip()] * 4),
             gr.HTML(**under) if under else gr.skip(),
             gr.Dropdown(choices=[OWN, *models]) if models != before[3] else gr.skip(),
             _side_by_side(job) if job and job.facts else gr.Gallery(visible=False),
@@ -209,11 +309,17 @@ def _side_by_side(job: Job) -> Any:
     return gr.Gallery(value=there, visible=bool(there))
 
 
+def _told(given: dict[str, Any]) -> list[Any]:
+    """What a composition is drawn from, in words, and the button that takes it away."""
+    return [gr.lines(sketching.in_words(given)), gr.Button(visible=bool(given))]
+
+
 def _files(picture: Path) -> list[Any]:
-    """The command line, and both files to take along."""
+    """A picture's name, the command line, and both files to take along."""
     composition = picture.with_suffix(".yaml")
     there = composition.is_file()
     return [
+        picture.stem,
         compose.command_of(picture),
         gr.DownloadButton(value=str(picture), interactive=True),
         gr.DownloadButton(value=str(composition) if there else None, interactive=there),

@@ -5,22 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from PIL import Image
-
 from mixofshow.concepts.interchange.settings import ImportSettings
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.studio import fusing, shelf
 from mixofshow.studio import web as gr
 from mixofshow.studio.compose import Studio
 from mixofshow.studio.drawing import draw_portraits
+from mixofshow.studio.editor import cards_for, concept_shelf
 from mixofshow.studio.forms import component, fields_of, table_of
 from mixofshow.studio.jobs import Job, outcome
 
 TAKING: Final = "take in"
 ASKED: Final = ("name", "words", "class_word", "unet_alpha", "text_encoder_alpha")
 """What can be said of another tool's file."""
-BLANK: Final = Image.new("RGB", (64, 64), "lightgrey")
-"""Of a concept that has no portrait."""
+PORTRAIT: Final = 192
+"""Of a concept on its card, in pixels."""
 
 
 class ConceptsTab:
@@ -38,10 +37,8 @@ class ConceptsTab:
         self._connect()
 
     def _shelf(self) -> None:
-        self.gallery = gr.Gallery(
-            label="Concepts", columns=6, height="auto", allow_preview=False, buttons=[], elem_id="shelf"
-        )
-        self.ticked = gr.CheckboxGroup([], label="On the shelf; ticked ones are fused", elem_id="ticked")
+        gr.HTML(gr.line("What is ticked is fused, as strong as it says."))
+        self.ticked = concept_shelf()
         self.wrong = gr.HTML(elem_id="shelf-said")
         with gr.Row():
             self.portraits = gr.Button("Draw their portraits", elem_id="portraits")
@@ -70,33 +67,36 @@ class ConceptsTab:
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         how = [self.ticked, self.name, *self.settings]
         costs = [self.cost, self.command]
-        gr.on([part.change for part in how], self.priced, how, costs, trigger_mode="always_last", **quiet)
+        changes = [self.ticked.input, *(part.change for part in how[1:])]
+        gr.on(changes, self.priced, how, costs, trigger_mode="always_last", **quiet)
         self.fuse.click(self.fused, how, self.status, api_name="fuse", show_progress="hidden")
         self.stop.click(lambda: self.studio.jobs.stop(fusing.KIND), **quiet)
         self.take.click(self.take_in, [self.dropped, *self.how], self.taken, **quiet)
         self.portraits.click(self.draw_portraits, None, self.taken, **quiet)
         self.away.click(self.take_away, self.ticked, [self.wrong, self.ticked], **quiet)
-        watched = [self.seen, self.gallery, self.ticked, self.wrong, self.taken, self.status, self.kept, self.report]
+        watched = [self.seen, self.ticked, self.wrong, self.taken, self.status, self.kept, self.report]
         gr.Timer(1).tick(self.watched, [self.seen, self.ticked], watched, **quiet)
 
-    def priced(self, ticked: list[str], name: str, *values: Any) -> list[Any]:
+    def priced(self, ticked: Any, name: str, *values: Any) -> list[Any]:
         """What fusing the ticked ones will cost, and the command that does it."""
 
         def act() -> tuple[str, str]:
             given = table_of(fusing.fusion_fields(), values)
-            files = [card.path for card in fusing.chosen(self.studio.workspace, ticked)]
-            cost = fusing.cost(FusionSettings.of(given, "options"), len(files))
+            strengths = fusing.strengths_of(ticked)
+            files, _ = fusing.sources(self.studio.workspace, strengths)
+            cost = fusing.cost(FusionSettings.of(given, "options"), len(strengths))
             return cost, fusing.command(self.studio.workspace, files, name, given)
 
         found, _, error = outcome(act)
         return [gr.line(error, bad=bool(ticked)), ""] if error else [gr.line(found[0]), found[1]]
 
-    def fused(self, ticked: list[str], name: str, *values: Any) -> str:
+    def fused(self, ticked: Any, name: str, *values: Any) -> str:
         """Begin to fuse; returns the line about it."""
-        given, _, error = outcome(lambda: table_of(fusing.fusion_fields(), values))
-        if error:
-            return gr.line(error, bad=True)
-        job, _, error = outcome(lambda: fusing.start_fusing(self.studio, ticked, name, given))
+        def act() -> Job:
+            given = table_of(fusing.fusion_fields(), values)
+            return fusing.start_fusing(self.studio, fusing.strengths_of(ticked), name, given)
+
+        job, _, error = outcome(act)
         return gr.line(error or job.line, bad=bool(error))
 
     def take_in(self, path: str | None, *values: Any) -> str:
@@ -121,13 +121,13 @@ class ConceptsTab:
     def _portraits(self, job: Job) -> list[Path]:
         return draw_portraits(self.studio.engine, job)
 
-    def take_away(self, ticked: list[str]) -> list[Any]:
+    def take_away(self, ticked: Any) -> list[Any]:
         """Put the ticked concepts' files aside."""
-        names, _, error = outcome(lambda: shelf.put_aside(self.studio.workspace, ticked))
+        names, _, error = outcome(lambda: shelf.put_aside(self.studio.workspace, list(fusing.strengths_of(ticked))))
         said = f"put aside, into the folder removed: {', '.join(names or [])}"
-        return [gr.line(error or (said if names else "tick concepts first"), bad=bool(error)), []]
+        return [gr.line(error or (said if names else "tick concepts first"), bad=bool(error)), gr.HTML(value={})]
 
-    def watched(self, seen: Any, ticked: list[str]) -> list[Any]:
+    def watched(self, seen: Any, ticked: Any) -> list[Any]:
         """What has changed since this page looked last."""
         jobs = self.studio.jobs
         fusion, taking = jobs.latest(fusing.KIND), jobs.latest(TAKING)
@@ -136,16 +136,15 @@ class ConceptsTab:
         wrong = shelf.unreadable(self.studio.workspace)
         now = [there, wrong, *lines]
         if now == seen:
-            return [gr.skip()] * 8
+            return [gr.skip()] * 7
         report = fusion.results[1] if fusion and len(fusion.results) > 1 else None
         same = seen is not None and seen[0] == there
-        choices = [(card.facts, card.word) for card in there]
-        still = [card.word for card in there if card.word in ticked]
-        left = {} if len(still) == len(ticked) else {"value": still}  # else what is ticked meanwhile would be lost
+        words = {card.word for card in there}
+        still = {word: strength for word, strength in (ticked or {}).items() if word in words}
+        left = {} if len(still) == len(ticked or {}) else {"value": still}  # else what is ticked meanwhile would be lost
         return [
             now,
-            gr.skip() if same else [(str(card.portrait) if card.portrait else BLANK, card.facts) for card in there],
-            gr.skip() if same else gr.CheckboxGroup(choices=choices, **left),
+            gr.skip() if same else gr.HTML(cards=cards_for(there, PORTRAIT), **left),
             gr.lines(wrong) if seen is None or wrong != seen[1] else gr.skip(),
             _told(taking) if taking else gr.skip(),
             _told(fusion) if fusion else "",

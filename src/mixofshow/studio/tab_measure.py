@@ -32,11 +32,14 @@ class MeasureTab:
                 self.command = gr.Textbox(label="Does the same", interactive=False, lines=2, elem_id="measure-command")
                 label = "Or open a suite's results.json"
                 self.opened = gr.File(label=label, file_types=[".json"], height=120, elem_id="results")
+                label, many = "Or people's answers in a study", {"file_count": "multiple", "height": 120}
+                self.answers = gr.File(label=label, file_types=[".json"], elem_id="answers", **many)
             with gr.Column(scale=3, min_width=340):
                 empty: dict[str, Any] = {"headers": ["concept"], "interactive": False, "wrap": True}
                 self.alignment = gr.Dataframe(label="Image alignment, single → fused", **empty)
                 gr.HTML(gr.line(FOOTNOTE))
                 self.matrix = gr.Dataframe(label="Who is taken for whom", **empty)
+                self.preferred = gr.Dataframe(label="What people prefer", **empty)
                 self.report = gr.DownloadButton("Report", interactive=False, elem_id="measure-report")
         self.seen = gr.State(None)
         self._connect()
@@ -47,6 +50,7 @@ class MeasureTab:
         self.measure.click(self.started, self.images, [self.status, self.command], **quiet)
         self.stop.click(lambda: self.studio.jobs.stop(measuring.KIND), **quiet)
         self.opened.upload(self.shown, self.opened, [self.alignment, self.matrix, self.status], **quiet)
+        self.answers.upload(self.counted, self.answers, [self.preferred, self.status], **quiet)
         watched = [self.seen, self.word, self.status, self.alignment, self.matrix, self.report]
         gr.Timer(1).tick(self.watched, self.seen, watched, **quiet)
 
@@ -71,6 +75,11 @@ class MeasureTab:
         """The tables of results from elsewhere."""
         found, _, error = outcome(lambda: measuring.tables(measuring.results_in(Path(path))))
         return [gr.skip(), gr.skip(), gr.line(error, bad=True)] if error else [*map(_table, found), ""]
+
+    def counted(self, paths: list[str]) -> list[Any]:
+        """The table of what people answered."""
+        found, _, error = outcome(lambda: measuring.preferences([Path(one) for one in paths]))
+        return [gr.skip(), gr.line(error, bad=True)] if error else [_table(found), ""]
 
     def watched(self, seen: Any) -> list[Any]:
         """What has changed since this page looked last."""

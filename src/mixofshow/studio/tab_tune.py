@@ -6,10 +6,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from mixofshow.errors import DatasetError
+from mixofshow.images import read_image
 from mixofshow.studio import tuning
 from mixofshow.studio import web as gr
 from mixofshow.studio.compose import Studio
-from mixofshow.studio.editor import region_editor, regions_of, thumbnail_of
+from mixofshow.studio.editor import blank, region_editor, shrunk
 from mixofshow.studio.forms import component, table_of, values_of
 from mixofshow.studio.jobs import outcome
 
@@ -53,7 +55,7 @@ class TuneTab:
             self.check = gr.Button("Check", elem_id="check")
         self.said = gr.HTML(elem_id="tune-said")
         with gr.Accordion("Mask: paint over what the concept is", open=False) as self.masking:
-            self.mask = region_editor(elem_id="mask-editor")
+            self.mask = region_editor(elem_id="mask-editor", tool="brush")
             self.keep_mask = gr.Button("Save the mask", elem_id="save-mask")
             self.mask_said = gr.HTML(elem_id="mask-said")
 
@@ -138,8 +140,8 @@ class TuneTab:
         def act() -> list[Any]:
             files = {file.name: file for file in tuning.pictures(self.studio.workspace, name or "")}
             picture = str((event.value or {}).get("caption", ""))
-            text, (width, height) = thumbnail_of(files[picture])
-            editor = gr.HTML(value={"width": width, "height": height, "regions": []}, picture=text)
+            image = read_image(files[picture], picture, error=DatasetError).image
+            editor = gr.HTML(value=blank(image.size), picture=shrunk(image))
             return [picture, editor, gr.Accordion(open=True), gr.line(f"the mask of {picture}")]
 
         found, _, error = outcome(act)
@@ -149,7 +151,7 @@ class TuneTab:
         """Write the mask that was painted."""
 
         def act() -> str:
-            return tuning.write_mask(self.studio.workspace, name or "", picture, regions_of(value)).name
+            return tuning.write_mask(self.studio.workspace, name or "", picture, value).name
 
         found, _, error = outcome(act)
         return gr.line(error or f"masks/{found} is written", bad=bool(error))

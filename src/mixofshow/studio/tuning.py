@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
-from PIL import Image, ImageChops
 
 from mixofshow.bases.loading import load_base
 from mixofshow.errors import DatasetError, MixOfShowError, SettingsError, shown
@@ -20,9 +20,10 @@ from mixofshow.evaluation.previews import tune_into
 from mixofshow.images import opened, read_image
 from mixofshow.outputs import check_outputs, write_text, writing
 from mixofshow.reading import read_bytes, read_table
-from mixofshow.sampling.pictures import MAX_BYTES, read_picture, write_picture
+from mixofshow.sampling.pictures import MAX_BYTES, write_picture
 from mixofshow.studio.commands import line
 from mixofshow.studio.compose import Studio
+from mixofshow.studio.editor import painted
 from mixofshow.studio.forms import Field, fields_of
 from mixofshow.studio.jobs import Job
 from mixofshow.studio.shelf import file_name
@@ -38,6 +39,7 @@ NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,30}")
 SUFFIX_OF: Final = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "MPO": ".jpg"}
 ON_THE_PAGE: Final = ("name", "class_word", "data", "masks", "base", "prior.data")
 """Settings with a place of their own, or that name other folders than the concept's."""
+HEAD: Final = "# Settings of mixofshow: mixofshow tune reads them.\n"
 FIRST: Final = {"preview_every": 50}
 """What the page sets where the command line's default is another."""
 WIDE, HIGH = 480, 120
@@ -117,28 +119,23 @@ def captions(workspace: Workspace, name: str) -> list[list[str]]:
 def write_captions(workspace: Workspace, name: str, rows: Sequence[Sequence[Any]]) -> int:
     """Write the captions that were changed; an empty one removes its file. Returns how many pictures have one."""
     files = {picture.name: picture.with_suffix(".txt") for picture in pictures(workspace, name)}
-    for picture, caption in ((str(row[0]), str(row[1] or "").strip()) for row in rows):
+    before = dict(captions(workspace, name))
+    for picture, caption in ((str(row[0]), " ".join(str(row[1] or "").split())) for row in rows):
         if picture not in files:
             raise SettingsError(f"'{shown(picture)}': no picture of <{name}> is called so")
-        if caption:
-            write_text(files[picture], " ".join(caption.split()) + "\n")
-        else:
+        if caption and caption != before[picture]:
+            write_text(files[picture], f"{caption}\n")
+        elif not caption:
             files[picture].unlink(missing_ok=True)
     return sum(file.is_file() for file in files.values())
 
 
-def write_mask(workspace: Workspace, name: str, picture: str, regions: Sequence[Mapping[str, Any]]) -> Path:
-    """A picture's mask from what was painted over it. Raises SettingsError, RegionError."""
+def write_mask(workspace: Workspace, name: str, picture: str, value: Any) -> Path:
+    """A picture's mask from what was painted over it, the editor's value. Raises SettingsError, RegionError."""
     found = {one.name: one for one in pictures(workspace, name)}
     if picture not in found:
         raise SettingsError(f"'{shown(picture)}': no picture of <{name}> is called so")
-    painted = [one["mask"] for one in regions if str(one.get("mask", "")).startswith("data:image/png;base64,")]
-    if not painted:
-        raise SettingsError("paint with the brush what the concept is, then save")
-    size = read_image(found[picture], shown(picture), error=DatasetError).image.size
-    mask = Image.new("L", size)
-    for one in painted:
-        mask = ImageChops.lighter(mask, read_picture(one, "L").resize(size, Image.Resampling.BILINEAR))
+    mask = painted(value, read_image(found[picture], shown(picture), error=DatasetError).image.size)
     target = folder_of(workspace, name) / "masks" / f"{Path(picture).stem}.png"
     write_picture(mask, target)
     return target
@@ -177,12 +174,16 @@ def start_tuning(studio: Studio, name: str, class_word: str, given: Mapping[str,
     if any_in(folder / "checkpoints") and not resume:
         _put_aside(workspace, folder)
     in_yaml = {**table, "data": workspace.shown(data)}
-    write_text(settings_file(workspace, name), yaml.safe_dump(in_yaml, sort_keys=False, allow_unicode=True))
+    write_text(settings_file(workspace, name), HEAD + yaml.safe_dump(in_yaml, sort_keys=False, allow_unicode=True))
 
     def work(job: Job) -> list[Path]:
         studio.engine.forget()
         pipeline = load_base(workspace.base, **{"dtype": settings.precision, **workspace.loading})
-        how: dict[str, Any] = {"folder": folder, "resume": resume, "progress": job.progress, "say": job.said.append}
+
+        def say(text: str) -> None:
+            job.said.append(text.replace(f"{workspace.folder}{os.sep}", ""))
+
+        how: dict[str, Any] = {"folder": folder, "resume": resume, "progress": job.progress, "say": say}
         tune_into(target, settings, pipeline, **how)
         return [target]
 

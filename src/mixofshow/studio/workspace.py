@@ -5,10 +5,12 @@ All of it in the formats that the command line reads and writes, under names tha
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -20,13 +22,18 @@ from mixofshow.concepts.manifest import MANIFEST
 from mixofshow.errors import MixOfShowError
 from mixofshow.outputs import check_outputs, write_text
 from mixofshow.reading import read_table
+from mixofshow.replaceable import is_in_the_way
 from mixofshow.sampling.composition import make_composition
+from mixofshow.sampling.pictures import is_embedded, read_picture, write_picture
 from mixofshow.sampling.settings import Composition
 
 logger = logging.getLogger(__name__)
 
 EMPTY: Final[Mapping[str, Any]] = {"prompt": ""}
-DIGITS: Final = 4
+HEAD: Final = "# A composition of mixofshow: "
+"""Before the first line of each, which says how it is drawn; files without it are somebody else's."""
+LONG: Final = 8000
+"""Pictures of more characters are files of their own: a YAML that is read has 100 kB at most."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Workspace:
     def open(self) -> None:
         """Make what is not there yet. Raises BadInputError, ResourceError where that cannot be."""
         check_outputs(shared=[self.folder])
-        for one in (self.concepts, self.models, self.pictures, self.tuning):
+        for one in (self.concepts, self.models, self.pictures, self.tuning, self.inputs):
             one.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -76,6 +83,16 @@ class Workspace:
         """All pictures, the newest first."""
         return sorted(self.pictures.glob("*.png"), key=lambda path: (_number(path), path.name), reverse=True)
 
+    @property
+    def inputs(self) -> Path:
+        """Pictures that compositions are made from: to start from, to be followed, painted masks; by their hashes."""
+        return self.folder / "inputs"
+
+    @property
+    def controls(self) -> Path:
+        """Networks that follow a sketch, a folder each, beside those that come with the base."""
+        return self.folder / "controls"
+
     def composition(self) -> Composition:
         """What is on the canvas. What cannot be read is put aside, for people write there too, and an empty one begun."""
         try:
@@ -83,11 +100,14 @@ class Workspace:
         except MixOfShowError as error:
             with self.lock:
                 if self.canvas.exists():
-                    names = (self.canvas.with_name(f"composition-aside-{number}.yaml") for number in count(1))
-                    aside = next(name for name in names if not name.exists())
-                    self.canvas.rename(aside)
-                    logger.warning("%s; it is now %s", error, aside.name)
+                    self._put_aside(str(error))
             return make_composition(EMPTY)
+
+    def _put_aside(self, why: str) -> None:
+        names = (self.canvas.with_name(f"composition-aside-{number}.yaml") for number in count(1))
+        aside = next(name for name in names if not name.exists())
+        self.canvas.rename(aside)
+        logger.warning("%s; it is now %s", why, aside.name)
 
     @property
     def canvas(self) -> Path:
@@ -95,18 +115,51 @@ class Workspace:
         return self.folder / "composition.yaml"
 
     def keep(self, composition: Composition) -> None:
-        """Write what is on the canvas."""
+        """Write what is on the canvas; what others wrote there is put aside."""
         with self.lock:
-            write_text(self.canvas, as_yaml(composition))
+            if is_in_the_way(self.canvas, "YAML"):
+                self._put_aside(f"{self.canvas.name} was not written by the studio")
+            self.write(self.canvas, composition)
 
-    def new_pictures(self, compositions: Sequence[Composition]) -> list[Path]:
-        """Write each composition under the next free number; its pictures are to go beside it, with the same name."""
+    def new_pictures(self, compositions: Sequence[Composition], how: Callable[[Path, int], str]) -> list[Path]:
+        """Write each composition under the next free number, above it `how(file, number in the list)` it is drawn.
+
+        Its pictures are to go beside it, with the same name.
+        """
         with self.lock:
             first = max(map(_number, self.pictures.iterdir()), default=0) + 1
             files = [self.pictures / f"{number:04d}.yaml" for number in range(first, first + len(compositions))]
-            for file, composition in zip(files, compositions, strict=True):
-                write_text(file, as_yaml(composition))
+            for number, (file, composition) in enumerate(zip(files, compositions, strict=True)):
+                self.write(file, composition, how(file, number))
         return files
+
+    def write(self, file: Path, composition: Composition, how: str = "mixofshow sample draws it.") -> None:
+        """Write a composition as people do, without what is as usual; its large pictures go to `inputs`, each once."""
+        table = composition.model_dump(mode="json", exclude_defaults=True)
+        for control in table.get("controls", []):
+            control["picture"] = os.path.relpath(control["picture"], file.parent)
+            if os.path.isdir(control["network"]):
+                control["network"] = os.path.relpath(control["network"], file.parent)
+        named = self._with_names(table, file.parent)
+        text = yaml.safe_dump({"prompt": "", **named}, sort_keys=False, allow_unicode=True, width=120)
+        write_text(file, f"{HEAD}{how}\n{text}")
+
+    def _with_names(self, value: Any, folder: Path, key: str = "") -> Any:
+        """A table with files' names, as seen from the folder, in the place of large pictures."""
+        if isinstance(value, dict):
+            return {name: self._with_names(one, folder, name) for name, one in value.items()}
+        if isinstance(value, list):
+            return [self._with_names(one, folder, key) for one in value]
+        if is_embedded(value) and len(value) > LONG:
+            return Path(os.path.relpath(self.put(value, key), folder)).as_posix()
+        return value
+
+    def put(self, picture: str, key: str = "image") -> Path:
+        """An embedded picture's file among the inputs, grey for masks; the same picture has the same one."""
+        file = self.inputs / f"{hashlib.sha256(picture.encode()).hexdigest()[:16]}.png"
+        if not file.exists():
+            write_picture(read_picture(picture, "RGB" if key == "image" else "L"), file)
+        return file
 
     def shown(self, path: Path) -> str:
         """A path as the command line has it, started in the workspace."""
@@ -117,9 +170,3 @@ def _number(path: Path) -> int:
     """What a file's name begins with, 0 for words; nobody has more than a billion pictures."""
     found = re.match(r"[0-9]{1,9}(?![0-9])", path.name)
     return int(found[0]) if found else 0
-
-
-def as_yaml(composition: Composition) -> str:
-    """The composition as people write it, without what is as usual; read back, it is the same."""
-    table = composition.model_dump(mode="json", exclude_defaults=True)
-    return yaml.safe_dump({"prompt": "", **table}, sort_keys=False, allow_unicode=True, width=120)
