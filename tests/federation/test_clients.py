@@ -103,7 +103,7 @@ def test_an_offer_that_is_none_is_refused_in_one_line(given, said):
 
 def test_a_folder_that_flower_cannot_be_told_is_refused(tmp_path):
     with pytest.raises(BadInputError, match="quote"):
-        supernode(tmp_path / 'a"b', "center:1", tmp_path)
+        supernode(tmp_path / 'a"b', "center:1", tmp_path, 1)
 
 
 def test_a_round_without_a_center_says_how_to_start_one(tmp_path):

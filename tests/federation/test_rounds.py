@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import Error, Message
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mixofshow.concepts.concept import load_concept
 from mixofshow.concepts.model import load_model
 from mixofshow.errors import SettingsError
-from mixofshow.federation import messages
+from mixofshow.federation import judging, messages
+from mixofshow.federation.exchange import GONE, NODE_UNAVAILABLE
 from mixofshow.federation.messages import content_of
 from mixofshow.federation.owner import answer, open_questions
 from mixofshow.federation.plan import Plan
@@ -207,11 +209,36 @@ def test_nothing_of_the_owners_is_in_what_is_sent_not_even_in_errors(federation,
     federation.join("manx")
     report = federation.round(moments=True)
     assert report.refused["dogx"].endswith("the client's own log says why")
+    assert_nothing_of_alice(federation)
+
+
+def test_nothing_of_pictures_and_captions_is_in_what_is_tuned_recorded_judged_and_summed(federation, tmp_path, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "machine-of-alice")
+    monkeypatch.setattr(judging, "judge", lambda *_: {"fused": 0.5, "single": 0.5, "base": 0.5})
+    monkeypatch.setattr("mixofshow.evaluation.scorers.scorer_for", lambda *args, **more: None)
+    home = tmp_path / "home-of-alice"
+    home.mkdir()
+    noise = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8).numpy()
+    Image.fromarray(noise).save(home / "alice-and-rex.png")
+    (home / "alice-and-rex.txt").write_text("alice walks <thing>")
+    federation.join("thing", name="thing", class_word="man", data=home, judge=home, approve="always")
+    for name in THREE[:2]:
+        federation.join(name)
+    few = {"steps": 1, "batch_size": 1, "pictures": {"size": 64}, "unet": {"targets": "keys-and-values"}}
+    picture = (home / "alice-and-rex.png").read_bytes()
+    for more in ({"moments": True, "judge": True, "fuse": {**QUICK, "mode": "independent"}}, {"secure": True, "least": 3}):
+        report = federation.round(tune=few, **more)
+        assert report.refused == {} and "thing" in report.members and report.fused
+        assert_nothing_of_alice(federation, picture[40:80], noise.tobytes()[:48])
+
+
+def assert_nothing_of_alice(federation, *secrets):
+    """Of her name, paths, machine or pictures, in all that her client sent."""
     for reply in federation.grid.sent:
         said = b"".join([str(vars(reply.metadata)).encode(), *(one.deflate() for one in reply.content.values())])
         said += b"".join(array.data for record in reply.content.array_records.values() for array in record.values())
-        for word in ("alice", str(tmp_path), "/home", "/root", "machine-of"):
-            assert word.encode() not in said, word
+        for secret in (b"alice", str(federation.folder).encode(), b"/home", b"/root", b"machine-of", *secrets):
+            assert secret not in said, secret
 
 
 def test_the_owner_is_asked_once_and_their_no_is_final(federation):
@@ -248,6 +275,22 @@ def test_a_node_that_comes_back_is_asked_again(federation):
 
     federation.clients["dogx"] = killed_once
     assert federation.round().refused == {} and lost
+
+
+def test_who_goes_away_and_does_not_come_back_is_given_up_long_before_patience_ends(federation):
+    for name in THREE[:2]:
+        federation.join(name)
+    honest = federation.clients["manx"]
+
+    def leaves(message):
+        if message.metadata.message_type != messages.CONCEPT:
+            return honest(message)
+        del federation.grid.clients[2]
+        return Message(Error(NODE_UNAVAILABLE), reply_to=message)
+
+    federation.clients["manx"] = leaves
+    report = federation.round(wait=0.3, patience=600)
+    assert report.refused == {"manx": GONE} and sorted(report.members) == ["dogx"]
 
 
 def test_state_is_json_that_people_can_read(federation):

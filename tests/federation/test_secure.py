@@ -12,6 +12,7 @@ from flwr.app import Context, RecordDict
 from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulated import LocalGrid
 
 from mixofshow.bases.layers import layer, matrix
 from mixofshow.concepts.concept import EMBEDDINGS, load_concept
@@ -25,7 +26,7 @@ from mixofshow.federation.plan import SECURE, Plan
 from mixofshow.federation.secure import masked, masks, summed
 from mixofshow.files import parse_tensors
 from mixofshow.fusion.stages import fuse
-from tests.federation.local import QUICK, LocalGrid
+from tests.federation.local import QUICK
 
 
 @settings(deadline=None)

@@ -110,9 +110,9 @@ def join(
             raise SettingsError(f"{path}: is not there")
     place = folder or Path(f"{name}-client")
     say(f"this client's key, for the center's operator: {make_node_key(place / KEY)}")
-    with running_client(place, address, ca, settings) as process:
+    with running_client(place, address, ca, settings) as supernode:
         say(f"joining {address} with <{name}>; what happens stands in {place}/supernode.log; Ctrl-C ends it")
-        attend(process, place, lambda question: typer.confirm(question, default=False))
+        attend(supernode, place, lambda question: typer.confirm(question, default=False))
 
 
 @app.command()

@@ -21,7 +21,15 @@ from mixofshow.errors import BadInputError, ResourceError, shown
 from mixofshow.federation.control import Busy, control, register_members, run_ended, start_run, stop_run, store_app
 from mixofshow.federation.door import open_door
 from mixofshow.federation.keys import AUTHORITY, TLS, make_tls
-from mixofshow.federation.launch import environment, free_port, last_lines, require_flower, running
+from mixofshow.federation.launch import (
+    always_running,
+    app_starter,
+    environment,
+    free_port,
+    last_lines,
+    require_flower,
+    running,
+)
 from mixofshow.federation.plan import Plan
 from mixofshow.outputs import holding, write_text
 from mixofshow.reading import parse_json, read_bytes
@@ -62,7 +70,8 @@ def running_center(folder: Path, base: str, *, hosts: list[str], host: str, port
             _wait_for(folder, inner, process)
             state = CenterState(base=base, device=device, inner=inner)
             write_text(folder / STATE, state.model_dump_json() + "\n")
-            with open_door(folder, host, port, inner):
+            apps = app_starter(inner, "--root-certificates", str(folder.absolute() / TLS / AUTHORITY))
+            with always_running(apps, env, folder / LOG), open_door(folder, host, port, inner):
                 yield process
 
 
@@ -72,8 +81,9 @@ def _superlink(folder: Path, inner: str) -> list[str]:
     place = folder.absolute() / TLS
     tls = {"--ssl-ca-certfile": AUTHORITY, "--ssl-certfile": "server.pem", "--ssl-keyfile": "server.key"}
     options = [text for option, name in tls.items() for text in (option, str(place / name))]
+    state = ["--database", f"{folder.absolute()}/superlink.db", "--isolation", "process"]
     more = ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
-    return ["flower-superlink", "--host", host, "--port", port, "--database", f"{folder.absolute()}/superlink.db", *options, *more]
+    return ["flower-superlink", "--host", host, "--port", port, *state, *options, *more]
 
 
 def _wait_for(folder: Path, inner: str, process: Any) -> None:
@@ -109,9 +119,17 @@ def run_round(folder: Path, plan: Plan) -> dict[str, Any]:
     """
     require_flower()
     state = state_of(folder)
+    (folder / ROUNDS).mkdir(exist_ok=True)
+    with holding(folder / ROUNDS) as held:
+        if held is False:
+            raise BadInputError(f"{folder}: a round is under way; wait for its end, or end it with Ctrl-C where it runs")
+        return _run(folder, plan, state)
+
+
+def _run(folder: Path, plan: Plan, state: CenterState) -> dict[str, Any]:
     name = time.strftime("%Y%m%d-%H%M%S")
     place = folder / ROUNDS / name
-    place.mkdir(parents=True, exist_ok=True)
+    place.mkdir(exist_ok=True)
     write_text(place / "plan.json", plan.model_dump_json(indent=1) + "\n")
     with control(folder, state.inner) as client:
         register_members(client, folder)

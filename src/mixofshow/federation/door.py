@@ -82,6 +82,8 @@ def make_door(inner: str, authority: Path, meter: Meter) -> Any:
             answer = await request.app.state.client.post(request.url.path, content=bytes(body), headers=kept)
         except httpx.TransportError:
             return PlainTextResponse("the center is starting or gone", 503)
+        if answer.status_code == 500:  # a SuperNode would end at that, and asks again at this
+            return PlainTextResponse("the center could not answer; its superlink.log says why", 503)
         if answer.is_success:
             meter.count(node, len(body))
         gone = ("content-length", "transfer-encoding", "content-encoding", "connection")

@@ -3,37 +3,53 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from mixofshow.errors import BadInputError, ResourceError, shown
 from mixofshow.federation.bundle import TRUSTED
 from mixofshow.federation.keys import make_node_key
-from mixofshow.federation.launch import environment, free_port, last_lines, require_flower, running
+from mixofshow.federation.launch import (
+    always_running,
+    app_starter,
+    environment,
+    free_port,
+    last_lines,
+    require_flower,
+    running,
+)
 from mixofshow.federation.owner import KEY, ClientSettings, answer, open_questions, save_settings
 from mixofshow.outputs import holding
+from mixofshow.terminal import say
 
 LOG: Final = "supernode.log"
 LOOKS_EVERY: Final = 0.5
+NOT_LET_IN: Final = "[code: 2004]"
+"""What a SuperNode ends with where its key is not registered, or was in use a minute ago (flwr 1.42)."""
+AGAIN_AFTER: Final = 20.0
+SuperNode = Callable[[], contextlib.AbstractContextManager[subprocess.Popen[bytes]]]
 
 
 @contextlib.contextmanager
-def running_client(folder: Path, center: str, authority: Path, settings: ClientSettings) -> Iterator[Any]:
-    """A client, while the block lasts; yields its SuperNode's process. Raises BadInputError."""
+def running_client(folder: Path, center: str, authority: Path, settings: ClientSettings) -> Iterator[SuperNode]:
+    """A client's folder is held while the block lasts; yields what starts its SuperNode. Raises BadInputError."""
     require_flower()
     save_settings(folder, settings)
     make_node_key(folder / KEY)
     with holding(folder) as held:
         if held is False:
             raise BadInputError(f"{folder}: another client runs there")
-        with running(supernode(folder, center, authority), environment(folder), folder / LOG) as process:
-            yield process
+        port, env, log = free_port(), environment(folder), folder / LOG
+        with always_running(app_starter(f"127.0.0.1:{port}", "--insecure"), env, log):
+            yield functools.partial(running, supernode(folder, center, authority, port), env, log)
 
 
-def supernode(folder: Path, center: str, authority: Path) -> list[str]:
+def supernode(folder: Path, center: str, authority: Path, port: int) -> list[str]:
     """Flower's command. Raises BadInputError for a folder whose name Flower cannot be told."""
     place = str(folder.absolute())
     if '"' in place or "\\" in place:
@@ -41,14 +57,26 @@ def supernode(folder: Path, center: str, authority: Path) -> list[str]:
     return [
         *("flower-supernode", "--superlink", center, "--root-certificates", str(authority.absolute())),
         *("--auth-supernode-private-key", str(folder.absolute() / KEY), "--trusted-entities", str(TRUSTED)),
-        *("--host", "127.0.0.1", "--port", str(free_port()), "--node-config", f"folder={json.dumps(place, ensure_ascii=False)}"),
+        *("--host", "127.0.0.1", "--port", str(port), "--isolation", "process"),
+        *("--node-config", f"folder={json.dumps(place, ensure_ascii=False)}"),
     ]
 
 
-def attend(process: Any, folder: Path, ask: Callable[[str], bool]) -> None:
-    """Until the SuperNode ends, put its questions to the owner. Raises ResourceError for how it ended."""
-    while process.poll() is None:
-        for content, question in open_questions(folder).items():
-            answer(folder, content, yes=ask(question))
-        time.sleep(LOOKS_EVERY)
-    raise ResourceError(f"the SuperNode ended; {folder / LOG} ends: {shown(last_lines(folder / LOG), 300)}")
+def attend(start: SuperNode, folder: Path, ask: Callable[[str], bool]) -> None:
+    """Run the SuperNode, also before its key is admitted, and put its questions to the owner.
+
+    Raises ResourceError for how it ended.
+    """
+    told = False
+    while True:
+        with start() as process:
+            while process.poll() is None:
+                for content, question in open_questions(folder).items():
+                    answer(folder, content, yes=ask(question))
+                time.sleep(LOOKS_EVERY)
+        if NOT_LET_IN not in last_lines(folder / LOG, 40):
+            raise ResourceError(f"the SuperNode ended; {folder / LOG} ends: {shown(last_lines(folder / LOG), 300)}")
+        if not told:
+            say(f"the center does not let this client in: its key is not admitted yet; asking every {AGAIN_AFTER:.0f} s")
+        told = True
+        time.sleep(AGAIN_AFTER)

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -17,6 +18,7 @@ QUIET: Final = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 """Flower counts its users and looks for newer versions, unless told not to (flwr 1.42)."""
 ENDS_WITHIN: Final = 10.0
 """Seconds that a program has to end in good order."""
+LOOKS_EVERY: Final = 0.5
 
 
 def require_flower() -> None:
@@ -55,6 +57,35 @@ def running(command: Sequence[str], env: Mapping[str, str], log: Path) -> Iterat
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@contextlib.contextmanager
+def always_running(command: Sequence[str], env: Mapping[str, str], log: Path) -> Iterator[None]:
+    """The same, started again whenever it ends by itself."""
+    over = threading.Event()
+
+    def keep() -> None:
+        while not over.is_set():
+            with running(command, env, log) as process:
+                while not over.wait(LOOKS_EVERY) and process.poll() is None:
+                    pass
+
+    thread = threading.Thread(target=keep)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def app_starter(address: str, *trust: str) -> list[str]:
+    """Flower's command that starts apps, as a SuperLink or SuperNode at this address asks for.
+
+    It ends at the first answer that it does not expect, such as that a database is locked, and a program that started it
+    itself would not start it again (flwr 1.42); so it is ours to start (`--isolation process`), and to keep running.
+    """
+    return ["flower-superexec", "--runtime-api-address", address, *trust]
 
 
 def free_port(host: str = "127.0.0.1") -> int:

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from mixofshow.concepts.concept import Concept, read_concept, vocabulary
+from mixofshow.concepts.concept import read_concept
 from mixofshow.errors import BadInputError, nearest, shown
 from mixofshow.files import parse_tensors
 from mixofshow.outputs import write_text, writing
@@ -32,6 +32,12 @@ class Member(BaseModel):
     concept: str
     hash: str
     class_word: str
+    words: tuple[str, ...]
+
+    @property
+    def claimed(self) -> set[str]:
+        """What nobody else's prompts may mean."""
+        return {f"<{self.concept}>", *self.words}
 
 
 _TABLE: Final = TypeAdapter(dict[str, Member])
@@ -68,13 +74,15 @@ class Membership:
         Raises BadInputError, and then nothing has changed.
         """
         found = read_concept(*parse_tensors(data, member), member, self.pipeline)
-        table = self.table()
-        self._refuse_collisions(found, [other for name, other in table.items() if name != member])
+        info, table = found.info, self.table()
+        new = Member(concept=info.name, hash=found.hash, class_word=info.class_word, words=info.words)
+        for name, other in table.items():
+            if name != member and (twice := sorted(new.claimed & other.claimed)):
+                raise BadInputError(f"claims the placeholder {twice[0]}, which is {name}'s")
         if not self.has(found.hash):
             self.path(found.hash).parent.mkdir(exist_ok=True)
             with writing(self.path(found.hash)) as temporary:
                 temporary.write_bytes(data)
-        new = Member(concept=found.info.name, hash=found.hash, class_word=found.info.class_word)
         self._write({**table, member: new})
         return new
 
@@ -88,10 +96,6 @@ class Membership:
             if name not in table:
                 logger.warning("remove: no member '%s' has brought a concept%s", shown(name), nearest(name, table))
         self._write({name: member for name, member in table.items() if name not in names})
-
-    def _refuse_collisions(self, found: Concept, others: Iterable[Member]) -> None:
-        there = [read_concept(*parse_tensors(read_bytes(p), p.name), p.name) for p in (self.path(o.hash) for o in others)]
-        vocabulary([*there, found])
 
     def _write(self, table: Mapping[str, Member]) -> None:
         entries = {name: member.model_dump() for name, member in sorted(table.items())}

@@ -9,14 +9,16 @@ All of it is in a folder of the client's own, which Flower's processes read; not
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from pydantic import Field, model_validator
 
 from mixofshow.errors import BadInputError, SettingsError
-from mixofshow.outputs import write_text
+from mixofshow.outputs import holding, write_text
 from mixofshow.reading import parse_json, read_bytes
 from mixofshow.tables import Settings
 
@@ -117,14 +119,27 @@ def own_concept(folder: Path, settings: ClientSettings, pipeline: Any, tuning: d
     table = {**tuning, "name": settings.name, "class_word": settings.class_word, "data": str(settings.data)}
     key = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
     target = folder / "tuned" / f"{settings.name}-{key}.safetensors"
-    if not target.is_file():
-        place = target.with_suffix("")
-        resume = any_in(place / FOLDER)
-        tune(
-            make_settings({**table, "tracker": "none"}),
-            pipeline,
-            folder=place,
-            resume=resume,
-            finished=lambda concept: concept.save(target),
-        )
+    with _alone_in(target.parent):
+        if not target.is_file():
+            place = target.with_suffix("")
+            resume = any_in(place / FOLDER)
+            tune(
+                make_settings({**table, "tracker": "none"}),
+                pipeline,
+                folder=place,
+                resume=resume,
+                finished=lambda concept: concept.save(target),
+            )
     return target
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until nobody else works there: an app of a round that was broken off may be about to finish the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        with holding(folder) as held:
+            if held is not False:
+                yield
+                return
+        time.sleep(LOOKS_EVERY)

@@ -33,7 +33,7 @@ class Plan(Settings):
     """A round of a federation."""
 
     wait: float = Field(
-        600, gt=0, le=LONGEST, description="Seconds that clients have to come, and to say what they offer."
+        600, gt=0, le=LONGEST, description="Seconds that clients have to come, and to come back when they went away."
     )
     patience: float = Field(
         43_200, gt=0, le=LONGEST, description="Seconds for one step: tuning, or their owners' approval."

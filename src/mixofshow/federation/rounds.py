@@ -116,8 +116,7 @@ class Round:
             time.sleep(LOOKS_EVERY)
         for name in sorted(expected - set(self.names.values())):
             self.report.refused[name] = "did not come"
-        left = max(until - time.monotonic(), LOOKS_EVERY)
-        self.ask(messages.HELLO, dict.fromkeys(self.names, content_of({})), self._greet, patience=left)
+        self.ask(messages.HELLO, dict.fromkeys(self.names, content_of({})), self._greet)
 
     def _greet(self, name: str, reply: Message) -> None:
         self.report.answered[name] = {key: shown(v) if isinstance(v, str) else v for key, v in values_of(reply, HELLO).items()}
@@ -234,16 +233,9 @@ class Round:
     def _takes_part(self, name: str) -> bool:
         return name in self.report.answered and name not in self.plan.remove
 
-    def ask(
-        self,
-        kind: str,
-        asks: Mapping[int, RecordDict],
-        take: Callable[[str, Message], None],
-        *,
-        patience: float | None = None,
-    ) -> None:
+    def ask(self, kind: str, asks: Mapping[int, RecordDict], take: Callable[[str, Message], None]) -> None:
         """Ask clients, and take what each answers; whoever fails is named, once, and has no part in what follows."""
-        exchange = Exchange(self.grid, kind, asks, patience or self.plan.patience)
+        exchange = Exchange(self.grid, kind, asks, self.plan.patience, absence=self.plan.wait)
         for node, reply in exchange.answers():
             name = self.names[node]
             try:
