@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from flwr.app import Message
 from PIL import Image
 
-from mixofshow.errors import BadInputError, SettingsError
+from mixofshow.errors import BadInputError, ResourceError, SettingsError
 from mixofshow.evaluation.scorers import Scorer
-from mixofshow.federation import judging, messages
-from mixofshow.federation.center import state_of
+from mixofshow.federation import join, judging, messages
+from mixofshow.federation.center import ROUNDS, STATE, run_round, state_of
 from mixofshow.federation.join import supernode
 from mixofshow.federation.owner import ClientSettings, own_concept
+from mixofshow.federation.plan import Plan
+from mixofshow.outputs import holding
 from mixofshow.tuning import run
 
 FEW = {"steps": 4, "batch_size": 1, "save_every": 1, "pictures": {"size": 64}}
@@ -112,6 +116,27 @@ def test_a_round_without_a_center_says_how_to_start_one(tmp_path):
 
 
 
+def test_a_second_round_at_a_time_is_refused(tmp_path):
+    (tmp_path / STATE).write_text('{"base": "emojiland"}')
+    (tmp_path / ROUNDS).mkdir()
+    with holding(tmp_path / ROUNDS), pytest.raises(BadInputError, match="a round is under way"):
+        run_round(tmp_path, Plan())
+
+
+def test_a_client_that_is_not_let_in_asks_again_and_says_so_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(join, "AGAIN_AFTER", 0.0)
+    ends = iter([join.NOT_LET_IN, join.NOT_LET_IN, "another end"])
+
+    @contextlib.contextmanager
+    def start():
+        (tmp_path / join.LOG).write_text(next(ends))
+        yield SimpleNamespace(poll=lambda: 1)
+
+    with pytest.raises(ResourceError, match="another end"):
+        join.attend(start, tmp_path, lambda _: True)
+    assert capsys.readouterr().out.count("not admitted yet") == 1
+
+
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks at processes as Linux shows them")
 def test_an_app_ends_at_once_with_the_process_that_started_it(tmp_path):
     app = tmp_path / "flwr-clientapp"
@@ -131,8 +156,6 @@ def test_an_app_ends_at_once_with_the_process_that_started_it(tmp_path):
 
 def test_a_yes_to_recordings_is_no_yes_to_the_file(tmp_path, monkeypatch):
     """One answer did for both: whoever asked for recordings first got the file unasked."""
-    from types import SimpleNamespace
-
     from mixofshow.federation import client
 
     asked = []

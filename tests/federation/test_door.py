@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import socket
+import sqlite3
 import ssl
 import stat
 import threading
@@ -13,11 +15,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import httpx
 import pytest
+from flwr.supercore import sql_mixin
 from flwr.supercore.fab import Fab
 from flwr.supernode.start_client_internal import _verify_fab
 
 from mixofshow.errors import BadInputError
-from mixofshow.federation import bundle, door
+from mixofshow.federation import bundle, door, watched
 from mixofshow.federation.bundle import built_app, signed_app
 from mixofshow.federation.door import FLEET, NODE_HEADER, open_door
 from mixofshow.federation.keys import admit, expel, make_node_key, make_tls, members
@@ -91,7 +94,7 @@ class _SuperLink(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["content-length"]))
-        self.send_response(401 if self.path.endswith("unsigned") else 200)
+        self.send_response({"unsigned": 401, "broken": 500}.get(self.path.rsplit("/", 1)[-1], 200))
         self.end_headers()
         self.wfile.write(self.path.encode() + b" " + body[:10])
 
@@ -136,6 +139,21 @@ def test_the_door_takes_no_more_than_its_measure(through_the_door):
     assert send(900, "another") == 200
     assert [send(900, "third", "unsigned") for _ in range(3)] == [401] * 3
     assert send(900, "third") == 200
+
+
+def test_a_fault_of_the_center_is_one_to_ask_again_after(through_the_door):
+    assert through_the_door.post(f"{FLEET}broken", content=b"x").status_code == 503
+
+
+def test_a_locked_database_is_waited_for_longer_than_flower_does(monkeypatch):
+    monkeypatch.setattr(sql_mixin, "SQLITE_PRAGMAS", sql_mixin.SQLITE_PRAGMAS)
+    found = []
+    for prepare in (lambda: None, watched.be_patient_with_the_database):
+        prepare()
+        with contextlib.closing(sqlite3.connect(":memory:")) as connection:
+            sql_mixin._set_sqlite_pragmas(connection, None)
+            found += connection.execute("PRAGMA busy_timeout").fetchone()
+    assert found == [5000, 120_000]
 
 
 def test_nothing_can_listen_where_something_does(tmp_path):

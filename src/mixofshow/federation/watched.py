@@ -25,12 +25,12 @@ def main() -> None:
     """Run the command in this process."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     sys.argv = sys.argv[1:]
-    _be_patient_with_the_database()
+    be_patient_with_the_database()
     (command,) = entry_points(group="console_scripts", name=sys.argv[0])
     sys.exit(command.load()())
 
 
-def _be_patient_with_the_database() -> None:
+def be_patient_with_the_database() -> None:
     """On a slow machine Flower's five seconds for a lock are not enough, and then its programs fail (flwr 1.42)."""
     from flwr.supercore import sql_mixin
 
