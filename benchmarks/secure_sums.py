@@ -10,14 +10,13 @@ sums that were sent as
 - by-array: the same with a range for each array;
 - whitened: the same after the moments are whitened by the base's own, which everybody has.
 Given are, for the usual ridge and for one that damps next to nothing, the error of the fused change relative to the
-change itself, over all layers and in the worst; with --pictures also image alignment with held-out ones.
+change itself, over all layers and in the worst; with --pictures, for the usual ridge, also image alignment.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from figures import keep
 from flwr.common.secure_aggregation.quantization import dequantize, quantize
 from torch import Tensor
 
@@ -153,16 +153,14 @@ def main() -> None:
             np.random.seed(0)
             weights = solved(shape, send(shape, terms, roots), len(terms), settings)
             row = {"ridge": ridge, "way": way, **errors(true, weights, base)}
-            if given.pictures:
+            if given.pictures and ridge == "usual":
                 row |= alignments(ConceptModel(base, vocabulary(concepts), weights), concepts, given.pictures)
             results.append(row)
             print("  ".join(f"{key} {value:.2e}" if isinstance(value, float) else f"{value:12}" for key, value in row.items()), flush=True)
     count = sum(one.numel() if not name.startswith("moments") else len(one) * (len(one) + 1) // 2 for name, one in exact.items())
     facts = {"numbers": count, "layers": len(shape.layers), "megabytes_masked": count * 3 * 4 / 2**20}
     print(facts)
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps({**facts, "steps": given.steps, "pictures": given.pictures, "results": results}, indent=1) + "\n")
+    keep({**facts, "steps": given.steps, "pictures": given.pictures, "results": results}, given.json)
 
 
 if __name__ == "__main__":
