@@ -11,6 +11,7 @@ changes of attention, under as many names as there are clients. What Flower's pr
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import platform
 import tempfile
@@ -55,6 +56,7 @@ class Meter:
 
 def size(content: RecordDict) -> int:
     """Bytes of a message's content, as Flower sends it."""
+    content = copy.deepcopy(content)  # what was made ready to send cannot be copied any more
     arrays = [array for record in content.array_records.values() for array in record.values()]
     return sum(len(part.deflate()) for part in (*content.values(), *arrays))
 

@@ -10,7 +10,7 @@ sums that were sent as
 - by-array: the same with a range for each array;
 - whitened: the same after the moments are whitened by the base's own, which everybody has.
 Given are, for the usual ridge and for one that damps next to nothing, the error of the fused change relative to the
-change itself, over all layers and in the worst; with --pictures, for the usual ridge, also image alignment.
+change itself, over all layers and in the worst; with --pictures also image alignment with held-out ones.
 """
 
 from __future__ import annotations
@@ -135,6 +135,8 @@ def main() -> None:
     options.add_argument("--json", type=Path)
     options.add_argument("--steps", type=int, default=2)
     options.add_argument("--pictures", type=int, default=0)
+    options.add_argument("--ways", default=",".join(["exact", *WAYS]))
+    options.add_argument("--ridges", default=",".join(RIDGES))
     given = options.parse_args()
     torch.set_num_threads(1)
     base = load_base("emojiland")
@@ -146,14 +148,15 @@ def main() -> None:
     exact = {name: sum((one[name] for one in terms), torch.zeros(())) for name, *_ in shape.parts()}
     roots = base_roots(shape, FusionSettings(**how))
     results: list[dict[str, Any]] = []
-    for ridge, chosen in RIDGES.items():
-        settings = FusionSettings(**how, options=chosen)
+    for ridge in given.ridges.split(","):
+        settings = FusionSettings(**how, options=RIDGES[ridge])
         true = solved(shape, exact, len(terms), settings)
-        for way, send in {"exact": lambda *_: exact, **WAYS}.items():
+        for way in given.ways.split(","):
             np.random.seed(0)
-            weights = solved(shape, send(shape, terms, roots), len(terms), settings)
+            sums = exact if way == "exact" else WAYS[way](shape, terms, roots)
+            weights = solved(shape, sums, len(terms), settings)
             row = {"ridge": ridge, "way": way, **errors(true, weights, base)}
-            if given.pictures and ridge == "usual":
+            if given.pictures:
                 row |= alignments(ConceptModel(base, vocabulary(concepts), weights), concepts, given.pictures)
             results.append(row)
             print("  ".join(f"{key} {value:.2e}" if isinstance(value, float) else f"{value:12}" for key, value in row.items()), flush=True)

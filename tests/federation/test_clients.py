@@ -140,7 +140,8 @@ def test_a_client_that_is_not_let_in_asks_again_and_says_so_once(tmp_path, monke
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks at processes as Linux shows them")
 def test_an_app_ends_at_once_with_the_process_that_started_it(tmp_path):
     app = tmp_path / "flwr-clientapp"
-    lines = ("import time", "from mixofshow.federation.watched import end_with_flower as end", "end()")
+    begin = f"begin_app(pathlib.Path({str(tmp_path)!r}))"
+    lines = ("import pathlib, time", "from mixofshow.federation.watched import begin_app", begin)
     app.write_text("\n".join([*lines, "print('up', flush=True)", "time.sleep(600)", ""]))
     starter = f"import subprocess, sys\none = subprocess.Popen([sys.executable, {str(app)!r}])\nprint(one.pid, flush=True)\none.wait()\n"
     with subprocess.Popen([sys.executable, "-c", starter], stdout=subprocess.PIPE, text=True) as parent:

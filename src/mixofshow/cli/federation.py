@@ -111,7 +111,7 @@ def join(
     place = folder or Path(f"{name}-client")
     say(f"this client's key, for the center's operator: {make_node_key(place / KEY)}")
     with running_client(place, address, ca, settings) as supernode:
-        say(f"joining {address} with <{name}>; what happens stands in {place}/supernode.log; Ctrl-C ends it")
+        say(f"joining {address} with <{name}>; what goes wrong stands in {place}/apps.log; Ctrl-C ends it")
         attend(supernode, place, lambda question: typer.confirm(question, default=False))
 
 

@@ -18,7 +18,16 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mixofshow.errors import BadInputError, ResourceError, shown
-from mixofshow.federation.control import Busy, control, register_members, run_ended, start_run, stop_run, store_app
+from mixofshow.federation.control import (
+    Busy,
+    control,
+    register_members,
+    run_ended,
+    start_run,
+    stop_all_runs,
+    stop_run,
+    store_app,
+)
 from mixofshow.federation.door import open_door
 from mixofshow.federation.keys import AUTHORITY, TLS, make_tls
 from mixofshow.federation.launch import (
@@ -31,6 +40,7 @@ from mixofshow.federation.launch import (
     running,
 )
 from mixofshow.federation.plan import Plan
+from mixofshow.federation.watched import APPS_LOG
 from mixofshow.outputs import holding, write_text
 from mixofshow.reading import parse_json, read_bytes
 
@@ -133,6 +143,7 @@ def _run(folder: Path, plan: Plan, state: CenterState) -> dict[str, Any]:
     write_text(place / "plan.json", plan.model_dump_json(indent=1) + "\n")
     with control(folder, state.inner) as client:
         register_members(client, folder)
+        stop_all_runs(client)
         number = start_run(client, name)
     try:
         while (wrong := _ended(folder, state.inner, number)) is None:
@@ -143,7 +154,7 @@ def _run(folder: Path, plan: Plan, state: CenterState) -> dict[str, Any]:
         raise
     report = place / "report.json"
     if not report.is_file():
-        raise ResourceError(f"the round ended without a report ({shown(wrong, 200)}); {folder / LOG} says more")
+        raise ResourceError(f"the round ended without a report ({shown(wrong, 200)}); {folder / APPS_LOG} or {LOG} says more")
     found: dict[str, Any] = json.loads(report.read_text())
     return found
 

@@ -26,7 +26,7 @@ from mixofshow.federation.messages import (
     values_of,
 )
 from mixofshow.federation.owner import ClientSettings, Declined, approved, approved_before, own_concept, read_settings
-from mixofshow.federation.watched import end_with_flower
+from mixofshow.federation.watched import begin_app
 
 logger = logging.getLogger(__name__)
 FAILED: Final = "could not do it; the client's own log says why"
@@ -43,9 +43,9 @@ def answering(handler: Handler) -> Callable[[Message, Context], Message]:
 
     def handle(message: Message, context: Context) -> Message:
         values: Mapping[str, Value]
-        end_with_flower()
+        folder = Path(str(context.node_config["folder"]))
+        begin_app(folder)
         try:
-            folder = Path(str(context.node_config["folder"]))
             values, files = handler(message, folder, read_settings(folder))
         except Declined as error:
             logger.warning("declined: %s", error)
@@ -163,8 +163,8 @@ def sums(message: Message, context: Context) -> Message:
     """A step of secure aggregation. What the owner did not approve is not summed."""
     from mixofshow.federation.secure import masked
 
-    end_with_flower()
     folder = Path(str(context.node_config["folder"]))
+    begin_app(folder)
     try:
         return masked(message, context, lambda asked: _limbs(asked, folder, read_settings(folder)))
     except Exception as error:

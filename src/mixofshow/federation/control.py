@@ -107,8 +107,19 @@ def run_ended(client: Any, number: int) -> str | None:
     return RUNS.get(run.status.sub_status, run.status.sub_status) and f"{run.status.sub_status}: {run.status.details}"
 
 
+def stop_all_runs(client: Any) -> None:
+    """End what was begun by a center, or by a `federate`, that was killed: it would go on beside its successor."""
+    from flwr.proto.control_pb2 import ListRunsRequest
+
+    for number, run in client.ListRuns(ListRunsRequest()).run_dict.items():
+        if run.status.status != "finished":
+            stop_run(client, number)
+
+
 def stop_run(client: Any, number: int) -> None:
-    """End a run before its time."""
+    """End a run before its time, unless it has ended."""
+    import httpx
     from flwr.proto.control_pb2 import StopRunRequest
 
-    client.StopRun(StopRunRequest(run_id=number))
+    with contextlib.suppress(httpx.HTTPStatusError):
+        client.StopRun(StopRunRequest(run_id=number))

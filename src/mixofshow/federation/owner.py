@@ -5,6 +5,7 @@ All of it is in a folder of the client's own, which Flower's processes read; not
     key           the client's key; only its public half leaves      tuned/       tuned concepts, and their checkpoints
     client.json   what is offered                                   recordings/  what was recorded of them
     asked/ said/  questions to the owner, and answers, by hash       fused.safetensors  the model, where it is wanted
+    apps.log      what went wrong, in full                          supernode.log  Flower's own
 """
 
 from __future__ import annotations

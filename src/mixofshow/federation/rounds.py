@@ -8,6 +8,7 @@ lose nothing by it.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,8 +26,10 @@ from mixofshow.federation.exchange import Exchange
 from mixofshow.federation.membership import Membership
 from mixofshow.federation.messages import content_of, file_of, values_of
 from mixofshow.federation.plan import Plan
+from mixofshow.federation.watched import APPS_LOG
 from mixofshow.outputs import write_text, writing
 
+logger = logging.getLogger(__name__)
 HELLO: Final = {"name": str, "class_word": str, "version": str, "judges": bool, "wants_model": bool}
 LOOKS_EVERY: Final = 1.0
 MODEL: Final = "fused"
@@ -82,6 +85,10 @@ class Round:
                 self._timed("judging", self._judge)
         except MixOfShowError as error:
             self.report.why_not = str(error)
+        except Exception:
+            self.report.why_not = f"the center's own fault; its {APPS_LOG} says more"
+            logger.exception("a round failed")
+            raise
         finally:
             self.report.save(self.place)
 

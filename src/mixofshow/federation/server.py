@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 
@@ -18,12 +17,11 @@ def main(grid: Grid, context: Context) -> None:
     from mixofshow.federation.center import FOLDER_VARIABLE, ROUNDS, state_of
     from mixofshow.federation.plan import Plan
     from mixofshow.federation.rounds import Round
-    from mixofshow.federation.watched import end_with_flower
+    from mixofshow.federation.watched import begin_app
     from mixofshow.reading import parse_json, read_bytes
 
-    end_with_flower()
-    logging.basicConfig(level=logging.WARNING)
     folder = Path(os.environ[FOLDER_VARIABLE])
+    begin_app(folder)
     place = folder / ROUNDS / _plain(str(context.run_config["round"]))
     plan = Plan.of(parse_json(read_bytes(place / "plan.json", error=BadInputError), "plan.json"), "plan.json")
     Round(grid, folder, place, plan, state_of(folder), context=context).run()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from mixofshow.fusion.recording import Source, record, stage_of
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.solving import solve, solver_for
 from mixofshow.fusion.statistics import LayerStatistics, input_of
+
+PIECE: Final = 2**20
+"""Numbers that are sent together: Flower takes as long for a small array as for one of 5 MB."""
 
 
 @dataclass(frozen=True)
@@ -59,21 +62,23 @@ class SumsShape:
             yield f"change {name}", (outputs, inputs), CHANGE_UNIT
 
     def packed(self, terms: Mapping[str, Tensor]) -> list[Tensor]:
-        """Terms as limbs, a flat tensor for each limb of each array. Raises BadInputError for numbers that are too large."""
+        """Terms as limbs, in flat pieces, each sent for itself. Raises BadInputError for numbers that are too large."""
         limbs = []
         for name, _, unit in self.parts():
             numbers = _half(terms[name]) if name.startswith("moments") else terms[name].flatten()
             limbs += to_limbs(numbers, unit)
-        return limbs
+        return list(torch.cat(limbs).split(PIECE))
 
-    def unpacked(self, limbs: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Sums of terms from sums of limbs. Raises BadInputError where their number or size is another."""
+    def unpacked(self, pieces: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Sums of terms from sums of pieces. Raises BadInputError where they are more or fewer numbers."""
         parts = list(self.parts())
-        if len(limbs) != LIMBS * len(parts):
-            raise BadInputError(f"expected {LIMBS * len(parts)} arrays of sums, found {len(limbs)}")
+        counts = [size[0] * (size[0] + 1) // 2 if name.startswith("moments") else size[0] * size[1] for name, size, _ in parts]
+        joined = torch.cat(list(pieces))
+        if len(joined) != LIMBS * sum(counts):
+            raise BadInputError(f"expected {LIMBS * sum(counts)} sums, found {len(joined)}")
         found = {}
-        for number, (name, size, unit) in enumerate(parts):
-            numbers = from_limbs(limbs[LIMBS * number : LIMBS * (number + 1)], unit)
+        for (name, size, unit), limbs in zip(parts, joined.split([LIMBS * count for count in counts]), strict=True):
+            numbers = from_limbs(limbs.view(LIMBS, -1).unbind(), unit)
             found[name] = _whole(numbers, size[0]) if name.startswith("moments") else numbers.view(size)
         return found
 

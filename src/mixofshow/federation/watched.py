@@ -6,6 +6,7 @@ Flower's own servers live on when their parent is killed, with their ports and t
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Final
 
+APPS_LOG: Final = "apps.log"
 EVERY: Final = 0.5
 """Seconds between looks."""
 LOCKED_FOR: Final = "120000"
@@ -38,13 +40,14 @@ def be_patient_with_the_database() -> None:
 
 
 @functools.cache
-def end_with_flower() -> None:
-    """In a process that Flower started for an app: end at once when whoever started it is gone.
+def begin_app(folder: Path) -> None:
+    """In a process that Flower started for an app: keep its log in its owner's folder, and end with whoever started it.
 
-    Its own way, at a signal, waits for answers of servers that are gone (flwr 1.42), and the app would go on holding its
-    folder, which its successor needs.
+    Flower throws away what apps print; and its own way of ending, at a signal, waits for answers of servers that are gone
+    (flwr 1.42), while the app goes on holding its folder, which its successor needs.
     """
     if Path(sys.argv[0]).name in ("flwr-clientapp", "flwr-serverapp"):
+        logging.basicConfig(filename=folder / APPS_LOG, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
         threading.Thread(target=_end_at_once_with, args=(os.getppid(),), daemon=True).start()
 
 
