@@ -58,7 +58,7 @@ def size(content: RecordDict) -> int:
     """Bytes of a message's content, as Flower sends it."""
     content = copy.deepcopy(content)  # what was made ready to send cannot be copied any more
     arrays = [array for record in content.array_records.values() for array in record.values()]
-    return sum(len(part.deflate()) for part in (*content.values(), *arrays))
+    return sum(len(part.deflate()) for part in content.values()) + sum(len(array.data) for array in arrays)
 
 
 def renamed(number: int) -> Concept:
