@@ -29,6 +29,7 @@ from mixofshow.outputs import check_outputs, writing, writing_folder
 from mixofshow.replaceable import KINDS, LISTING, kind_of
 from mixofshow.sampling.drawing import YAML_HEAD
 from mixofshow.sampling.pictures import write_picture
+from mixofshow.studio.tuning import HEAD as SETTINGS_HEAD
 from mixofshow.tuning import checkpoints
 from mixofshow.tuning.checkpoints import run_folder
 
@@ -182,6 +183,7 @@ def test_no_file_is_replaced_by_one_of_another_kind(kind, tmp_path):
         "HTML": b'<!DOCTYPE html>\n<html><head><meta name="generator" content="mixofshow">',
         "JSON": b'{\n "findings": []}',
         "YAML": YAML_HEAD.encode() + b"\n",
+        "settings": SETTINGS_HEAD.encode(),
         "CSV": ",".join(COLUMNS).encode() + b"\n",
         "checkpoint": _checkpoint({"step": 3, "identity": {"facts": {}}, "state": {}}),
     }

@@ -44,9 +44,9 @@ SOURCE = Path(mixofshow.__file__).parent
 BELOW = sorted(
     {*SOURCE.rglob("*.py")}
     - {*SOURCE.glob("cli/*"), SOURCE / "demo.py", *SOURCE.glob("studio/*")}
-    - {SOURCE / "federation" / name for name in ("center.py", "join.py")}
+    - {SOURCE / "federation" / name for name in ("center.py", "join.py", "launch.py")}
 )
-"""What people use from Python; the studio shows command lines, and center and join start Flower's commands."""
+"""What people use from Python; the studio shows command lines, and center, join and launch start Flower's commands."""
 MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{k}: &a{k} {{<<: [*a{k - 1}, *a{k - 1}]}}\n" for k in range(1, 26))
 ALIASES = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 8)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
