@@ -91,7 +91,7 @@ def report(
         grid(two[:64], columns=16).save(grids / "pairs.png")
         grid(wide[:30], columns=6).save(grids / "triples.png")
     network = imagenet_scorer()
-    named = Namer.fitted(network)
+    named = Namer.fitted(network, vae=pipeline.vae)
     places = rank_scenes(one, judge_folder)
     return {
         **autoencoder_figures(pipeline.vae),

@@ -9,10 +9,13 @@ from typing import Final
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from emojiland.autoencoder import reconstruct, to_images
+from mixofshow.bases.emojiland.judge import to_tensor
 from mixofshow.bases.emojiland.vocabulary import CLASSES
 from mixofshow.bases.emojiland.world import (
     KNOWN_SCENES,
@@ -43,11 +46,20 @@ class Namer:
     readout: Tensor
 
     @classmethod
-    def fitted(cls, features: ImageTower, *, lessons: dict[int, int] = LESSONS) -> Namer:
-        """Fitted to renders, of which it says all names right on renders that it was not fitted to."""
-        shown = [(picture, count) for count, number in lessons.items() for picture in renders(count, number, seed=SEED)]
-        inputs = features([part for picture, count in shown for part in parts(picture.image, count)]).double()
-        words = [list(CLASSES).index(word) for picture, _ in shown for word in picture.subjects]
+    def fitted(
+        cls, features: ImageTower, *, vae: AutoencoderKL | None = None, lessons: dict[int, int] = LESSONS
+    ) -> Namer:
+        """Fitted to renders, and where `vae` is given to the same as that keeps them: what a model draws is no sharper.
+
+        Of renders that it was not fitted to it says all names right.
+        """
+        groups = {count: renders(count, number, seed=SEED) for count, number in lessons.items()}
+        images = {count: [picture.image for picture in group] for count, group in groups.items()}
+        kept = {count: as_kept(vae, group) for count, group in images.items()} if vae else {}
+        shown = [part for of in (images, kept) for count, group in of.items() for one in group for part in parts(one, count)]
+        inputs = features(shown).double()
+        words = [list(CLASSES).index(word) for group in groups.values() for picture in group for word in picture.subjects]
+        words *= 2 if vae else 1
         targets = one_hot(torch.tensor(words), len(CLASSES)).double()
         mean = inputs.mean(0)
         centred = inputs - mean
@@ -74,6 +86,12 @@ def renders(count: int, number: int, *, seed: int) -> list[Picture]:
         )
         for _ in range(number)
     ]
+
+
+@torch.no_grad()
+def as_kept(vae: AutoencoderKL, images: Sequence[Image.Image]) -> list[Image.Image]:
+    """The images, each sent through the autoencoder."""
+    return [one for part in to_tensor(images).to(vae.device).split(32) for one in to_images(reconstruct(vae, part))]
 
 
 def parts(image: Image.Image, count: int) -> list[Image.Image]:
