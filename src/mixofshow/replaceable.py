@@ -13,14 +13,17 @@ MARK: Final = "mixofshow"
 """What pictures and pages of ours say of who made them; a note in a picture is called so too."""
 SOFTWARE: Final = "Software"
 """What PNG calls that."""
+COMPOSITION: Final = "# A composition of mixofshow: "
+SETTINGS: Final = "# Settings of mixofshow: "
+"""How the first lines of our YAML begin; the rest says which command reads it."""
 KINDS: Final = {
     "safetensors": rb'.{3}\0{5}\{"__metadata__":\{"format":"pt","mixofshow',  # a header of at most 8 MB
     "PNG": rb"\x89PNG.{29}.{4}(tEXt|iTXt)(Software\0)?mixofshow",  # behind the size, the first that is said
     "HTML": rb'(?i)\s*<!doctype html>.{,80}<meta name="generator" content="mixofshow">',
     "JSON": rb'\s*(\{\s*(\}|"findings":\s*\[|"image_alignment":\s*\{\s*"lower_bound"|"schema":\s*\d+,\s*"concepts"|'
     rb'"references":\s*\{|"seconds":\s*[\d.]+,\s*"peak_memory_mb")|\[\s*(\]|\{\s*"pair":))',
-    "YAML": rb"# A composition of mixofshow: ",
-    "settings": rb"# Settings of mixofshow: ",
+    "YAML": COMPOSITION.encode(),
+    "settings": SETTINGS.encode(),
     "CSV": rb"method,measure,over,state,value,low,high\n",
     "checkpoint": rb"PK\x03\x04.{,60}archive/data\.pkl.{,80}step.{,20}identity",
 }

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import LocalGrid
 
-from mixofshow.bases.layers import layer, matrix
+from mixofshow.bases.layers import layer, matrix, tunable_layers
 from mixofshow.concepts.concept import EMBEDDINGS, load_concept
 from mixofshow.concepts.delta import load_delta
 from mixofshow.errors import BadInputError, SettingsError
@@ -25,6 +25,7 @@ from mixofshow.federation.fixed import LARGEST, LIMBS, MOMENT_UNIT, from_limbs, 
 from mixofshow.federation.owner import answer
 from mixofshow.federation.plan import SECURE, Plan
 from mixofshow.federation.secure import masked, masks, summed
+from mixofshow.federation.sums import SumsShape
 from mixofshow.files import parse_tensors
 from mixofshow.fusion.stages import fuse
 from tests.federation.local import QUICK
@@ -104,6 +105,13 @@ def test_records_that_travelled_as_one_are_two_again():
     assert list(whole.content) == ["fitres.metrics", secure.RECORD] and not whole.content["fitres.metrics"]
     (found,) = whole.content[secure.RECORD][secure.MASKED]
     assert np.array_equal(np.load(io.BytesIO(found)), numbers)
+
+
+@pytest.mark.parametrize("sent", [0, 1])
+def test_sums_of_another_size_than_the_layers_are_one_line(sent, golden_pipeline):
+    name = next(name for name in tunable_layers(golden_pipeline) if name.endswith("attn2.to_k"))
+    with pytest.raises(BadInputError, match=rf"sums, found {3 * sent}$"):
+        SumsShape.of(golden_pipeline, [name]).unpacked([torch.ones(3)] * sent)
 
 
 def test_two_clients_are_too_few():

@@ -73,7 +73,7 @@ class SumsShape:
         """Sums of terms from sums of pieces. Raises BadInputError where they are more or fewer numbers."""
         parts = list(self.parts())
         counts = [size[0] * (size[0] + 1) // 2 if name.startswith("moments") else size[0] * size[1] for name, size, _ in parts]
-        joined = torch.cat(list(pieces))
+        joined = torch.cat(list(pieces)) if pieces else torch.empty(0)
         if len(joined) != LIMBS * sum(counts):
             raise BadInputError(f"expected {LIMBS * sum(counts)} sums, found {len(joined)}")
         found = {}

@@ -25,6 +25,7 @@ from mixofshow.errors import SettingsError, nearest, shown
 from mixofshow.grids import grid
 from mixofshow.outputs import write_text
 from mixofshow.progress import Progress, silent
+from mixofshow.replaceable import COMPOSITION
 from mixofshow.sampling.composition import as_part, compose, settled, variations
 from mixofshow.sampling.finding import Layout
 from mixofshow.sampling.inputs import Callback
@@ -35,7 +36,7 @@ from mixofshow.sampling.regions import bounding_cells, coverage, shape_of
 from mixofshow.sampling.replay import maker_of, resolved, save_picture
 from mixofshow.sampling.settings import AUTO, Composition, Region
 
-YAML_HEAD: Final = "# A composition of mixofshow: mixofshow sample draws it."
+YAML_HEAD: Final = f"{COMPOSITION}mixofshow sample draws it."
 TINT: Final = 0.35
 SMALLEST_SIDE: Final = 512
 """Of a layout, in pixels."""

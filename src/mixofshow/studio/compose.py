@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mixofshow.errors import SettingsError, shown
+from mixofshow.replaceable import COMPOSITION
 from mixofshow.sampling.composition import make_composition
 from mixofshow.sampling.pictures import read_picture
 from mixofshow.sampling.pipeline import MixOfShowPipeline
@@ -22,7 +23,7 @@ from mixofshow.studio.editor import regions_of, shrunk, thumbnail, value_of
 from mixofshow.studio.forms import Field, fields_of, table_of, values_of
 from mixofshow.studio.jobs import Job, Jobs
 from mixofshow.studio.sketching import is_here
-from mixofshow.studio.workspace import HEAD, Workspace
+from mixofshow.studio.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +161,7 @@ def command_of(picture: Path) -> str:
     if not file.is_file():
         return ""
     first = file.read_text("utf-8").partition("\n")[0]
-    return first.removeprefix(HEAD) if first.startswith(HEAD) else ""
+    return first.removeprefix(COMPOSITION) if first.startswith(COMPOSITION) else ""
 
 
 def drawn_by_of(picture: Path) -> str:

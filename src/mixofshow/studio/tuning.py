@@ -20,6 +20,7 @@ from mixofshow.evaluation.previews import tune_into
 from mixofshow.images import opened, read_image
 from mixofshow.outputs import check_outputs, write_text, writing
 from mixofshow.reading import read_bytes, read_table
+from mixofshow.replaceable import SETTINGS
 from mixofshow.sampling.pictures import MAX_BYTES, write_picture
 from mixofshow.studio.commands import line
 from mixofshow.studio.compose import Studio
@@ -39,7 +40,7 @@ NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,30}")
 SUFFIX_OF: Final = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "MPO": ".jpg"}
 ON_THE_PAGE: Final = ("name", "class_word", "data", "masks", "base", "prior.data")
 """Settings with a place of their own, or that name other folders than the concept's."""
-HEAD: Final = "# Settings of mixofshow: mixofshow tune reads them.\n"
+HEAD: Final = f"{SETTINGS}mixofshow tune reads them.\n"
 FIRST: Final = {"preview_every": 50}
 """What the page sets where the command line's default is another."""
 WIDE, HIGH = 480, 120

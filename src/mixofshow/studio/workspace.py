@@ -22,7 +22,7 @@ from mixofshow.concepts.manifest import MANIFEST
 from mixofshow.errors import MixOfShowError
 from mixofshow.outputs import check_outputs, write_text
 from mixofshow.reading import read_table
-from mixofshow.replaceable import is_in_the_way
+from mixofshow.replaceable import COMPOSITION, is_in_the_way
 from mixofshow.sampling.composition import make_composition
 from mixofshow.sampling.pictures import is_embedded, read_picture, write_picture
 from mixofshow.sampling.settings import Composition
@@ -30,8 +30,6 @@ from mixofshow.sampling.settings import Composition
 logger = logging.getLogger(__name__)
 
 EMPTY: Final[Mapping[str, Any]] = {"prompt": ""}
-HEAD: Final = "# A composition of mixofshow: "
-"""Before the first line of each, which says how it is drawn; files without it are somebody else's."""
 LONG: Final = 8000
 """Pictures of more characters are files of their own: a YAML that is read has 100 kB at most."""
 
@@ -142,7 +140,7 @@ class Workspace:
                 control["network"] = os.path.relpath(control["network"], file.parent)
         named = self._with_names(table, file.parent)
         text = yaml.safe_dump({"prompt": "", **named}, sort_keys=False, allow_unicode=True, width=120)
-        write_text(file, f"{HEAD}{how}\n{text}")
+        write_text(file, f"{COMPOSITION}{how}\n{text}")
 
     def _with_names(self, value: Any, folder: Path, key: str = "") -> Any:
         """A table with files' names, as seen from the folder, in the place of large pictures."""
