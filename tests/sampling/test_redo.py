@@ -276,6 +276,11 @@ def test_controls_are_not_followed_and_that_is_said(picture, caplog):
     assert "controls are not followed" in caplog.text and found.controls == ()
 
 
+def test_no_places_are_found_where_one_is_redone(picture):
+    before = composition_of(picture).model_copy(update={"auto": True})
+    assert not redo_composition(picture, 1, before=before).auto
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

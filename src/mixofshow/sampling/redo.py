@@ -75,7 +75,7 @@ def redo_composition(
     size = made.width or image.width, made.height or image.height
     regions = tuple(rescaled(one, size, image.size) for one in made.regions)
     found = _filled(place, regions, made.prompt, asked, image)
-    own = {"width": image.width, "height": image.height, "upscale": 1.0, "mask": None, "controls": ()}
+    own = {"width": image.width, "height": image.height, "upscale": 1.0, "mask": None, "controls": (), "auto": False}
     return made.model_copy(update={**own, "regions": regions, "redo": found})
 
 
