@@ -10,6 +10,8 @@ import socket
 import sqlite3
 import ssl
 import stat
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -24,7 +26,7 @@ from mixofshow.federation import bundle, door, watched
 from mixofshow.federation.bundle import built_app, signed_app
 from mixofshow.federation.door import FLEET, NODE_HEADER, open_door
 from mixofshow.federation.keys import admit, expel, make_node_key, make_tls, members
-from mixofshow.federation.launch import free_port
+from mixofshow.federation.launch import environment, free_port
 from mixofshow.reading import parse_table
 
 of_flower = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
@@ -154,6 +156,18 @@ def test_a_locked_database_is_waited_for_longer_than_flower_does(monkeypatch):
             sql_mixin._set_sqlite_pragmas(connection, None)
             found += connection.execute("PRAGMA busy_timeout").fetchone()
     assert found == [5000, 120_000]
+
+
+def test_flowers_programs_report_to_nobody_and_look_for_no_newer_version(tmp_path, monkeypatch):
+    """Where they look whether they may, also in a shell that has allowed it."""
+    monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "1")
+    monkeypatch.setenv("FLWR_DISABLE_UPDATE_CHECK", "0")
+    looks = "update_check._read_flwr_update_check_cache = lambda: print('looks for a newer version')"
+    lines = ("from flwr.supercore import telemetry, update_check", looks, "update_check.warn_if_flwr_update_available()")
+    code = "\n".join([*lines, "print(telemetry.FLWR_TELEMETRY_ENABLED)"])
+    run = [sys.executable, "-c", code]
+    said = subprocess.run(run, env=environment(tmp_path), capture_output=True, text=True, check=True).stdout
+    assert said == "0\n"
 
 
 def test_nothing_can_listen_where_something_does(tmp_path):

@@ -14,6 +14,7 @@ from flwr.app import Error, Message
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from mixofshow.concepts.changes import LowRank
 from mixofshow.concepts.concept import load_concept
 from mixofshow.concepts.model import load_model
 from mixofshow.errors import SettingsError
@@ -22,6 +23,7 @@ from mixofshow.federation.exchange import GONE, NODE_UNAVAILABLE
 from mixofshow.federation.messages import content_of
 from mixofshow.federation.owner import answer, open_questions
 from mixofshow.federation.plan import Plan
+from mixofshow.federation.rounds import told
 from mixofshow.fusion.stages import fuse
 from mixofshow.fusion.statistics import LayerStatistics
 from mixofshow.fusion.store import Store, open_recording
@@ -62,6 +64,24 @@ def test_who_wants_the_model_gets_it_and_nobody_else(federation):
     assert (federation.folder / "client-dogx" / "fused.safetensors").read_bytes() == Path(report.delta).read_bytes()
     assert not (federation.folder / "client-manx" / "fused.safetensors").exists()
     assert load_model(federation.folder / "client-dogx" / "fused.safetensors").concept_hashes
+    sent = report.received
+    assert list(told(vars(report))) == [
+        f"dogx: <dogx>, sent {sent['dogx']} bytes, has the model",
+        f"manx: <manx>, sent {sent['manx']} bytes",
+        f"{report.fused}: 2 concepts; as a delta: {report.delta}",
+    ]
+
+
+def test_the_guard_hears_a_concept_that_would_drown_the_others(federation, tmp_path):
+    loud = load_concept(federation.files["manx"])
+    deltas = {name: LowRank(1000 * one.down, one.up) for name, one in loud.deltas.items()}
+    dataclasses.replace(loud, deltas=deltas).save(tmp_path / "manx.safetensors")
+    for name in ("dogx", "catx"):
+        federation.join(name)
+    federation.join("manx", name="manx", concept=tmp_path / "manx.safetensors", approve="always")
+    report = federation.round()
+    assert list(report.verdicts) == ["manx"] and report.refused == {}
+    assert f"guard: <manx> {report.verdicts['manx']}" in told(vars(report))
 
 
 def test_moments_that_clients_recorded_give_the_model_that_the_center_would_make(federation, tmp_path, monkeypatch):
@@ -155,6 +175,7 @@ def test_a_hostile_client_costs_the_others_nothing_and_is_named(federation, tmp_
         federation.join(name)
     federation.clients["manx"] = make(federation)
     report = federation.round(patience=0.5 if kind == "silent" else 60, wait=0.5 if kind == "silent" else 60)
+    assert f"manx: refused: {report.refused['manx']}" in told(vars(report))
     assert said in report.refused.pop("manx")
     assert report.refused == {}
     assert Path(report.delta).read_bytes() == fused_files(federation, ("dogx", "catx"), tmp_path)
