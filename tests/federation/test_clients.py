@@ -137,6 +137,28 @@ def test_a_client_that_is_not_let_in_asks_again_and_says_so_once(tmp_path, monke
     assert capsys.readouterr().out.count("not admitted yet") == 1
 
 
+def test_a_client_whose_network_was_cut_is_started_again_though_flowers_program_lives_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(join, "AGAIN_AFTER", 0.0)
+    monkeypatch.setattr(join, "LOOKS_EVERY", 0.0)
+    starts = []
+
+    @contextlib.contextmanager
+    def start():
+        starts.append(1)
+        (tmp_path / join.LOG).touch()
+
+        def poll():
+            with (tmp_path / join.LOG).open("a") as log:
+                log.write(f"{join.GAVE_UP} after 30 seconds\n{join.CUT}\n" if len(starts) < 3 else "another end\n" * 40)
+            return None if len(starts) < 3 else 1
+
+        yield SimpleNamespace(poll=poll)
+
+    with pytest.raises(ResourceError, match="another end"):
+        join.attend(start, tmp_path, lambda _: True)
+    assert len(starts) == 3
+
+
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks at processes as Linux shows them")
 def test_an_app_ends_at_once_with_the_process_that_started_it(tmp_path):
     app = tmp_path / "flwr-clientapp"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,10 @@ LOG: Final = "supernode.log"
 LOOKS_EVERY: Final = 0.5
 NOT_LET_IN: Final = "[code: 2004]"
 """What a SuperNode ends with where its key is not registered, or was in use a minute ago (flwr 1.42)."""
+GAVE_UP: Final = "Giving up reconnection"
+CUT: Final = "handshake operation timed out"
+"""What it says where the center's machine answers and then says no more, as when a network is cut; it does not end then,
+but does nothing any more (flwr 1.42)."""
 AGAIN_AFTER: Final = 20.0
 SuperNode = Callable[[], contextlib.AbstractContextManager[subprocess.Popen[bytes]]]
 
@@ -69,14 +74,16 @@ def attend(start: SuperNode, folder: Path, ask: Callable[[str], bool]) -> None:
     """
     told = False
     while True:
-        with start() as process:
-            while process.poll() is None:
+        with start() as process, (folder / LOG).open(errors="replace") as log:
+            log.seek(0, os.SEEK_END)
+            while process.poll() is None and GAVE_UP not in log.read():
                 for content, question in open_questions(folder).items():
                     answer(folder, content, yes=ask(question))
                 time.sleep(LOOKS_EVERY)
-        if NOT_LET_IN not in last_lines(folder / LOG, 40):
-            raise ResourceError(f"the SuperNode ended; {folder / LOG} ends: {shown(last_lines(folder / LOG), 300)}")
-        if not told:
+        said = last_lines(folder / LOG, 40)
+        if NOT_LET_IN in said and not told:
             say(f"the center does not let this client in: its key is not admitted yet; asking every {AGAIN_AFTER:.0f} s")
-        told = True
+            told = True
+        elif NOT_LET_IN not in said and CUT not in said:
+            raise ResourceError(f"the SuperNode ended; {folder / LOG} ends: {shown(last_lines(folder / LOG), 300)}")
         time.sleep(AGAIN_AFTER)
