@@ -6,6 +6,8 @@ The clients are simulated in this process, one after the other, by the very func
 each loads the base for itself, as a process of its own would. Each hands over a concept file, records its own moments
 (so little that it costs nothing: one step of one prompt), and gets the fused model. The concepts are the examples'
 changes of attention, under as many names as there are clients. What Flower's programs add is not in these figures.
+Seconds are the processor's, on one thread, so that others who use the machine are not in them.
+What a thousand clients would need is reckoned from the two largest rounds. The first round is not counted: it warms up.
 """
 
 from __future__ import annotations
@@ -32,25 +34,29 @@ from mixofshow.federation.rounds import Round
 
 EXAMPLES: Final = Path(__file__).parents[1] / "examples" / "concepts"
 PROMPTS: Final = ["photo of a {}"]
+THOUSAND: Final = 1000
 LITTLE: Final = {"steps": 1, "prompts": PROMPTS, "picture_prompts": PROMPTS, "mode": "independent"}
 
 
 @dataclasses.dataclass
 class Meter:
-    """A client, and what it took and gave."""
+    """A client, and what it took and gave; its seconds are the processor's."""
 
     answer: Answer
     seconds: float = 0.0
+    seconds_with_measuring: float = 0.0
     sent: int = 0
     received: int = 0
 
     def __call__(self, message: Message) -> Message:
         """Its answer."""
+        came = time.process_time()
         self.received += size(message.content)
-        started = time.perf_counter()
+        started = time.process_time()
         reply = self.answer(message)
-        self.seconds += time.perf_counter() - started
+        self.seconds += time.process_time() - started
         self.sent += size(reply.content)
+        self.seconds_with_measuring += time.process_time() - came
         return reply
 
 
@@ -84,19 +90,35 @@ def measured(count: int, folder: Path) -> dict[str, Any]:
     place = folder / "rounds" / "1"
     place.mkdir(parents=True)
     made = Round(grid, folder, place, Plan(moments=True, fuse=LITTLE), CenterState(base="emojiland"), Context(1, 0, {}, RecordDict(), {}))
-    started = time.perf_counter()
+    started = time.process_time()
     made.run()
-    total, report = time.perf_counter() - started, made.report
+    total, report = time.process_time() - started, made.report
     if len(report.members) != count or report.refused or not report.fused:
         raise RuntimeError(f"the round failed: {report}")
-    own_seconds = sum(one.seconds for one in clients.values())
+    of_center = total - sum(one.seconds_with_measuring for one in clients.values())
     return {
         "clients": count,
-        "seconds_of_a_client": round(own_seconds / count, 2),
-        "center_seconds_per_client": round((total - own_seconds) / count, 2),
-        "fusing_seconds_per_client": round(report.seconds["fusing"] / count, 2),
+        "seconds_of_a_client": round(sum(one.seconds for one in clients.values()) / count, 2),
+        "center_seconds_per_client": round(of_center / count, 2),
         "bytes_from_a_client": sum(one.sent for one in clients.values()) // count,
         "bytes_to_a_client": sum(one.received for one in clients.values()) // count,
+    }
+
+
+def for_a_thousand(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a thousand would need: seconds for each as in the largest round, bytes on a line through the two largest.
+
+    The model that each client gets grows with the number of concepts, whose words are in it.
+    """
+    some, most = sorted(rows, key=lambda row: row["clients"])[-2:]
+    each = {}
+    for key in ("bytes_from_a_client", "bytes_to_a_client"):
+        slope = (most[key] - some[key]) / (most["clients"] - some["clients"])
+        each[key] = most[key] + slope * (THOUSAND - most["clients"])
+    return {
+        "minutes_of_the_center": round(THOUSAND * most["center_seconds_per_client"] / 60, 1),
+        "gigabytes_to_the_center": round(THOUSAND * each["bytes_from_a_client"] / 1e9, 1),
+        "gigabytes_from_the_center": round(THOUSAND * each["bytes_to_a_client"] / 1e9, 1),
     }
 
 
@@ -109,12 +131,18 @@ def main() -> None:
     torch.set_num_threads(1)
     for identity in ("_run_id", "_node_id", "_task_id"):  # what Flower's processes have
         setattr(TaskIdentity, identity, 1)
-    rows = []
-    for count in map(int, given.counts.split(",")):
+    counts, rows = [int(count) for count in given.counts.split(",")], []
+    if len(counts) < 2:
+        options.error("--counts: two at least, for the line through them")
+    with tempfile.TemporaryDirectory() as folder:
+        measured(counts[0], Path(folder))
+    for count in counts:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(measured(count, Path(folder)))
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-        keep({"python": platform.python_version(), "torch": torch.__version__, "threads": 1, "results": rows}, given.json)
+    facts = {"python": platform.python_version(), "torch": torch.__version__, "threads": 1}
+    keep({**facts, "results": rows, "for_a_thousand": for_a_thousand(rows)}, given.json)
+    print("a thousand:", "  ".join(f"{key} {value}" for key, value in for_a_thousand(rows).items()))
 
 
 if __name__ == "__main__":
