@@ -34,7 +34,9 @@ def icons(
 @app.command()
 def pretrain(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and sample grids.")] = RUN_FOLDER,
-    stage: Annotated[list[str] | None, typer.Option(help="autoencoder, generator, judge; default: all.")] = None,
+    stage: Annotated[
+        list[str] | None, typer.Option(help="autoencoder, decoder, generator, judge; default: all.")
+    ] = None,
     minutes: Annotated[float, typer.Option(help="Save and stop after this long; go on later.")] = 1e9,
     autoencoder_steps: Annotated[int | None, typer.Option(help="Train the autoencoder for so many steps.")] = None,
     generator_steps: Annotated[int | None, typer.Option(help="The same for the generator.")] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from random import Random
 from typing import Final
 
@@ -33,6 +34,8 @@ from mixofshow.grids import grid
 
 CHANNELS: Final = (32, 64, 128)
 LATENT_CHANNELS: Final = 8
+DECODER_NOISE: Final = 0.4
+"""How far off the latents may be that the decoder learns from; their own spread is 1."""
 UNSEEN: Final = Library.shipped(CONCEPT_SETS)
 """Icons of sets that only concepts are made of."""
 
@@ -47,6 +50,18 @@ class _Reconstruction(nn.Module):
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         posterior = self.vae.encode(pictures).latent_dist
         return self.vae.decode(posterior.sample()).sample, posterior.kl().mean() / pictures[0].numel()
+
+
+class _Decoder(nn.Module):
+    """The half of an autoencoder that the generator's latents go through."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        pictures: Tensor = self.decoder(self.post_quant_conv(latents))
+        return pictures
 
 
 def build() -> AutoencoderKL:
@@ -124,17 +139,44 @@ def stage(vae: AutoencoderKL, library: Library, *, steps: int, batch: int, learn
         random = Random(seed)
         pictures = to_tensor(any_picture(random, library) for _ in range(batch)).to(vae.device)
         made, kl = model(pictures)
-        error = made.float() - pictures
-        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        return error.abs().mean() + 2 * error.square().mean() + 0.5 * edges + 1e-4 * kl
+        return _difference(made, pictures) + 1e-4 * kl
 
-    def preview(model: nn.Module) -> Image.Image:
-        random = Random(-1)
-        pictures = to_tensor(any_picture(random, library) for _ in range(16))
-        made = reconstruct(vae, pictures.to(vae.device)).cpu()
-        return grid(to_images(torch.cat([pictures, made])), columns=16)
-
+    preview = partial(_preview, vae, library)
     return Stage("autoencoder", _Reconstruction(vae), loss, preview, steps, learning_rate, schedule=down)
+
+
+def decoder_stage(vae: AutoencoderKL, library: Library, *, steps: int, batch: int, learning_rate: float) -> Stage:
+    """The decoder alone, on latents that are a little off, as a generator's are, of its pictures and of any others.
+
+    Latents stay what they are, so that a generator and concepts that know them do too.
+    """
+
+    def loss(model: nn.Module, seed: int) -> Tensor:
+        random, noise = Random(seed), torch.Generator().manual_seed(seed)
+        of_both = (
+            any_picture(random, library) if k % 2 else random_picture(random, library).image for k in range(batch)
+        )
+        pictures = to_tensor(of_both).to(vae.device)
+        with torch.no_grad():
+            latents = vae.encode(pictures).latent_dist.mode().float()
+        off = DECODER_NOISE * torch.rand(batch, 1, 1, 1, generator=noise) * torch.randn(latents.shape, generator=noise)
+        return _difference(model(latents + off.to(latents)), pictures)
+
+    return Stage("decoder", _Decoder(vae), loss, partial(_preview, vae, library), steps, learning_rate, schedule=down)
+
+
+def _difference(made: Tensor, pictures: Tensor) -> Tensor:
+    """Of colours, and of the steps between neighbouring pixels."""
+    error = made.float() - pictures
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + 2 * error.square().mean() + 0.5 * edges
+
+
+def _preview(vae: AutoencoderKL, library: Library, model: nn.Module) -> Image.Image:
+    random = Random(-1)
+    pictures = to_tensor(any_picture(random, library) for _ in range(16))
+    made = reconstruct(vae, pictures.to(vae.device)).cpu()
+    return grid(to_images(torch.cat([pictures, made])), columns=16)
 
 
 def to_images(pictures: Tensor) -> list[Image.Image]:

@@ -1,10 +1,10 @@
-"""The recipe that made the shipped weights: autoencoder, generator, judge, one after the other.
+"""The recipe that made the shipped weights: autoencoder, its decoder again, generator, judge, one after the other.
 
     python -m emojiland pretrain --out FOLDER            one process
     torchrun --nproc-per-node 2 -m emojiland pretrain …  two (on CPU, with OMP_NUM_THREADS=1)
 
 Interrupt it whenever you like; the same command goes on from the newest checkpoint in FOLDER. With `--base emojiland`
-and no checkpoint there, the generator goes on from the shipped weights; give it more steps with `--generator-steps`.
+and no checkpoint there, generator and decoder go on from the shipped weights; give them more steps with `--generator-steps`.
 """
 
 from __future__ import annotations
@@ -41,11 +41,14 @@ class Recipe:
     generator_rate: float = 1.5e-3
     cached_shards: int = 48
     cached_wide_shards: int = 16
+    decoder_steps: int = 800
+    decoder_batch: int = 32
+    decoder_rate: float = 1e-3
     judge_steps: int = 8000
     judge_batch: int = 64
     judge_rate: float = 1e-3
     base: str | None = None
-    """Base model whose autoencoder, text encoder and UNet the generator begins from; None: from the run's autoencoder."""
+    """Base model whose autoencoder, text encoder and UNet decoder and generator begin from; None: the run's autoencoder."""
 
 
 def pretrain(recipe: Recipe, run: Path, *, stages: tuple[str, ...], minutes: float = 1e9) -> None:
@@ -109,6 +112,21 @@ def _fresh_generator(run: Path, library: Library) -> Any:
     return generator.assemble(vae, generator.build_text_encoder(tokenizer), tokenizer, generator.build_unet())
 
 
+def _decoder(recipe: Recipe, run: Path, accelerator: Accelerator, minutes: float) -> None:
+    known = load_base(recipe.base).vae if recipe.base else AutoencoderKL.from_pretrained(run / "vae")
+    vae, library = known.to(accelerator.device).requires_grad_(False), Library.load(run / "icons")
+    stage = autoencoder.decoder_stage(
+        vae,
+        library,
+        steps=recipe.decoder_steps,
+        batch=_share(recipe.decoder_batch, accelerator),
+        learning_rate=recipe.decoder_rate,
+    )
+    stage.model.requires_grad_(True)
+    if train(stage, run, accelerator, minutes=minutes) and accelerator.is_main_process:
+        vae.save_pretrained(run / "vae")
+
+
 def _judge(recipe: Recipe, run: Path, accelerator: Accelerator, minutes: float) -> None:
     library = Library.load(run / "icons")
     tokenizer = clip.build_tokenizer(library)
@@ -131,4 +149,9 @@ def _share(batch: int, accelerator: Accelerator) -> int:
     return max(1, batch // accelerator.num_processes)
 
 
-STAGES: Final[dict[str, Any]] = {"autoencoder": _autoencoder, "generator": _generator, "judge": _judge}
+STAGES: Final[dict[str, Any]] = {
+    "autoencoder": _autoencoder,
+    "decoder": _decoder,
+    "generator": _generator,
+    "judge": _judge,
+}

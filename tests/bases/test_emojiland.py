@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -24,7 +25,7 @@ from mixofshow.bases.emojiland.sprites import recolour, sprite
 from mixofshow.bases.emojiland.vocabulary import CLASSES, CONCEPT_SETS, GENERATOR_SETS, ICONS_OF_SET
 from mixofshow.bases.emojiland.world import KNOWN_SCENES, places
 from mixofshow.bases.layers import cross_attentions
-from mixofshow.bases.loading import load_base
+from mixofshow.bases.loading import fingerprint, load_base
 from mixofshow.errors import BadInputError
 
 MEGABYTE = 10**6
@@ -126,6 +127,25 @@ def test_balancing_latents_changes_no_picture():
         latents = vae.encode(fresh).latent_dist.mode()
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(8), atol=1e-3, rtol=0)
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(8), atol=1e-3, rtol=0)
+
+
+def test_the_decoder_learns_alone_and_latents_stay_what_they_are():
+    torch.manual_seed(0)
+    vae = autoencoder.build().requires_grad_(False)
+    stage = autoencoder.decoder_stage(vae, ICONS, steps=1, batch=2, learning_rate=1e-3)
+    stage.model.requires_grad_(True)
+    first, again, other = (stage.loss(stage.model, seed) for seed in (0, 0, 1))
+    assert first == again != other
+    first.backward()
+    halves = {name: parameter.grad is not None for name, parameter in vae.named_parameters()}
+    assert {name.split(".")[0] for name, learns in halves.items() if learns} == {"decoder", "post_quant_conv"}
+    assert {name.split(".")[0] for name, learns in halves.items() if not learns} == {"encoder", "quant_conv"}
+
+
+def test_the_figures_that_are_told_are_of_the_weights_that_ship():
+    mark = fingerprint(load_base("emojiland"))
+    for page in ("README.md", "emojiland/README.md"):
+        assert mark in (Path(__file__).parents[2] / page).read_text()
 
 
 def _toy_stage(steps: int = 6) -> Stage:
