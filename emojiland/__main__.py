@@ -39,6 +39,7 @@ def pretrain(
     ] = None,
     minutes: Annotated[float, typer.Option(help="Save and stop after this long; go on later.")] = 1e9,
     autoencoder_steps: Annotated[int | None, typer.Option(help="Train the autoencoder for so many steps.")] = None,
+    decoder_steps: Annotated[int | None, typer.Option(help="The same for its decoder alone.")] = None,
     generator_steps: Annotated[int | None, typer.Option(help="The same for the generator.")] = None,
     judge_steps: Annotated[int | None, typer.Option(help="The same for the judge.")] = None,
     base: Annotated[str | None, typer.Option(help="Base whose weights the generator begins from.")] = None,
@@ -49,7 +50,12 @@ def pretrain(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     recipe = Recipe(base=base)
-    given = {"autoencoder": autoencoder_steps, "generator": generator_steps, "judge": judge_steps}
+    given = {
+        "autoencoder": autoencoder_steps,
+        "decoder": decoder_steps,
+        "generator": generator_steps,
+        "judge": judge_steps,
+    }
     for name, steps in given.items():
         if steps is not None:
             recipe = dataclasses.replace(recipe, **{f"{name}_steps": steps})  # type: ignore[arg-type]

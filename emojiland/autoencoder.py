@@ -162,7 +162,9 @@ def decoder_stage(vae: AutoencoderKL, library: Library, *, steps: int, batch: in
         off = DECODER_NOISE * torch.rand(batch, 1, 1, 1, generator=noise) * torch.randn(latents.shape, generator=noise)
         return _difference(model(latents + off.to(latents)), pictures)
 
-    return Stage("decoder", _Decoder(vae), loss, partial(_preview, vae, library), steps, learning_rate, schedule=down)
+    vae.requires_grad_(False)
+    model = _Decoder(vae).requires_grad_(True)
+    return Stage("decoder", model, loss, partial(_preview, vae, library), steps, learning_rate, schedule=down)
 
 
 def _difference(made: Tensor, pictures: Tensor) -> Tensor:

@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 -m emojiland pretrain …  two (on CPU, with OMP_NUM_THREADS=1)
 
 Interrupt it whenever you like; the same command goes on from the newest checkpoint in FOLDER. With `--base emojiland`
-and no checkpoint there, generator and decoder go on from the shipped weights; give them more steps with `--generator-steps`.
+and no checkpoint there, generator and decoder go on from the shipped weights; `--generator-steps` and
+`--decoder-steps` say for how long.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def _fresh_generator(run: Path, library: Library) -> Any:
 
 def _decoder(recipe: Recipe, run: Path, accelerator: Accelerator, minutes: float) -> None:
     known = load_base(recipe.base).vae if recipe.base else AutoencoderKL.from_pretrained(run / "vae")
-    vae, library = known.to(accelerator.device).requires_grad_(False), Library.load(run / "icons")
+    vae, library = known.to(accelerator.device), Library.load(run / "icons")
     stage = autoencoder.decoder_stage(
         vae,
         library,
@@ -122,7 +123,6 @@ def _decoder(recipe: Recipe, run: Path, accelerator: Accelerator, minutes: float
         batch=_share(recipe.decoder_batch, accelerator),
         learning_rate=recipe.decoder_rate,
     )
-    stage.model.requires_grad_(True)
     if train(stage, run, accelerator, minutes=minutes) and accelerator.is_main_process:
         vae.save_pretrained(run / "vae")
 

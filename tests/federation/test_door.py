@@ -22,7 +22,7 @@ from flwr.supercore.fab import Fab
 from flwr.supernode.start_client_internal import _verify_fab
 
 from mixofshow.errors import BadInputError
-from mixofshow.federation import bundle, door, watched
+from mixofshow.federation import bundle, center, door, watched
 from mixofshow.federation.bundle import built_app, signed_app
 from mixofshow.federation.door import FLEET, NODE_HEADER, open_door
 from mixofshow.federation.keys import admit, expel, make_node_key, make_tls, members
@@ -168,6 +168,22 @@ def test_flowers_programs_report_to_nobody_and_look_for_no_newer_version(tmp_pat
     run = [sys.executable, "-c", code]
     said = subprocess.run(run, env=environment(tmp_path), capture_output=True, text=True, check=True).stdout
     assert said == "0\n"
+
+
+def test_where_a_center_listens_is_told_once_its_door_is_open(tmp_path, monkeypatch):
+    told = tmp_path / center.STATE
+
+    @contextlib.contextmanager
+    def opened(*_):
+        assert not told.exists()
+        yield
+
+    for name, stand_in in (("store_app", lambda _: None), ("_wait_for", lambda *_: None), ("open_door", opened)):
+        monkeypatch.setattr(center, name, stand_in)
+    monkeypatch.setattr(center, "running", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(center, "always_running", lambda *_: contextlib.nullcontext(told.read_text()))
+    with center.running_center(tmp_path, "emojiland", hosts=[], host="127.0.0.1", port=1, device="cpu"):
+        assert center.state_of(tmp_path).base == "emojiland"
 
 
 def test_nothing_can_listen_where_something_does(tmp_path):

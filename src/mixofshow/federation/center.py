@@ -78,11 +78,13 @@ def running_center(folder: Path, base: str, *, hosts: list[str], host: str, port
         env = environment(folder, **{FOLDER_VARIABLE: str(folder.absolute())})
         with running(_superlink(folder, inner), env, folder / LOG) as process:
             _wait_for(folder, inner, process)
-            state = CenterState(base=base, device=device, inner=inner)
-            write_text(folder / STATE, state.model_dump_json() + "\n")
             apps = app_starter(inner, "--root-certificates", str(folder.absolute() / TLS / AUTHORITY))
-            with always_running(apps, env, folder / LOG), open_door(folder, host, port, inner):
-                yield process
+            with open_door(folder, host, port, inner):
+                # Not before: whoever finds this file may come at once, and apps read it.
+                state = CenterState(base=base, device=device, inner=inner)
+                write_text(folder / STATE, state.model_dump_json() + "\n")
+                with always_running(apps, env, folder / LOG):
+                    yield process
 
 
 def _superlink(folder: Path, inner: str) -> list[str]:

@@ -76,10 +76,12 @@ def attend(start: SuperNode, folder: Path, ask: Callable[[str], bool]) -> None:
     while True:
         with start() as process, (folder / LOG).open(errors="replace") as log:
             log.seek(0, os.SEEK_END)
-            while process.poll() is None and GAVE_UP not in log.read():
+            heard = ""
+            while process.poll() is None and GAVE_UP not in heard:
                 for content, question in open_questions(folder).items():
                     answer(folder, content, yes=ask(question))
                 time.sleep(LOOKS_EVERY)
+                heard = heard[-len(GAVE_UP) :] + log.read()  # a line may come in two parts
         said = last_lines(folder / LOG, 40)
         if NOT_LET_IN in said and not told:
             say(f"the center does not let this client in: its key is not admitted yet; asking every {AGAIN_AFTER:.0f} s")
