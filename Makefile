@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.mixofshow-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo studio browser test check docs dist clean help
+.PHONY: demo studio browser screenshots test check docs dist clean help
 
 demo: $(INSTALLED) ## tune three concepts, fuse them, draw them together; writes out/demo/report.html
 	$(BIN)/mixofshow demo --out out/demo
@@ -29,6 +29,10 @@ browser: ## install Debian's Chromium, where that may be, in which the tests ope
 	@command -v chromium || command -v chromium-browser \
 		|| { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } \
 		|| echo 'no Chromium, and none could be installed: the tests of the studio in a browser are skipped'
+
+screenshots: $(INSTALLED) ## pictures of the studio's tabs, into out/screenshots: light, dark, and on a phone; the documentation shows the light ones
+	MIXOFSHOW_SCREENSHOTS=out/screenshots $(BIN)/python -m pytest -n0 -q -s tests/studio/test_screenshots.py
+	cp out/screenshots/studio.png out/screenshots/studio-concepts.png out/screenshots/studio-tune.png out/screenshots/studio-measure.png docs/images/
 
 # A file stays in one process, so that what it makes once for its tests is made once; one thread for each, or they
 # and the commands that they start would be in each other's way.

@@ -5,7 +5,8 @@ Skipped where there is no Chromium: `make browser` installs Debian's where it ma
 
 from __future__ import annotations
 
-import os
+import contextlib
+import json
 import shutil
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from mixofshow.concepts.concept import load_concept
 from mixofshow.studio.workspace import Workspace
@@ -24,9 +26,11 @@ from mixofshow.studio.workspace import Workspace
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 EXAMPLES = Path(__file__).parents[2] / "examples" / "concepts"
 SECONDS = 120
-SCREENSHOTS = os.environ.get("MIXOFSHOW_SCREENSHOTS")
-"""A folder for a picture of each tab, where one is asked for."""
 EVIL = '<img src=x onerror="window.hurt=1">'
+STRANGE = f"{EVIL} \u202egnp.exe مرحبا 😀👩‍👩‍👧 {'long' * 40}"
+"""What strangers call things: HTML, turned around, from right to left, pictures, without an end."""
+INSIDE = {"Compose": "editor", "Concepts": "shelf li", "Tune": "tune", "Measure": "measure-start"}
+"""What each tab shows when it is there."""
 IN_A_BROWSER = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here"),
     pytest.mark.filterwarnings("default"),  # of the browser's driver
@@ -48,17 +52,23 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Work
     workspace.open()
     for name in ("clown", "steamtrain", "robot"):
         concept = load_concept(EXAMPLES / f"{name}.safetensors")
-        info = concept.info.model_copy(update={"author": EVIL, "license": EVIL})
+        info = concept.info.model_copy(update={"author": STRANGE, "license": EVIL})
         type(concept)(info, concept.embeddings, concept.deltas).save(workspace.concepts / f"{name}.safetensors")
-    port = free_port()
-    command = [sys.executable, "-m", "mixofshow", "studio", str(workspace.folder), "--port", str(port)]
+    with serving(workspace) as address:
+        yield address, workspace
+
+
+@contextlib.contextmanager
+def serving(workspace: Workspace, *options: str) -> Iterator[str]:
+    """Inside, a studio in a process of its own, at this address."""
+    command = [sys.executable, "-m", "mixofshow", "studio", str(workspace.folder), "--port", str(free_port()), *options]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert child.stdout
     line = child.stdout.readline()
     assert line.startswith("http://127.0.0.1"), line
-    yield line.split()[0], workspace
+    yield line.split()[0]
     child.terminate()
-    child.communicate(timeout=60)
+    child.communicate(timeout=90)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +99,7 @@ def open_page(browser: Any, served: tuple[str, Workspace]) -> Iterator[Callable[
     yield opened
     for page in pages:
         page.close()
-    assert [url for url in asked if not url.startswith((served[0], "data:", "blob:"))] == []
+    assert [url for url in asked if not url.startswith((served[0], "data:", "blob:", "about:"))] == []
     assert failed == []
 
 
@@ -107,9 +117,9 @@ def canvas(workspace: Workspace) -> dict[str, Any]:
     return yaml.safe_load(workspace.canvas.read_text("utf-8")) if workspace.canvas.exists() else {}
 
 
-def until(holds: Callable[[], Any]) -> Any:
+def until(holds: Callable[[], Any], seconds: float = SECONDS) -> Any:
     """What it says once it says something."""
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + seconds
     while not (found := holds()) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert found
@@ -132,12 +142,31 @@ def drag(page: Any, start: tuple[float, float], end: tuple[float, float], editor
     page.mouse.up()
 
 
+def turn_to(page: Any, tab: str) -> None:
+    """Open one of the tabs; what a narrow window has no room for is in a menu."""
+    found = page.get_by_role("tab", name=tab)
+    if not found.count():
+        page.locator(".overflow-menu > button").click()
+        found = page.locator(".overflow-dropdown button", has_text=tab)
+    found.first.click()
+
+
 def fill(page: Any, place: str, value: str) -> None:
     """Type into the field there, whichever kind Gradio makes of it."""
     page.locator(place).locator("input, textarea").first.fill(value)
 
 
-def shot(page: Any, name: str) -> None:
-    """Keep a picture of the page, where that is asked for."""
-    if SCREENSHOTS:
-        page.screenshot(path=f"{SCREENSHOTS}/{name}.png")
+def suite_in(workspace: Workspace, hostile: str = "") -> None:
+    """What measuring leaves in the workspace, of two methods with two pictures each."""
+    folder = workspace.folder / "measured" / "results"
+    (folder / "clown").mkdir(parents=True)
+    Image.new("RGB", (16, 16), "blue").save(folder / "clown" / "0.png")
+    methods = {}
+    for method, colour in (("gradient", "green"), ("average", "red")):
+        names = [f"{method}-{number}.png" for number in range(2)]
+        for name in names:
+            Image.new("RGB", (16, 16), colour).save(folder / name)
+        row = {"clown": [{"prompt": f"a cook{hostile}", "pictures": names}]}
+        methods[method] = {"single": row, "fused": row}
+    (folder / "pictures.json").write_text(json.dumps({"references": {"clown": "clown"}, "methods": methods}))
+    (folder / "results.json").write_text("{}")

@@ -14,7 +14,19 @@ from PIL import Image
 from mixofshow.sampling.pictures import read_picture
 from mixofshow.sampling.replay import composition_of
 from mixofshow.studio.workspace import Workspace
-from tests.studio.conftest import EVIL, IN_A_BROWSER, SCREENSHOTS, canvas, drag, empty, fill, regions, shot, until
+from tests.studio.conftest import (
+    EVIL,
+    IN_A_BROWSER,
+    STRANGE,
+    canvas,
+    drag,
+    empty,
+    fill,
+    regions,
+    suite_in,
+    turn_to,
+    until,
+)
 
 pytestmark = IN_A_BROWSER
 
@@ -72,12 +84,14 @@ def picture_after(workspace: Workspace, before: int) -> Path:
     return until(lambda: len(found := workspace.picture_files()) > before and found[0])
 
 
-def test_a_picture_is_composed_drawn_and_brought_back(open_page: Any, served: tuple[str, Workspace], tmp_path: Path) -> None:
+def test_a_picture_is_composed_drawn_and_brought_back(
+    open_page: Any, served: tuple[str, Workspace], tmp_path: Path
+) -> None:
     workspace = served[1]
     page = open_page()
     empty(page, workspace)
     page.click("#more button")
-    fill(page, "#more .field-steps", "25" if SCREENSHOTS else "4")
+    fill(page, "#more .field-steps", "4")
     for name, value in (("#width", "128"), ("#height", "64"), ("#seed", "3")):
         fill(page, name, value)
     page.press("#seed input", "Tab")
@@ -99,7 +113,6 @@ def test_a_picture_is_composed_drawn_and_brought_back(open_page: Any, served: tu
     subprocess.run(again, check=True, cwd=workspace.folder)
     assert (tmp_path / "again.png").read_bytes() == picture.read_bytes()
     page.wait_for_selector("#editor .canvas img:not([hidden])")
-    shot(page, "studio")
     page.locator("#editor .regions [data-act=delete]").first.click()
     regions(workspace, 1)
     page.locator("#strip button.thumbnail-item, #strip .thumbnail-lg, #strip .grid-container button").first.click()
@@ -151,6 +164,8 @@ def test_what_is_drawn_can_be_cancelled_and_the_page_closed(open_page: Any, serv
     until(lambda: (canvas(workspace).get("num"), canvas(workspace).get("steps")) == (40, 50))
     page.click("#draw")
     until(lambda: "of 2000" in page.inner_text("#draw-status"))
+    page.click("#draw")
+    until(lambda: "of 2000" in (said := page.inner_text("#draw-status")) and "1 more of them waits" in said)
     page.close()
     page = open_page()
     until(lambda: "of 2000" in page.inner_text("#draw-status"))
@@ -160,11 +175,94 @@ def test_what_is_drawn_can_be_cancelled_and_the_page_closed(open_page: Any, serv
 
 
 def test_strangers_names_are_text(open_page: Any) -> None:
-    page = open_page(color_scheme="dark")
+    page = open_page(390, 844, color_scheme="dark")
     assert EVIL[:20] in page.locator("#editor .cards button").first.get_attribute("title")
     page.click("#editor .cards button >> nth=0")
-    page.fill("#editor .regions textarea >> nth=-1", EVIL)
+    page.fill("#editor .regions textarea >> nth=-1", STRANGE)
     until(lambda: EVIL[:20] in page.inner_text("#editor"))
-    page.wait_for_timeout(1500)
+    for tab in ("Compose", "Concepts"):
+        turn_to(page, tab)
+        page.wait_for_timeout(1000)
+        assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+    until(lambda: EVIL in page.inner_text("#shelf"))
+    assert "\u202e" not in page.inner_text("#shelf")
+    assert page.locator("#editor .regions img, #shelf p img").count() == 0
+    turn_to(page, "Tune")
+    fill(page, "#tune-name", "strange")
+    file = {"name": f"{STRANGE[:80]}.png", "mimeType": "image/png", "buffer": b"<script>window.hurt=1</script>"}
+    page.set_input_files("#tune-files input[type=file]", [file])
+    until(lambda: page.locator("#tune-said .line").count())
+    assert page.locator("#tune-said img, #tune-said script").count() == 0
     assert page.evaluate("window.hurt") is None
-    assert page.locator("#editor .regions img").count() == 0
+
+
+def test_boxes_are_drawn_arranged_and_put_in_order_without_a_mouse(
+    open_page: Any, served: tuple[str, Workspace]
+) -> None:
+    page, workspace = open_page(), served[1]
+    empty(page, workspace)
+    fill(page, "#width", "64")
+    fill(page, "#height", "64")
+    page.press("#height input", "Tab")
+    until(lambda: canvas(workspace).get("height") == 64)
+    page.focus("#editor [data-tool=box]")
+    page.keyboard.press("Enter")
+    assert regions(workspace, 1)[0]["box"] == [0.0125, 0.0938, 0.4875, 0.9688]
+    page.fill("#editor [data-ratios]", "1:2:1")
+    page.press("#editor [data-do=columns]", "Enter")
+    arranged = regions(workspace, 3)
+    assert [(one["box"][0], one["box"][2]) for one in arranged] == [
+        (0.0125, 0.2375),
+        (0.2625, 0.7375),
+        (0.7625, 0.9875),
+    ]
+    page.focus("#editor .region >> nth=0")
+    page.keyboard.press("]")
+    until(lambda: regions(workspace, 3) == [arranged[1], arranged[0], arranged[2]])
+    page.keyboard.press("Control+z")
+    until(lambda: regions(workspace, 3) == arranged)
+    page.keyboard.press("Control+Shift+z")
+    until(lambda: regions(workspace, 3)[0] == arranged[1])
+    page.fill("#editor [data-ratios]", "1:x")
+    page.press("#editor [data-do=columns]", "Enter")
+    assert "such as 1:2:1" in page.inner_text("#editor .hint")
+
+
+def test_what_is_wrong_is_said_beside_what_caused_it(open_page: Any, served: tuple[str, Workspace]) -> None:
+    page = open_page()
+    empty(page, served[1])
+    page.fill("#width input", "-3")
+    until(lambda: "width" in page.inner_text("#settings-said"))
+    page.fill("#width input", "64")
+    until(lambda: not page.locator("#settings-said .line").count())
+    page.click("#editor .cards button >> nth=0")
+    page.click("#editor .regions summary")
+    page.fill("#editor .regions [data-key=weight]", "-1")
+    until(lambda: "weight" in page.inner_text("#compose-said"))
+    page.fill("#editor .regions [data-key=weight]", "1")
+    until(lambda: not page.locator("#compose-said .line").count())
+
+
+def test_a_study_is_made_answered_and_counted(open_page: Any, served: tuple[str, Workspace]) -> None:
+    page, workspace = open_page(), served[1]
+    suite_in(workspace)
+    turn_to(page, "Measure")
+    page.click("#asking button")
+    fill(page, "#study-count", "2")
+    page.click("#study-make")
+    until(lambda: "2 pairs" in page.inner_text("#study-said"))
+    words = shlex.split(page.input_value("#study-command textarea"))
+    study = workspace.folder / "measured" / "study.html"
+    made = study.read_bytes()
+    study.unlink()
+    subprocess.run([sys.executable, "-m", *words], check=True, cwd=workspace.folder)
+    assert study.read_bytes() == made
+    page.click("#study-answer")
+    inside = page.frame_locator("#measure-page iframe")
+    for _ in range(4):
+        inside.locator("#left").click()
+    answers = inside.locator("#answers").input_value().encode()
+    page.set_input_files(
+        "#answers input[type=file]", [{"name": "a.json", "mimeType": "application/json", "buffer": answers}]
+    )
+    until(lambda: page.get_by_text("50.0%").count())

@@ -36,7 +36,9 @@ def open_studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         # So that the workspace is in no folder for temporary files, of which all would be served.
         elsewhere = {**os.environ, "TMPDIR": str(tmp_path_factory.mktemp("tmp"))}
         command = [sys.executable, "-m", "mixofshow", "studio", str(folder), "--concept", str(CLOWN)]
-        child = subprocess.Popen([*command, "--port", str(port), *options], stdout=subprocess.PIPE, text=True, env=elsewhere)
+        child = subprocess.Popen(
+            [*command, "--port", str(port), *options], stdout=subprocess.PIPE, text=True, env=elsewhere
+        )
         running.append(child)
         assert child.stdout
         line = child.stdout.readline()

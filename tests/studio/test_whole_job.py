@@ -9,23 +9,12 @@ import pytest
 
 from mixofshow.bases.emojiland.concepts import write_concept
 from mixofshow.studio.workspace import Workspace
-from tests.studio.conftest import IN_A_BROWSER, canvas, empty, fill, regions, shot, until
+from tests.studio.conftest import IN_A_BROWSER, INSIDE, canvas, empty, fill, regions, turn_to, until
 
 pytestmark = IN_A_BROWSER
-INSIDE = {"Compose": "editor", "Concepts": "shelf li", "Tune": "tune", "Measure": "measure-start"}
-"""What each tab shows when it is there."""
 SERIOUS = ("serious", "critical")
-NOT_OURS = [[".empty"], ["[aria-label='Static column']"]]
-"""Parts of Gradio's that have a label and no role."""
-
-
-def turn_to(page: Any, tab: str) -> None:
-    """Open one of the tabs; what a narrow window has no room for is in a menu."""
-    found = page.get_by_role("tab", name=tab)
-    if not found.count():
-        page.locator(".overflow-menu > button").click()
-        found = page.locator(".overflow-dropdown button", has_text=tab)
-    found.first.click()
+NOT_OURS = [[".empty"]]
+"""A part of Gradio's that has a label and no role."""
 
 
 def tuned(page: Any, **settings: str) -> None:
@@ -52,6 +41,14 @@ def test_a_concept_is_tuned_from_dropped_pictures_stopped_resumed_fused_and_draw
     until(lambda: page.locator("#tune-said .line").count() == 20)
     assert all("broken-" in line and "\n" not in line for line in page.locator("#tune-said .line").all_inner_texts())
     until(lambda: page.locator("#tune-pictures img").count() == 2)
+    until(lambda: "nothing to say" in page.inner_text("#check-said"))
+    page.fill("#tune-pictures textarea >> nth=1", "a <foxy> in the forest")
+    caption = workspace.tuning / "foxy" / "pictures" / "001.txt"
+    until(lambda: caption.is_file() and caption.read_text() == "a <foxy> in the forest\n")
+    page.click("#tune-pictures [data-act=paint] >> nth=0")
+    until(lambda: "000.png" in page.inner_text("#mask-said"))
+    page.click("#save-mask")
+    until(lambda: "nothing is painted yet" in page.inner_text("#mask-said"))
     page.click("#tune-settings button")
     tuned(page, steps="4", batch_size="1", preview_every="0")
     concept = workspace.concepts / "foxy.safetensors"
@@ -67,19 +64,21 @@ def test_a_concept_is_tuned_from_dropped_pictures_stopped_resumed_fused_and_draw
     until(lambda: "done" in page.inner_text("#tune-status") and concept.read_bytes() != short)
     assert page.locator("#curve svg").count() == 1
     page.click("#tune-settings button")
-    shot(page, "studio-tune")
     turn_to(page, "Concepts")
     page.check("#shelf input[type=checkbox][data-word='<foxy>']")
     page.check("#shelf input[type=checkbox][data-word='<clown>']")
     page.fill("#shelf input[type=range][data-word='<clown>']", "0.8")
+    assert page.input_value("#shelf input[type=number][data-word='<clown>']") == "0.8"
+    page.fill("#shelf input[type=number][data-word='<clown>']", "0.05")
     page.click("#fuse-settings button")
     fill(page, "#fuse-settings .field-method", "average")
-    until(lambda: "--method average" in page.input_value("#fuse-command textarea"))
+    assert page.input_value("#fuse-command textarea") == ""  # no list of strengths is written yet that it could name
     page.click("#fuse")
+    command = until(lambda: page.input_value("#fuse-command textarea")).split()
+    assert '"unet_alpha": 0.05' in (workspace.folder / command[2]).read_text() and "average" in command
     until(lambda: "done" in page.inner_text("#fuse-status"))
     assert workspace.model_names() == ["fused"]
     page.click("#fuse-settings button")
-    shot(page, "studio-concepts")
     turn_to(page, "Compose")
     empty(page, workspace)
     fill(page, "#width", "64")
@@ -102,7 +101,9 @@ def test_a_concept_is_tuned_from_dropped_pictures_stopped_resumed_fused_and_draw
 
 
 @pytest.mark.parametrize(("width", "height", "scheme"), [(1280, 800, "light"), (390, 844, "dark")])
-def test_everybody_can_use_the_page(open_page: Any, served: tuple[str, Workspace], width: int, height: int, scheme: str) -> None:
+def test_everybody_can_use_the_page(
+    open_page: Any, served: tuple[str, Workspace], width: int, height: int, scheme: str
+) -> None:
     """By axe-core: names for controls, roles, contrast, on every tab."""
     axe = Path(pytest.importorskip("axe_playwright_python").__file__).with_name("axe.min.js")
     page = open_page(width, height, color_scheme=scheme)
@@ -111,10 +112,11 @@ def test_everybody_can_use_the_page(open_page: Any, served: tuple[str, Workspace
     for tab, inside in INSIDE.items():
         turn_to(page, tab)
         page.wait_for_selector(f"#{inside}")
-        shot(page, f"studio-{tab.lower()}-{scheme}")
         found = page.evaluate("exclude => axe.run({exclude}, {resultTypes: ['violations']})", NOT_OURS)
         for one in found["violations"]:
             if one["impact"] in SERIOUS:
-                faults += [f"{tab}: {one['id']}: {node['html'][:160]} {node['failureSummary']}" for node in one["nodes"]]
+                faults += [
+                    f"{tab}: {one['id']}: {node['html'][:160]} {node['failureSummary']}" for node in one["nodes"]
+                ]
         assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
     assert faults == []

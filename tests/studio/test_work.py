@@ -28,6 +28,7 @@ from mixofshow.studio.commands import line, options
 from mixofshow.studio.compose import Studio
 from mixofshow.studio.drawing import OWN
 from mixofshow.studio.forms import table_of, values_of
+from mixofshow.studio.jobs import Job
 from mixofshow.studio.workspace import Workspace
 from mixofshow.tuning.settings import make_settings, with_presets
 
@@ -81,9 +82,11 @@ def test_a_command_says_how_the_base_is_loaded_where_that_is_not_as_usual(tmp_pa
 def test_a_model_is_fused_as_its_command_does_it_and_says_what_is_kept(
     studio: Studio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workspace = studio.workspace
+    workspace, progress, said = studio.workspace, Job.progress, set[str]()
+    monkeypatch.setattr(Job, "progress", lambda job, *how: said.add(job.line) or progress(job, *how))
     job = studio.jobs.wait(fusing.start_fusing(studio, {"<clown>": 1, "<robot>": 0.8}, "two", QUICK))
     assert job.line == "fusing 2 concepts into 'two': done"
+    assert all(any(f"looking at {word}" in line for line in said) for word in ("<clown>", "<robot>"))
     assert workspace.model_names() == ["two"]
     name, kept = job.facts
     assert name == "two" and set(kept) == {"clown", "robot"} and all(0 < share < 1 for share in kept.values())
@@ -91,7 +94,9 @@ def test_a_model_is_fused_as_its_command_does_it_and_says_what_is_kept(
     assert (workspace.models / "two.html").read_bytes().startswith(b"<!doctype html>")
     files, listed = fusing.sources(workspace, {"<clown>": 1, "<robot>": 0.8})
     assert files[0].read_text() == listed and '"unet_alpha": 0.8' in listed
-    typed(fusing.command(workspace, files, "two", QUICK), monkeypatch, workspace.folder, **{"models/two": "models/same"})
+    typed(
+        fusing.command(workspace, files, "two", QUICK), monkeypatch, workspace.folder, **{"models/two": "models/same"}
+    )
     parts = ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "concepts.safetensors"]
     for part in parts:
         assert (workspace.models / "two" / part).read_bytes() == (workspace.models / "same" / part).read_bytes()
@@ -130,7 +135,9 @@ def test_the_price_of_fusing_is_said() -> None:
 def test_another_tools_lora_becomes_a_concept_with_its_notices(studio: Studio, tmp_path: Path) -> None:
     base = load_base("emojiland")
     done = export_concept(load_concept(EXAMPLES / "steamtrain.safetensors"), base, tmp_path / "kohya", "kohya", None)
-    said = shelf.taken_in(studio.workspace, tmp_path / "kohya" / done.lora, "My Train!.safetensors", {"class_word": "car"})
+    said = shelf.taken_in(
+        studio.workspace, tmp_path / "kohya" / done.lora, "My Train!.safetensors", {"class_word": "car"}
+    )
     assert [card.name for card in shelf.cards(studio.workspace)] == ["clown", "my-train", "robot"]
     assert "<my-train>" in said[0]
     with pytest.raises(BadInputError):
@@ -195,7 +202,12 @@ def test_the_form_shows_what_this_base_needs() -> None:
     fields = tuning.tuning_fields("emojiland")
     usual = {one.key: one.default for one in fields}
     assert (usual["steps"], usual["unet.targets"]) == (250, "convolutions")
-    given = {"name": "x", "class_word": "x", "data": "x", **table_of(fields, values_of(fields, {"unet.targets": "attention"}))}
+    given = {
+        "name": "x",
+        "class_word": "x",
+        "data": "x",
+        **table_of(fields, values_of(fields, {"unet.targets": "attention"})),
+    }
     assert with_presets(make_settings(given), "emojiland").unet.targets == "attention"
 
 
@@ -225,7 +237,10 @@ def test_a_concept_is_tuned_stopped_and_resumed_as_the_command_does_it(
     made = (workspace.concepts / "foxy.safetensors").read_bytes()
     other = {"concepts/foxy.safetensors": "concepts/same.safetensors"}
     typed(tuning.command(workspace, "foxy"), monkeypatch, workspace.folder, **other)
-    assert load_concept(workspace.concepts / "same.safetensors").hash == load_concept(workspace.concepts / "foxy.safetensors").hash
+    assert (
+        load_concept(workspace.concepts / "same.safetensors").hash
+        == load_concept(workspace.concepts / "foxy.safetensors").hash
+    )
     anew = studio.jobs.wait(tuning.start_tuning(studio, "foxy", "dog", {**given, "steps": 2}, resume=False))
     assert anew.state == "done" and (workspace.concepts / "foxy.safetensors").read_bytes() != made
     assert (workspace.folder / "removed" / "foxy").is_dir()
@@ -293,7 +308,9 @@ def test_malformed_uploads_are_refused_in_one_line(studio: Studio, tmp_path: Pat
 
 
 def test_a_comparison_draws_every_way_that_can_on_one_seed(studio: Studio) -> None:
-    two = [{"prompt": f"a <{name}>", "box": box} for name, box in (("clown", [0, 0, 0.5, 1]), ("robot", [0.5, 0, 1, 1]))]
+    two = [
+        {"prompt": f"a <{name}>", "box": box} for name, box in (("clown", [0, 0, 0.5, 1]), ("robot", [0.5, 0, 1, 1]))
+    ]
     composition = make_composition({"prompt": "", "regions": two, "steps": 1, "width": 32, "height": 32, "num": 3})
     job = studio.jobs.wait(comparing.start_comparing(studio, composition, OWN))
     assert job.state == "done", job.line

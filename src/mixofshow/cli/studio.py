@@ -45,6 +45,9 @@ def studio(
         base = str(Path(base).absolute())  # for the studio works in its own folder
     place = Workspace(workspace.resolve(), base, {"device": device, **loading})
     put_on(place, concept or [])
-    page, address = serve(place, host=host, port=port, token=token)
+    page, behind, address = serve(place, host=host, port=port, token=token)
     say(f"{address} (workspace {workspace}); Ctrl-C ends it")
-    page.block_thread()
+    try:
+        page.block_thread()
+    finally:
+        behind.jobs.close()  # what is being tuned keeps what it has learned

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Final
 
-from mixofshow.errors import SettingsError, shown
+from mixofshow.errors import MixOfShowError, SettingsError, shown
 from mixofshow.replaceable import COMPOSITION
 from mixofshow.sampling.composition import make_composition
 from mixofshow.sampling.pictures import read_picture
@@ -23,7 +23,7 @@ from mixofshow.studio.editor import regions_of, shrunk, thumbnail, value_of
 from mixofshow.studio.forms import Field, fields_of, table_of, values_of
 from mixofshow.studio.jobs import Job, Jobs
 from mixofshow.studio.sketching import is_here
-from mixofshow.studio.workspace import Workspace
+from mixofshow.studio.workspace import Workspace, changed_at
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,14 @@ MOST_AT_ONCE: Final = 64
 """Pictures that one click draws, at most."""
 
 
+@dataclass
+class LastChange:
+    """How often what is on the canvas was changed, and which page did so last: the others are to show it too."""
+
+    count: int = 0
+    by: str = ""
+
+
 @dataclass(frozen=True)
 class Studio:
     """All that the tabs share: the workspace, what is at work, the model that drew last, and the base's usual size."""
@@ -44,6 +52,7 @@ class Studio:
     workspace: Workspace
     size: tuple[int, int] = (64, 64)
     jobs: Jobs = field(default_factory=Jobs)
+    changed: LastChange = field(default_factory=LastChange)
     engine: Engine = field(init=False)
 
     def __post_init__(self) -> None:
@@ -106,9 +115,10 @@ def lacking(studio: Studio, composition: Composition, drawn_by: str) -> list[str
     return advice(composition, shelf_of(studio.workspace, drawn_by), studio.workspace.base)
 
 
-def keep(studio: Studio, composition: Composition, drawn_by: str) -> list[str]:
-    """Write down what is on the canvas, and say what its regions lack."""
+def keep(studio: Studio, composition: Composition, drawn_by: str, by: str = "") -> list[str]:
+    """Write down what is on the canvas (by which page), and say what its regions lack."""
     studio.workspace.keep(composition)
+    studio.changed.count, studio.changed.by = studio.changed.count + 1, by
     return lacking(studio, composition, drawn_by)
 
 
@@ -178,6 +188,14 @@ def picture_named(studio: Studio, name: str) -> Path:
     return found[name]
 
 
+def picture_captioned(studio: Studio, text: str) -> Path:
+    """The workspace's picture with this caption. Raises SettingsError."""
+    found = {caption(path): path for path in studio.workspace.picture_files()}
+    if text not in found:
+        raise SettingsError(f"the picture '{shown(text)}' is not there any more")
+    return found[text]
+
+
 def recalled(workspace: Workspace, path: Path) -> Composition:
     """The composition that a picture carries, from wherever it came; sketches that are not in this workspace are left out.
 
@@ -191,13 +209,16 @@ def recalled(workspace: Workspace, path: Path) -> Composition:
 
 
 def caption(path: Path) -> str:
-    """What stands under a picture: its number and seed."""
-    return f"{path.stem} · seed {_seed(path, path.stat().st_mtime_ns)}"
+    """What stands under a picture: its number and seed; of one that is not ours, its name."""
+    return f"{shown(path.stem)}{_seed(path, changed_at(path))}"
 
 
-@cache
-def _seed(path: Path, changed: int) -> int:
-    return read_note(path)[0].seed
+@lru_cache(maxsize=1000)
+def _seed(path: Path, changed: int) -> str:
+    try:
+        return f" · seed {read_note(path)[0].seed}"
+    except MixOfShowError:
+        return ""  # people put their own pictures there, too
 
 
 def underlay(path: Path | None, composition: Composition | None = None) -> str:

@@ -61,6 +61,17 @@ def concept_shelf(**props: Any) -> Any:
     )
 
 
+def picture_grid(**props: Any) -> Any:
+    """Pictures with captions to edit. Its value is what `tuning.grid` says; its events `caption`, `paint`, `away` name one."""
+    return gr.HTML(
+        html_template=source("pictures.html"),
+        css_template=source("pictures.css"),
+        js_on_load=source("make.js", "pictures.js"),
+        apply_default_css=False,
+        **{"elem_id": "tune-pictures", "value": [], **props},
+    )
+
+
 def region_fields() -> list[dict[str, Any]]:
     """The settings of a region that the list asks, from its schema."""
     schema = TypeAdapter(Region).json_schema()
@@ -70,16 +81,20 @@ def region_fields() -> list[dict[str, Any]]:
 def _asked(field: Field) -> dict[str, Any]:
     fallback = "" if field.default is None else str(field.default)
     bounds = {"min": field.minimum, "max": field.maximum}
-    return {"key": field.key, "label": field.label, "fallback": fallback, **bounds, **TYPES.get(field.kind, TYPES["text"])}
+    return {
+        "key": field.key,
+        "label": field.label,
+        "fallback": fallback,
+        **bounds,
+        **TYPES.get(field.kind, TYPES["text"]),
+    }
 
 
 def value_of(composition: Composition, size: tuple[int, int]) -> dict[str, Any]:
     """What the editor shows of a composition on a picture of (width, height): boxes and polygons in shares of it."""
     width, height = size
     dumped = composition.model_dump(mode="json", include={"regions"}, exclude_defaults=True).get("regions", [])
-    regions = [
-        _in_shares(one, table, width, height) for one, table in zip(composition.regions, dumped, strict=True)
-    ]
+    regions = [_in_shares(one, table, width, height) for one, table in zip(composition.regions, dumped, strict=True)]
     return {"width": width, "height": height, "regions": regions}
 
 

@@ -11,7 +11,13 @@ from mixofshow.reading import parse_value
 from mixofshow.studio import web as gr
 
 Kind = Literal["whole", "number", "switch", "choice", "text", "list", "value"]
-KINDS: Final[Mapping[str, Kind]] = {"integer": "whole", "number": "number", "boolean": "switch", "array": "list", "string": "text"}
+KINDS: Final[Mapping[str, Kind]] = {
+    "integer": "whole",
+    "number": "number",
+    "boolean": "switch",
+    "array": "list",
+    "string": "text",
+}
 READ: Final = ("whole", "number", "value")
 """Kinds that are typed as text and read as YAML."""
 UNION: Final = ("anyOf", "oneOf")
@@ -85,8 +91,17 @@ def component(field: Field, **more: Any) -> Any:
         return gr.Checkbox(value=bool(field.default), **common)
     if field.kind == "choice":
         return gr.Dropdown(choices=list(field.choices), value=field.default, **common)
-    usual = "" if field.default in (None, "", [], ()) else f"default: {shown(field.default)}"
-    return gr.Textbox(value="", placeholder=usual, lines=2 if field.kind == "list" else 1, **common)
+    return gr.Textbox(value="", placeholder=_usual(field.default), lines=2 if field.kind == "list" else 1, **common)
+
+
+def _usual(default: Any) -> str:
+    """What holds where nothing is typed, as one would type it."""
+    if default in (None, "", [], ()) and default is not False:
+        return ""
+    if isinstance(default, bool):
+        return f"default: {str(default).lower()}"
+    lines = map(str, default) if isinstance(default, list | tuple) else [str(default)]
+    return f"default: {shown(' | '.join(lines))}"
 
 
 def table_of(fields: Sequence[Field], values: Sequence[Any]) -> dict[str, Any]:

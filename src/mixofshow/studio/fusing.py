@@ -24,11 +24,14 @@ from mixofshow.studio.compose import Studio
 from mixofshow.studio.forms import Field, fields_of
 from mixofshow.studio.jobs import Job
 from mixofshow.studio.shelf import Card, cards
+from mixofshow.studio.web import many
 from mixofshow.studio.workspace import Workspace
 
 KIND: Final = "fuse"
 LONGEST_NAME: Final = 40
 NAME: Final = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_-]{{0,{LONGEST_NAME - 1}}}")
+STRONGEST: Final = 100
+"""As strong as a list of concepts may ask for."""
 Chosen = Mapping[str, float]
 """How strong each ticked concept is to be, by what prompts call it; 1 is as tuned."""
 WORDS: Final = ((0.75, "most"), (0.4, "about half"), (0.0, "little"))
@@ -43,9 +46,13 @@ def fusion_fields() -> list[Field]:
 
 def strengths_of(value: Any) -> dict[str, float]:
     """The shelf's value, which may be anybody's. Raises SettingsError."""
-    known = isinstance(value, Mapping) and all(isinstance(one, int | float) for one in value.values())
-    if not known:
+    if not isinstance(value, Mapping):
         raise SettingsError(f"concepts: expected how strong each ticked one is, found {shown(value)}")
+    for word, strength in value.items():
+        if not isinstance(strength, int | float) or not 0 <= strength <= STRONGEST:
+            raise SettingsError(
+                f"{shown(word)}: expected how strong it is, from 0 to {STRONGEST}, found {shown(strength)}"
+            )
     return {str(word): float(strength) for word, strength in value.items()}
 
 
@@ -76,11 +83,12 @@ def sources(workspace: Workspace, strengths: Chosen) -> tuple[list[Path], str]:
 
 def cost(settings: FusionSettings, count: int) -> str:
     """What fusing will cost, in words."""
+    concepts = many(count, "concept")
     if not looks_at_inputs(settings):
-        return f"{count} concepts by {settings.method}: nothing is drawn or recorded; it takes little longer than reading them."
+        return f"{concepts} by {settings.method}: nothing is drawn or recorded; it takes little longer than reading the files."
     pictures = len(settings.picture_prompts) * count
-    drawn = f"draws {pictures} pictures of {settings.steps} steps to see what their layers do"
-    return f"{count} concepts: {drawn}, then solves each layer once."
+    drawn = f"draws {pictures} pictures of {settings.steps} steps to see what the layers do"
+    return f"{concepts}: {drawn}, then solves each layer once."
 
 
 def command(workspace: Workspace, files: Sequence[Path], name: str, given: Mapping[str, Any]) -> str:
@@ -115,15 +123,22 @@ def start_fusing(studio: Studio, strengths: Chosen, name: str, given: Mapping[st
         job.said += [f"<{one}> {verdict.why}" for one, verdict in fused.verdicts.items()]
         return [model, report_of(model)]
 
-    return studio.jobs.submit(KIND, f"fusing {len(strengths)} concepts into '{name}'", work)
+    return studio.jobs.submit(KIND, f"fusing {many(len(strengths), 'concept')} into '{name}'", work)
 
 
-def fused_into(
-    workspace: Workspace, model: Path, files: Sequence[Path], given: Mapping[str, Any], job: Job
-) -> Fused:
+def fused_into(workspace: Workspace, model: Path, files: Sequence[Path], given: Mapping[str, Any], job: Job) -> Fused:
     """Fuse concept files, or a list of them, into a folder."""
     task = make_job(files, given, base=workspace.base, **workspace.loading)
-    fused = fuse(task.concepts, task.pipeline, task.settings, progress=job.progress)
+    looked_at = [f"<{one.info.name}>" for one in sorted(task.concepts, key=lambda one: one.hash)]  # as `fuse` has them
+    looked_at += ["the base"] if task.settings.prior else []
+
+    def progress(step: int, total: int, info: Mapping[str, float]) -> None:
+        whose = looked_at[step % len(looked_at)]
+        job.now = "learning what was lost" if info else f"looking at {whose}" if step < total else "solving"
+        job.progress(step, total, info)
+
+    job.now = f"looking at {looked_at[0]}" if looks_at_inputs(task.settings) else ""
+    fused = fuse(task.concepts, task.pipeline, task.settings, progress=progress)
     job.go_on()
     fused.model.save(model)
     return fused

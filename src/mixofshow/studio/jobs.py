@@ -32,6 +32,7 @@ class Job:
     kind: str
     title: str
     state: State = "waiting"
+    now: str = ""
     done: int = 0
     total: int = 0
     figures: Mapping[str, float] = field(default_factory=dict)
@@ -70,15 +71,26 @@ class Job:
         if self.state == "waiting":
             return f"{self.title}: waits for what is at work"
         if self.state == "running":
-            figures = "".join(f", {name} {value:.3g}" for name, value in self.figures.items())
-            return f"{self.title}: {self.done} of {self.total}{figures}{self._left()}" if self.total else f"{self.title} …"
+            now = f", {self.now}" if self.now else ""
+            figures = "".join(
+                f", {name} {value:.3g}" for name, value in self.figures.items() if not name.endswith("/s")
+            )
+            far = f": {self.done} of {self.total}{figures}" if self.total else ""
+            return f"{self.title}{far}{now}{self._left()}" if far else f"{self.title}{now} …"
         return {"done": f"{self.title}: done", "stopped": f"{self.title}: stopped", "failed": self.error}[self.state]
 
     def _left(self) -> str:
         if not self.before < self.done < self.total or self.stopping:
             return ""
         seconds = (time.monotonic() - self.started) / (self.done - self.before) * (self.total - self.done)
-        return f", about {seconds:.0f} s left"
+        return f", about {in_time(seconds)} left"
+
+
+def in_time(seconds: float) -> str:
+    """A length of time as people say it."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
 Work = Callable[[Job], Sequence[Path]]
@@ -94,9 +106,9 @@ class Jobs:
         self._news = threading.Condition()
         self._worker: threading.Thread | None = None
 
-    def submit(self, kind: str, title: str, work: Work) -> Job:
-        """A new job at the end of the queue."""
-        job = Job(kind, title)
+    def submit(self, kind: str, title: str, work: Work, *, facts: Any = None) -> Job:
+        """A new job at the end of the queue; `facts` are what the page must know of it."""
+        job = Job(kind, title, facts=facts)
         with self._news:
             self.all.append(job)
             self._waiting.append((job, work))
@@ -111,14 +123,24 @@ class Jobs:
         of_kind = [job for job in self.all if job.kind == kind]
         return next((job for job in of_kind if not job.over), of_kind[-1] if of_kind else None)
 
-    def stop(self, kind: str) -> None:
-        """Stop what is at work of a kind, and what waits: as Ctrl-C would."""
+    def waiting(self, kind: str) -> int:
+        """How many of a kind wait for their turn."""
+        return sum(job.kind == kind and job.state == "waiting" for job in self.all)
+
+    def stop(self, kind: str | None = None) -> None:
+        """Stop what is at work of a kind (of any, without one), and what waits: as Ctrl-C would."""
         with self._news:
             for job in self.all:
-                if job.kind == kind and not job.over:
+                if kind in (None, job.kind) and not job.over:
                     job.stopping = True
                     if job.state == "waiting":
                         job.state = "stopped"
+
+    def close(self, seconds: float = 60) -> None:
+        """Stop everything, and wait for what keeps what it has done so far; no longer than so long."""
+        self.stop()
+        with self._news:
+            self._news.wait_for(lambda: all(job.over for job in self.all), seconds)
 
     def wait(self, job: Job, seconds: float = 600) -> Job:
         """The job once it is over, or after so long."""

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import html
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from mixofshow.errors import DatasetError, SettingsError, shown
 from mixofshow.evaluation.results import MAIN, alignment_table, drawn_by_the_base
-from mixofshow.evaluation.study import PREFERENCES, score_study
+from mixofshow.evaluation.study import PREFERENCES, build_study, score_study
 from mixofshow.evaluation.suite import perform, suite_of_files
+from mixofshow.outputs import check_outputs
 from mixofshow.reading import read_json
+from mixofshow.replaceable import kind_of
 from mixofshow.studio.commands import line
 from mixofshow.studio.compose import Studio
 from mixofshow.studio.jobs import Job
 from mixofshow.studio.shelf import Card, cards
 from mixofshow.studio.tuning import copy_pictures
+from mixofshow.studio.web import many
 from mixofshow.studio.workspace import Workspace
 
 KIND: Final = "measure"
 METHODS: Final = ("gradient", "average")
+LARGEST_INSIDE: Final = 30_000_000
+"""Bytes of a page that is shown within the studio's."""
 Table = tuple[list[str], list[list[str]]]
 
 
@@ -72,7 +79,43 @@ def start_measuring(studio: Studio, images: int) -> Job:
         perform(suite, out, device=device, loading=loading, bars=lambda _: contextlib.nullcontext(job.progress))
         return [out / "results.json", out / "report.html"]
 
-    return studio.jobs.submit(KIND, f"measuring {len(chosen)} concepts", work)
+    return studio.jobs.submit(KIND, f"measuring {many(len(chosen), 'concept')}", work)
+
+
+def study_page(workspace: Workspace) -> Path:
+    """The page on which people answer."""
+    return workspace.folder / "measured" / "study.html"
+
+
+def make_study(workspace: Workspace, count: int) -> int:
+    """The page with pairs of what was measured, to be chosen from, as `mixofshow study build` makes it; how many it asks.
+
+    Raises BadInputError, SettingsError.
+    """
+    if not (report_folder(workspace) / "results.json").is_file():
+        raise SettingsError("nothing is measured yet: press Measure first, whose pictures people are asked about")
+    page = study_page(workspace)
+    check_outputs(files={"HTML": [page]})
+    return build_study(report_folder(workspace), [",".join(METHODS)], page, count=count, outside=True)
+
+
+def study_command(workspace: Workspace, count: int) -> str:
+    """The command line that makes the same page; held-out pictures lie beside the results, not in them."""
+    words = ["study", "build", workspace.shown(report_folder(workspace)), "--pairs", ",".join(METHODS)]
+    words += ["--out", workspace.shown(study_page(workspace)), "--count", str(count), "--outside"]
+    return shlex.join(["mixofshow", *words])
+
+
+def inside(page: Path, *, answering: bool = False) -> str:
+    """A page of ours within the studio's, which it cannot reach; only a study runs scripts, to save the answers.
+
+    Empty for one that is too large to be sent so.
+    """
+    if not page.is_file() or page.stat().st_size > LARGEST_INSIDE or kind_of(page) != "HTML":
+        return ""
+    may = "allow-scripts allow-downloads" if answering else ""
+    text = html.escape(page.read_text("utf-8"))
+    return f'<iframe class="inside" title="{page.stem}" sandbox="{may}" srcdoc="{text}"></iframe>'
 
 
 def results_in(path: Path) -> dict[str, Any]:

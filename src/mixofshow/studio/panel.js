@@ -83,7 +83,9 @@ function clicked(event) {
   const button = event.target.closest("button");
   if (!button || !element.contains(button)) return;
   const item = button.closest("li[data-index]"), index = item ? Number(item.dataset.index) : -1;
-  if (button.dataset.tool) choose(button.dataset.tool);
+  // By keyboard, which cannot drag, the box comes at once, into the next free place.
+  if (button.dataset.tool === "box" && event.detail === 0) add({ box: freePlace() });
+  else if (button.dataset.tool) choose(button.dataset.tool);
   else if (button.dataset.card) add({ prompt: cards()[button.dataset.card].prompt, box: freePlace() });
   else if (button.dataset.do) ({ undo: () => travel(past, future), redo: () => travel(future, past), columns: arrange })[button.dataset.do]();
   else if (button.dataset.act) {

@@ -43,8 +43,8 @@ def _is_local(host: str) -> bool:
 
 def serve(
     workspace: Workspace, *, host: str = HOST, port: int = PORT, token: str | None = None
-) -> tuple[Any, str]:
-    """Open the workspace and serve it from now on, working in its folder; returns the page and its address.
+) -> tuple[Any, Studio, str]:
+    """Open the workspace and serve it from now on, working in its folder; returns the page, what is behind it, its address.
 
     Only what pages show is served, which Gradio copies for them. Raises SettingsError, BaseModelError, ResourceError.
     """
@@ -53,11 +53,13 @@ def serve(
     os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="mixofshow-studio-"))
     check_port(host, port)
     studio = Studio.open(workspace)
-    os.chdir(workspace.folder)  # from where Gradio may take what a page shows, and where the command lines are meant for
+    os.chdir(
+        workspace.folder
+    )  # from where Gradio may take what a page shows, and where the command lines are meant for
     page = make_page(studio)
     page.queue(default_concurrency_limit=8)
     _, address, _ = page.launch(**_launching(host, port, token))
-    return page, address
+    return page, studio, address
 
 
 def check_port(host: str, port: int) -> None:
@@ -104,7 +106,9 @@ def _theme() -> Any:
     plain = gr.themes.Default(
         primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     )
-    texts = dict.fromkeys(("block_info_text_color", "block_title_text_color", "block_label_text_color"), "*body_text_color")
+    texts = dict.fromkeys(
+        ("block_info_text_color", "block_title_text_color", "block_label_text_color"), "*body_text_color"
+    )
     readable = {**texts, **{f"{name}_dark": value for name, value in texts.items()}}
     readable |= {"body_text_color_subdued": "*neutral_600", "body_text_color_subdued_dark": "*neutral_300"}
     readable |= {"input_placeholder_color": "*neutral_500", "input_placeholder_color_dark": "*neutral_400"}

@@ -6,11 +6,13 @@ let chosen = {};
 function cardOf(one) {
   const on = one.word in chosen, strength = chosen[one.word] ?? 1;
   const tick = make("input", { type: "checkbox", checked: on, "data-word": one.word });
-  const slider = make("input", { type: "range", min: 0.1, max: 1.5, step: 0.05, value: strength, disabled: !on, "data-word": one.word });
+  const shared = { disabled: !on, "data-word": one.word };
+  const slider = make("input", { type: "range", min: 0, max: 1.5, step: 0.01, value: Math.min(strength, 1.5), ...shared });
+  const figure = make("input", { type: "number", min: 0, max: 100, step: "any", value: strength, "aria-label": `Strength of ${one.word}`, ...shared });
   const picture = one.picture ? make("img", { src: one.picture, alt: "" }) : make("div", { class: "blank" });
   const name = make("label", { class: "name" }, tick, make("span", { textContent: one.word }));
-  const figure = make("output", { textContent: strength.toFixed(2) });
-  return make("li", { class: on ? "on" : "" }, picture, name, make("p", { textContent: one.title }), make("label", {}, "Strength", slider, figure));
+  const strong = make("div", { class: "strength" }, make("label", {}, "Strength", slider), figure);
+  return make("li", { class: on ? "on" : "" }, picture, name, make("p", { textContent: one.title }), strong);
 }
 
 function show() {
@@ -20,14 +22,16 @@ function show() {
 }
 
 shelf.addEventListener("input", ({ target }) => {
-  if (target.type === "range") {
+  const ticking = target.type === "checkbox";
+  if (!ticking && Number.isNaN(target.valueAsNumber)) return; // half typed
+  if (!ticking) {
     chosen[target.dataset.word] = target.valueAsNumber;
-    target.parentElement.querySelector("output").textContent = target.valueAsNumber.toFixed(2);
+    for (const other of target.closest(".strength").querySelectorAll("input")) if (other !== target) other.value = target.valueAsNumber;
   } else if (target.checked) chosen[target.dataset.word] = 1;
   else delete chosen[target.dataset.word];
   props.value = { ...chosen };
   trigger("input");
-  if (target.type !== "range") show();
+  if (ticking) show();
 });
 watch("value", () => { if (JSON.stringify(props.value || {}) !== JSON.stringify(chosen)) { chosen = { ...props.value }; show(); } });
 watch("cards", show);

@@ -16,7 +16,7 @@ from mixofshow.concepts.syntax import ANY_WORD
 from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import MixOfShowError, shown
 from mixofshow.sampling.settings import Composition
-from mixofshow.studio.workspace import Workspace
+from mixofshow.studio.workspace import Workspace, changed_at
 
 LETTERS: Final = re.compile(r"[^a-z0-9_-]+")
 
@@ -46,6 +46,7 @@ class Card:
         """What there is to say of it, in one line."""
         parts = (
             f"{self.word}, a {self.class_word}",
+            f"words {' '.join(self.words)}" if self.words != (self.word,) else "",
             f"by {shown(self.author)}" if self.author else "",
             shown(self.license) if self.license else "",
             f"{self.size / 2**20:.2f} MB",
@@ -57,12 +58,12 @@ class Card:
 
 def cards(workspace: Workspace) -> list[Card]:
     """A card for each concept file in the workspace that can be read."""
-    return [card for path in workspace.concept_files() if (card := _card(path, path.stat().st_mtime_ns, _portrait(path)))]
+    return [card for path in workspace.concept_files() if (card := _card(path, changed_at(path), _portrait(path)))]
 
 
 def unreadable(workspace: Workspace) -> list[str]:
     """What is wrong with the others, a line each."""
-    return [said for path in workspace.concept_files() if (said := _problem(path, path.stat().st_mtime_ns))]
+    return [said for path in workspace.concept_files() if (said := _problem(path, changed_at(path)))]
 
 
 def _portrait(path: Path) -> Path | None:
@@ -73,8 +74,8 @@ def _portrait(path: Path) -> Path | None:
 @functools.lru_cache(maxsize=1000)
 def _card(path: Path, changed: int, portrait: Path | None) -> Card | None:
     try:
-        info = load_concept(path).info
-    except MixOfShowError:
+        info, size = load_concept(path).info, path.stat().st_size
+    except (MixOfShowError, OSError):
         return None
     return Card(
         info.name,
@@ -85,7 +86,7 @@ def _card(path: Path, changed: int, portrait: Path | None) -> Card | None:
         method=shown(info.method),
         author=info.author,
         license=info.license,
-        size=path.stat().st_size,
+        size=size,
         portrait=portrait,
     )
 

@@ -45,7 +45,7 @@ class ConceptsTab:
             self.away = gr.Button("Take the ticked ones off the shelf", elem_id="away")
         with gr.Accordion("Add a concept", open=False):
             label = "A concept file, or another tool's LoRA or embedding"
-            self.dropped = gr.File(label=label, height=120, elem_id="concept-file")
+            self.dropped = gr.File(label=label, height=gr.ROOM, elem_id="concept-file")
             self.how = [component(one) for one in self.asked]
             self.take = gr.Button("Add it", elem_id="take-in")
         self.taken = gr.HTML(elem_id="take-said")
@@ -60,16 +60,18 @@ class ConceptsTab:
             self.stop = gr.Button("Cancel", elem_id="fuse-cancel")
         self.status = gr.HTML(elem_id="fuse-status")
         self.kept = gr.HTML(elem_id="kept")
-        self.command = gr.Textbox(label="Does the same", interactive=False, lines=2, buttons=["copy"], elem_id="fuse-command")
+        self.command = gr.Textbox(
+            label="Does the same", interactive=False, lines=2, buttons=["copy"], elem_id="fuse-command"
+        )
         self.report = gr.DownloadButton("Report", interactive=False, elem_id="fuse-report")
 
     def _connect(self) -> None:
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         how = [self.ticked, self.name, *self.settings]
-        costs = [self.cost, self.command]
+        costs = [self.cost, self.command, self.report]
         changes = [self.ticked.input, *(part.change for part in how[1:])]
         gr.on(changes, self.priced, how, costs, trigger_mode="always_last", **quiet)
-        self.fuse.click(self.fused, how, self.status, api_name="fuse", show_progress="hidden")
+        self.fuse.click(self.fused, how, [self.status, self.command], api_name="fuse", show_progress="hidden")
         self.stop.click(lambda: self.studio.jobs.stop(fusing.KIND), **quiet)
         self.take.click(self.take_in, [self.dropped, *self.how], self.taken, **quiet)
         self.portraits.click(self.draw_portraits, None, self.taken, **quiet)
@@ -78,26 +80,35 @@ class ConceptsTab:
         gr.Timer(1).tick(self.watched, [self.seen, self.ticked], watched, **quiet)
 
     def priced(self, ticked: Any, name: str, *values: Any) -> list[Any]:
-        """What fusing the ticked ones will cost, and the command that does it."""
+        """What fusing the ticked ones will cost, the command that does it, and the report of the model of that name.
+
+        A list of strengths is a file, which is written when fusing begins; before that there is no command that reads it.
+        """
+        workspace = self.studio.workspace
 
         def act() -> tuple[str, str]:
             given = table_of(fusing.fusion_fields(), values)
             strengths = fusing.strengths_of(ticked)
-            files, _ = fusing.sources(self.studio.workspace, strengths)
+            files, _ = fusing.sources(workspace, strengths)
             cost = fusing.cost(FusionSettings.of(given, "options"), len(strengths))
-            return cost, fusing.command(self.studio.workspace, files, name, given)
+            there = all(file.is_file() for file in files)
+            return cost, fusing.command(workspace, files, name, given) if there else ""
 
         found, _, error = outcome(act)
-        return [gr.line(error, bad=bool(ticked)), ""] if error else [gr.line(found[0]), found[1]]
+        report = _report(fusing.report_of(workspace.models / name) if fusing.NAME.fullmatch(name) else None)
+        return [gr.line(error, bad=bool(ticked)), "", report] if error else [gr.line(found[0]), found[1], report]
 
-    def fused(self, ticked: Any, name: str, *values: Any) -> str:
-        """Begin to fuse; returns the line about it."""
-        def act() -> Job:
-            given = table_of(fusing.fusion_fields(), values)
-            return fusing.start_fusing(self.studio, fusing.strengths_of(ticked), name, given)
+    def fused(self, ticked: Any, name: str, *values: Any) -> list[Any]:
+        """Begin to fuse; returns the line about it, and the command that does the same."""
 
-        job, _, error = outcome(act)
-        return gr.line(error or job.line, bad=bool(error))
+        def act() -> tuple[str, str]:
+            given, strengths = table_of(fusing.fusion_fields(), values), fusing.strengths_of(ticked)
+            job = fusing.start_fusing(self.studio, strengths, name, given)
+            files, _ = fusing.sources(self.studio.workspace, strengths)
+            return job.line, fusing.command(self.studio.workspace, files, name, given)
+
+        found, _, error = outcome(act)
+        return [gr.line(error, bad=True), gr.skip()] if error else [gr.line(found[0]), found[1]]
 
     def take_in(self, path: str | None, *values: Any) -> str:
         """Begin to take a file in; returns the line about it."""
@@ -141,7 +152,9 @@ class ConceptsTab:
         same = seen is not None and seen[0] == there
         words = {card.word for card in there}
         still = {word: strength for word, strength in (ticked or {}).items() if word in words}
-        left = {} if len(still) == len(ticked or {}) else {"value": still}  # else what is ticked meanwhile would be lost
+        left = (
+            {} if len(still) == len(ticked or {}) else {"value": still}
+        )  # else what is ticked meanwhile would be lost
         return [
             now,
             gr.skip() if same else gr.HTML(cards=cards_for(there, PORTRAIT), **left),
@@ -149,8 +162,14 @@ class ConceptsTab:
             _told(taking) if taking else gr.skip(),
             _told(fusion) if fusion else "",
             fusing.bars(fusion.facts[1]) if fusion and fusion.facts else "",
-            gr.DownloadButton(value=str(report) if report else None, interactive=report is not None),
+            _report(report) if report else gr.skip(),
         ]
+
+
+def _report(path: Path | None) -> Any:
+    """The button that hands a report out, where there is one."""
+    there = path is not None and path.is_file()
+    return gr.DownloadButton(value=str(path) if there else None, interactive=there)
 
 
 def _told(job: Job) -> str:

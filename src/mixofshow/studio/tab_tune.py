@@ -11,7 +11,7 @@ from mixofshow.images import read_image
 from mixofshow.studio import tuning
 from mixofshow.studio import web as gr
 from mixofshow.studio.compose import Studio
-from mixofshow.studio.editor import blank, region_editor, shrunk
+from mixofshow.studio.editor import blank, picture_grid, region_editor, shrunk
 from mixofshow.studio.forms import component, table_of, values_of
 from mixofshow.studio.jobs import outcome
 
@@ -28,32 +28,29 @@ class TuneTab:
             with gr.Column(scale=2, min_width=320):
                 self._settings()
                 self._run()
-        self.seen, self.picture = gr.State(None), gr.State("")
+        self.seen, self.picture, self.shown = gr.State(None), gr.State(""), gr.State("")
         self._connect()
 
     def _pictures(self) -> None:
-        self.known = gr.Dropdown([], label="Tuned or begun here before", value=None, elem_id="tune-known")
+        label, names = "Tuned or begun here before", tuning.names(self.studio.workspace)
+        self.known = gr.Dropdown(names, label=label, value=None, visible=bool(names), elem_id="tune-known")
         with gr.Row():
             self.name = gr.Textbox(label="Name", info="Prompts call it <name>.", elem_id="tune-name", min_width=120)
-            self.word = gr.Textbox(label="Class word", info="An ordinary word for what it is.", elem_id="tune-word", min_width=120)
+            self.word = gr.Textbox(
+                label="Class word", info="An ordinary word for what it is.", elem_id="tune-word", min_width=120
+            )
         kinds = sorted({*tuning.SUFFIX_OF.values(), ".jpeg"})
         self.dropped = gr.File(
-            label="Drop its pictures here", file_count="multiple", file_types=kinds, height=120, elem_id="tune-files"
+            label="Drop its pictures here",
+            file_count="multiple",
+            file_types=kinds,
+            height=gr.ROOM,
+            elem_id="tune-files",
         )
-        self.gallery = gr.Gallery(
-            label="Pictures: a click opens one to paint its mask",
-            columns=6,
-            height="auto",
-            allow_preview=False,
-            buttons=[],
-            elem_id="tune-pictures",
-        )
-        table: dict[str, Any] = {"type": "array", "static_columns": [0], "column_count": 2, "wrap": True}
-        self.captions = gr.Dataframe(headers=["picture", "caption"], label="Captions", elem_id="captions", **table)
-        with gr.Row():
-            self.save = gr.Button("Save the captions", elem_id="save-captions")
-            self.check = gr.Button("Check", elem_id="check")
         self.said = gr.HTML(elem_id="tune-said")
+        self.grid = picture_grid()
+        self.check = gr.Button("Check", elem_id="check")
+        self.checked_said = gr.HTML(elem_id="check-said")
         with gr.Accordion("Mask: paint over what the concept is", open=False) as self.masking:
             self.mask = region_editor(elem_id="mask-editor", tool="brush")
             self.keep_mask = gr.Button("Save the mask", elem_id="save-mask")
@@ -71,101 +68,134 @@ class TuneTab:
 
     def _run(self) -> None:
         with gr.Row():
-            self.start = gr.Button("Tune", variant="primary", elem_id="tune")
-            self.stop = gr.Button("Stop and keep", elem_id="tune-stop")
-            self.resume = gr.Button("Resume", elem_id="tune-resume")
+            self.start = gr.Button("Tune", variant="primary", min_width=90, elem_id="tune")
+            self.stop = gr.Button("Stop and keep", min_width=90, elem_id="tune-stop")
+            self.resume = gr.Button("Resume", min_width=90, elem_id="tune-resume")
+        self.left = gr.HTML(elem_id="tune-left")
         self.status = gr.HTML(elem_id="tune-status")
         self.curve = gr.HTML(elem_id="curve")
         self.line = gr.Gallery(
-            label="Previews: its words only, at 0.7, and as tuned", columns=6, height="auto", buttons=[], elem_id="tune-previews"
+            label="Previews: its words only, at 0.7, and as tuned",
+            columns=6,
+            height="auto",
+            buttons=[],
+            elem_id="tune-previews",
         )
-        self.command = gr.Textbox(label="Does the same", interactive=False, lines=2, buttons=["copy"], elem_id="tune-command")
+        self.command = gr.Textbox(
+            label="Does the same", interactive=False, lines=2, buttons=["copy"], elem_id="tune-command"
+        )
 
     def _connect(self) -> None:
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        self.known.input(self.reopened, self.known, [self.name, self.word, *self.parts, *self._shown], **quiet)
-        self.dropped.upload(self.brought, [self.name, self.dropped], [self.said, self.dropped, *self._shown], **quiet)
-        self.save.click(self.saved, [self.name, self.captions], self.said, **quiet)
-        self.check.click(self.checked, [self.name, self.word], self.said, show_progress="minimal", api_visibility="private")
-        self.gallery.select(self.opened, self.name, [self.picture, self.mask, self.masking, self.mask_said], **quiet)
-        self.keep_mask.click(self.masked, [self.name, self.picture, self.mask], self.mask_said, **quiet)
-        how, begun = [self.name, self.word, *self.parts], [self.status, self.command]
+        everything = [self.shown, self.name, self.word, *self.parts, self.grid, self.left, self.line, self.command]
+        self.known.input(self.reopened, self.known, everything, **quiet)
+        self.name.blur(self.named, [self.shown, self.name], everything, **quiet)
+        asked, checks = [self.name, self.word], [self.grid, self.checked_said]
+        brought = self.dropped.upload(
+            self.brought, [self.name, self.dropped], [self.said, self.dropped, self.shown, self.grid], **quiet
+        )
+        brought.then(self.checked, asked, checks, **quiet)
+        self.check.click(self.checked, asked, checks, show_progress="minimal", api_visibility="private")
+        self.grid.caption(self.captioned, self.name, self.said, **quiet)
+        self.grid.paint(self.opened, self.name, [self.picture, self.mask, self.masking, self.mask_said], **quiet)
+        self.grid.away(self.taken_away, self.name, [self.said, self.grid], **quiet)
+        self.keep_mask.click(self.masked, [self.name, self.picture, self.mask], [self.mask_said, self.grid], **quiet)
+        how, begun = [self.name, self.word, *self.parts], [self.status, self.command, self.left]
         self.start.click(self.started, how, begun, api_name="tune", show_progress="hidden")
         self.resume.click(lambda *values: self.started(*values, resume=True), how, begun, **quiet)
         self.stop.click(lambda: self.studio.jobs.stop(tuning.KIND), **quiet)
         gr.Timer(1).tick(self.watched, self.seen, [self.seen, self.status, self.curve, self.line, self.known], **quiet)
 
-    @property
-    def _shown(self) -> list[Any]:
-        return [self.gallery, self.captions]
+    def named(self, shown: str, name: str | None) -> list[Any]:
+        """What is known of a name that was typed, where it is another than the one shown."""
+        known = name != shown and name in tuning.names(self.studio.workspace)
+        return self.reopened(name or "") if known else [gr.skip()] * (7 + len(self.parts))
 
     def reopened(self, name: str) -> list[Any]:
         """Everything that is known of a concept that was begun before."""
 
         def act() -> list[Any]:
-            table = tuning.known(self.studio.workspace, name)
+            workspace = self.studio.workspace
+            table = tuning.known(workspace, name)
             values = values_of(self.fields, table)
-            return [name, table.get("class_word", ""), *values, *self._pictures_of(name)]
+            left = gr.line(tuning.broken_off(workspace, name))
+            rest = [left, _steps(tuning.previews(workspace, name)), tuning.command(workspace, name) if table else ""]
+            return [name, name, table.get("class_word", gr.skip()), *values, tuning.grid(workspace, name), *rest]
 
         found, _, error = outcome(act)
-        return [gr.skip()] * (4 + len(self.parts)) if error else found
-
-    def _pictures_of(self, name: str) -> list[Any]:
-        files = tuning.pictures(self.studio.workspace, name)
-        return [[(str(file), file.name) for file in files], tuning.captions(self.studio.workspace, name)]
+        unknown = [gr.skip()] * (4 + len(self.parts))
+        return [*unknown, gr.line(error, bad=True), gr.skip(), gr.skip()] if error else found
 
     def brought(self, name: str, uploads: list[str] | None) -> list[Any]:
         """Take pictures in; what cannot be read is said, a line each."""
 
         def act() -> list[Any]:
             said = tuning.add_pictures(self.studio.workspace, name or "", [Path(one) for one in uploads or []])
-            return [gr.lines(said), None, *self._pictures_of(name)]
+            return [gr.lines(said), None, name, tuning.grid(self.studio.workspace, name)]
 
         found, _, error = outcome(act)
-        return [gr.line(error, bad=True), gr.skip(), gr.skip(), gr.skip()] if error else found
+        return [gr.line(error, bad=True), None, gr.skip(), gr.skip()] if error else found
 
-    def saved(self, name: str, rows: list[list[Any]]) -> str:
-        """Write the captions."""
-        count, _, error = outcome(lambda: tuning.write_captions(self.studio.workspace, name or "", rows))
-        return gr.line(error or f"{count} pictures have a caption", bad=bool(error))
+    def captioned(self, event: gr.EventData, name: str) -> str:
+        """Write the caption that was typed."""
+        row = [getattr(event, key, "") for key in ("name", "caption")]
+        count, _, error = outcome(lambda: tuning.write_captions(self.studio.workspace, name or "", [row]))
+        return gr.line(error or f"kept; {gr.many(count or 0, 'picture')} with a caption", bad=bool(error))
 
-    def checked(self, name: str, class_word: str) -> str:
-        """What `check` says."""
-        found, _, error = outcome(lambda: tuning.findings(self.studio.workspace, name or "", class_word or ""))
-        return gr.line(error, bad=True) if error else gr.lines(found)
+    def checked(self, name: str, class_word: str) -> list[Any]:
+        """What `check` says, beside each picture, and of all of them."""
 
-    def opened(self, name: str, event: gr.SelectData) -> list[Any]:
+        def act() -> list[Any]:
+            workspace = self.studio.workspace
+            found = tuning.findings(workspace, name or "", class_word or "")
+            return [tuning.grid(workspace, name, found), gr.lines(tuning.general(workspace, name, found))]
+
+        found, _, error = outcome(act)
+        return [gr.skip(), gr.line(error, bad=True)] if error else found
+
+    def opened(self, event: gr.EventData, name: str) -> list[Any]:
         """A picture under the brush."""
 
         def act() -> list[Any]:
-            files = {file.name: file for file in tuning.pictures(self.studio.workspace, name or "")}
-            picture = str((event.value or {}).get("caption", ""))
-            image = read_image(files[picture], picture, error=DatasetError).image
+            file = tuning.picture_named(self.studio.workspace, name or "", str(getattr(event, "name", "")))
+            image = read_image(file, file.name, error=DatasetError).image
             editor = gr.HTML(value=blank(image.size), picture=shrunk(image))
-            return [picture, editor, gr.Accordion(open=True), gr.line(f"the mask of {picture}")]
+            return [file.name, editor, gr.Accordion(open=True), gr.line(f"the mask of {file.name}")]
 
         found, _, error = outcome(act)
-        return [gr.skip(), gr.skip(), gr.skip(), gr.line(error, bad=True)] if error else found
+        return [gr.skip(), gr.skip(), gr.Accordion(open=True), gr.line(error, bad=True)] if error else found
 
-    def masked(self, name: str, picture: str, value: Any) -> str:
+    def taken_away(self, event: gr.EventData, name: str) -> list[Any]:
+        """Put a picture aside."""
+        picture = str(getattr(event, "name", ""))
+
+        def act() -> list[Any]:
+            tuning.remove_picture(self.studio.workspace, name or "", picture)
+            return [gr.line(f"{picture} is in the folder removed"), tuning.grid(self.studio.workspace, name)]
+
+        found, _, error = outcome(act)
+        return [gr.line(error, bad=True), gr.skip()] if error else found
+
+    def masked(self, name: str, picture: str, value: Any) -> list[Any]:
         """Write the mask that was painted."""
 
-        def act() -> str:
-            return tuning.write_mask(self.studio.workspace, name or "", picture, value).name
+        def act() -> list[Any]:
+            file = tuning.write_mask(self.studio.workspace, name or "", picture, value)
+            return [gr.line(f"masks/{file.name} is written"), tuning.grid(self.studio.workspace, name)]
 
         found, _, error = outcome(act)
-        return gr.line(error or f"masks/{found} is written", bad=bool(error))
+        return [gr.line(error, bad=True), gr.skip()] if error else found
 
     def started(self, name: str, class_word: str, *values: Any, resume: bool = False) -> list[Any]:
         """Begin to tune; returns the line about it and the command that does the same."""
 
-        def act() -> tuple[str, str]:
+        def act() -> list[Any]:
             given = table_of(self.fields, values)
             job = tuning.start_tuning(self.studio, name or "", class_word or "", given, resume=resume)
-            return job.line, tuning.command(self.studio.workspace, name, resume=resume)
+            return [gr.line(job.line), tuning.command(self.studio.workspace, name, resume=resume), ""]
 
         found, _, error = outcome(act)
-        return [gr.line(error, bad=True), gr.skip()] if error else [gr.line(found[0]), found[1]]
+        return [gr.line(error, bad=True), gr.skip(), gr.skip()] if error else found
 
     def watched(self, seen: Any) -> list[Any]:
         """What has changed since this page looked last."""
@@ -179,6 +209,11 @@ class TuneTab:
             now,
             gr.line(job.line, bad=job.state == "failed") + gr.lines(job.said) if job else "",
             tuning.curve(job.curve) if job else "",
-            [(str(grid), f"step {int(grid.stem)}") for grid in grids] if grids != before[1] else gr.skip(),
-            gr.Dropdown(choices=names) if names != before[2] else gr.skip(),
+            _steps(grids) if grids != before[1] else gr.skip(),
+            gr.Dropdown(choices=names, visible=bool(names)) if names != before[2] else gr.skip(),
         ]
+
+
+def _steps(grids: list[Path]) -> list[tuple[str, str]]:
+    """Preview grids as a gallery takes them."""
+    return [(str(grid), f"step {int(grid.stem)}") for grid in grids]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
+from glob import escape as escape_glob
 from html import escape
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +17,7 @@ from typing import Any, Final
 import yaml
 
 from mixofshow.bases.loading import load_base
+from mixofshow.concepts.concept import load_concept
 from mixofshow.errors import DatasetError, MixOfShowError, SettingsError, shown
 from mixofshow.evaluation.previews import tune_into
 from mixofshow.images import opened, read_image
@@ -24,14 +27,15 @@ from mixofshow.replaceable import SETTINGS
 from mixofshow.sampling.pictures import MAX_BYTES, write_picture
 from mixofshow.studio.commands import line
 from mixofshow.studio.compose import Studio
-from mixofshow.studio.editor import painted
+from mixofshow.studio.editor import painted, thumbnail
 from mixofshow.studio.forms import Field, fields_of
 from mixofshow.studio.jobs import Job
 from mixofshow.studio.shelf import file_name
-from mixofshow.studio.workspace import Workspace
+from mixofshow.studio.workspace import Workspace, changed_at
 from mixofshow.tuning.captions import Naming
 from mixofshow.tuning.check import check_folder
-from mixofshow.tuning.checkpoints import any_in, run_folder
+from mixofshow.tuning.checkpoints import FOLDER, any_in, newest, run_folder, working_in
+from mixofshow.tuning.folder import CAPTIONS, Finding, picture_paths
 from mixofshow.tuning.settings import TuningSettings, dotted_keys, make_settings, nested, with_presets
 
 logger = logging.getLogger(__name__)
@@ -41,8 +45,10 @@ SUFFIX_OF: Final = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "MPO": ".jpg
 ON_THE_PAGE: Final = ("name", "class_word", "data", "masks", "base", "prior.data")
 """Settings with a place of their own, or that name other folders than the concept's."""
 HEAD: Final = f"{SETTINGS}mixofshow tune reads them.\n"
-FIRST: Final = {"preview_every": 50}
+FIRST: Final = {"preview_every": 50, "save_every": 50}
 """What the page sets where the command line's default is another."""
+SMALL: Final = 160
+"""Of a picture in the grid, in pixels."""
 WIDE, HIGH = 480, 120
 """Of the curve."""
 
@@ -77,9 +83,12 @@ def names(workspace: Workspace) -> list[str]:
 
 
 def pictures(workspace: Workspace, name: str) -> list[Path]:
-    """A concept's pictures."""
-    found = (folder_of(workspace, name) / "pictures").glob("*")
-    return sorted(one for one in found if one.suffix in SUFFIX_OF.values())
+    """A concept's pictures, as `tune` finds them."""
+    folder = folder_of(workspace, name) / "pictures"
+    try:
+        return picture_paths(folder)
+    except DatasetError:
+        return []
 
 
 def add_pictures(workspace: Workspace, name: str, uploads: Sequence[Path]) -> list[str]:
@@ -110,43 +119,101 @@ def copy_pictures(place: Path, uploads: Sequence[Path]) -> list[str]:
 
 def captions(workspace: Workspace, name: str) -> list[list[str]]:
     """A row for each picture: its file and its caption."""
-    rows = []
-    for picture in pictures(workspace, name):
-        file = picture.with_suffix(".txt")
-        rows.append([picture.name, file.read_text("utf-8", errors="replace").strip() if file.is_file() else ""])
-    return rows
+
+    def caption(picture: Path) -> str:
+        found = (file for suffix in CAPTIONS if (file := picture.with_suffix(suffix)).is_file())
+        return file.read_text("utf-8", errors="replace").strip() if (file := next(found, None)) else ""
+
+    return [[picture.name, caption(picture)] for picture in pictures(workspace, name)]
 
 
 def write_captions(workspace: Workspace, name: str, rows: Sequence[Sequence[Any]]) -> int:
-    """Write the captions that were changed; an empty one removes its file. Returns how many pictures have one."""
-    files = {picture.name: picture.with_suffix(".txt") for picture in pictures(workspace, name)}
-    before = dict(captions(workspace, name))
-    for picture, caption in ((str(row[0]), " ".join(str(row[1] or "").split())) for row in rows):
-        if picture not in files:
-            raise SettingsError(f"'{shown(picture)}': no picture of <{name}> is called so")
-        if caption and caption != before[picture]:
-            write_text(files[picture], f"{caption}\n")
-        elif not caption:
-            files[picture].unlink(missing_ok=True)
-    return sum(file.is_file() for file in files.values())
+    """Write the captions that were changed; an empty one removes its file. Returns how many pictures have one.
+
+    Files that people wrote in several lines stay so, unless their caption is another now.
+    """
+    before = {picture: one_line(text) for picture, text in captions(workspace, name)}
+    for picture, caption in ((str(row[0]), one_line(row[1])) for row in rows):
+        file = picture_named(workspace, name, picture).with_suffix(".txt")
+        if caption == before[picture]:
+            continue
+        if caption:
+            write_text(file, f"{caption}\n")
+        else:
+            file.unlink(missing_ok=True)
+    return sum(bool(text) for _, text in captions(workspace, name))
+
+
+def one_line(text: Any) -> str:
+    """A text, or nothing, without breaks."""
+    return " ".join(str(text or "").split())
 
 
 def write_mask(workspace: Workspace, name: str, picture: str, value: Any) -> Path:
     """A picture's mask from what was painted over it, the editor's value. Raises SettingsError, RegionError."""
-    found = {one.name: one for one in pictures(workspace, name)}
-    if picture not in found:
-        raise SettingsError(f"'{shown(picture)}': no picture of <{name}> is called so")
-    mask = painted(value, read_image(found[picture], shown(picture), error=DatasetError).image.size)
+    file = picture_named(workspace, name, picture)
+    mask = painted(value, read_image(file, shown(picture), error=DatasetError).image.size)
     target = folder_of(workspace, name) / "masks" / f"{Path(picture).stem}.png"
     write_picture(mask, target)
     return target
 
 
-def findings(workspace: Workspace, name: str, class_word: str) -> list[str]:
-    """What `mixofshow check` says of the folder, a line each."""
+def findings(workspace: Workspace, name: str, class_word: str) -> list[Finding]:
+    """What `mixofshow check` says of the folder. Raises DatasetError."""
     naming = Naming(f"<{name}>", [f"<{name}{number}>" for number in (1, 2)], class_word or "object")
-    found = check_folder(folder_of(workspace, name) / "pictures", naming=naming)
-    return [f"{one.level}: {one}" for one in found] or ["nothing to say: every picture is used as it is"]
+    return check_folder(folder_of(workspace, name) / "pictures", naming=naming)
+
+
+def grid(workspace: Workspace, name: str, found: Sequence[Finding] = ()) -> list[dict[str, Any]]:
+    """What the page shows of each picture: itself, its caption, whether it has a mask, what there is to say of it."""
+    masked = {one.stem for one in (folder_of(workspace, name) / "masks").glob("*")}
+    return [
+        {
+            "name": file.name,
+            "picture": _small(file, changed_at(file)),
+            "caption": text,
+            "masked": file.stem in masked,
+            "said": [f"{one.level}: {one.message}" for one in found if Path(one.file).stem == file.stem],
+        }
+        for file, (_, text) in zip(pictures(workspace, name), captions(workspace, name), strict=True)
+    ]
+
+
+def general(workspace: Workspace, name: str, found: Sequence[Finding]) -> list[str]:
+    """Of what `check` says, that which is said of no picture, a line each."""
+    if not found:
+        return ["nothing to say: every picture is used as it is"]
+    stems = {file.stem for file in pictures(workspace, name)}
+    return [f"{one.level}: {one}" for one in found if Path(one.file).stem not in stems]
+
+
+@lru_cache(maxsize=1000)
+def _small(file: Path, changed: int) -> str:
+    try:
+        return thumbnail(file, SMALL)
+    except MixOfShowError:
+        return ""  # `check` says why
+
+
+def remove_picture(workspace: Workspace, name: str, picture: str) -> None:
+    """Put a picture aside, with its caption and mask. Raises SettingsError."""
+    file = picture_named(workspace, name, picture)
+    removed = workspace.folder / "removed"
+    removed.mkdir(exist_ok=True)
+    place = removed / file_name(f"{name}-{file.stem}", [one.name for one in removed.iterdir()])
+    place.mkdir()
+    for one in (file, file.with_suffix(".txt"), *file.parent.with_name("masks").glob(f"{escape_glob(file.stem)}.*")):
+        if one.is_file():
+            (place / one.parent.name).mkdir(exist_ok=True)
+            one.rename(place / one.parent.name / one.name)
+
+
+def picture_named(workspace: Workspace, name: str, picture: str) -> Path:
+    """A concept's picture. Raises SettingsError; no other file can be named."""
+    found = {one.name: one for one in pictures(workspace, name)}
+    if picture not in found:
+        raise SettingsError(f"'{shown(picture)}': no picture of <{name}> is called so")
+    return found[picture]
 
 
 def settings_file(workspace: Workspace, name: str) -> Path:
@@ -165,17 +232,21 @@ def start_tuning(studio: Studio, name: str, class_word: str, given: Mapping[str,
     """Write the settings, and tune by them in a job. Raises SettingsError, DatasetError, BadInputError."""
     workspace = studio.workspace
     data = folder_of(workspace, name) / "pictures"
-    table = nested({"name": name, "class_word": class_word, "data": str(data), "base": workspace.base, **FIRST, **given})
+    table = nested(
+        {"name": name, "class_word": class_word, "data": str(data), "base": workspace.base, **FIRST, **given}
+    )
     settings = make_settings(table, "settings")
     if not pictures(workspace, name):
         raise DatasetError(f"<{name}> has no pictures yet; drop some first")
+    if any(job.kind == KIND and job.facts == name and not job.over for job in studio.jobs.all):
+        raise SettingsError(f"<{name}> is being tuned, or waits for it; stop that first")
     target = workspace.concepts / f"{name}.safetensors"
     folder = run_folder(target)
-    check_outputs(files={"safetensors": [target]}, shared=[folder], inputs=[data])
-    if any_in(folder / "checkpoints") and not resume:
+    ours = {"safetensors": [target], "settings": [settings_file(workspace, name)]}
+    check_outputs(files=ours, shared=[folder], inputs=[data])
+    if any_in(folder / FOLDER) and not resume:
         _put_aside(workspace, folder)
-    in_yaml = {**table, "data": workspace.shown(data)}
-    write_text(settings_file(workspace, name), HEAD + yaml.safe_dump(in_yaml, sort_keys=False, allow_unicode=True))
+    in_yaml = HEAD + yaml.safe_dump({**table, "data": workspace.shown(data)}, sort_keys=False, allow_unicode=True)
 
     def work(job: Job) -> list[Path]:
         studio.engine.forget()
@@ -185,19 +256,54 @@ def start_tuning(studio: Studio, name: str, class_word: str, given: Mapping[str,
             job.said.append(text.replace(f"{workspace.folder}{os.sep}", ""))
 
         how: dict[str, Any] = {"folder": folder, "resume": resume, "progress": job.progress, "say": say}
-        tune_into(target, settings, pipeline, **how)
+        with written(settings_file(workspace, name), in_yaml):
+            tune_into(target, settings, pipeline, **how)
         return [target]
 
-    job = studio.jobs.submit(KIND, f"tuning <{name}>", work)
-    job.facts = name
-    return job
+    return studio.jobs.submit(KIND, f"tuning <{name}>", work, facts=name)
+
+
+@contextlib.contextmanager
+def written(file: Path, text: str) -> Iterator[None]:
+    """The file with this text; as it was before, where what is done inside fails: it tells of the run that is there."""
+    before = file.read_text("utf-8") if file.is_file() else None
+    write_text(file, text)
+    try:
+        yield
+    except MixOfShowError:
+        if before is not None:
+            write_text(file, before)
+        raise
 
 
 def _put_aside(workspace: Workspace, folder: Path) -> None:
     """An earlier run's checkpoints and previews, so that a new one begins with its first step."""
     removed = workspace.folder / "removed"
     removed.mkdir(exist_ok=True)
-    folder.rename(removed / file_name(folder.name, [one.name for one in removed.iterdir()]))
+    with working_in(folder):  # nobody else is, in a terminal perhaps
+        folder.rename(removed / file_name(folder.name, [one.name for one in removed.iterdir()]))
+
+
+def broken_off(workspace: Workspace, name: str) -> str:
+    """What is left of a run that did not come to its end, in a line; empty where nothing is."""
+    target = workspace.concepts / f"{name}.safetensors"
+    folder = run_folder(target) / FOLDER
+    last = newest(folder) if folder.is_dir() else None
+    asked = {one.key: one.default for one in tuning_fields(workspace.base)} | known(workspace, name)
+    if last is None or asked["epochs"]:
+        return ""
+    if changed_at(target) >= changed_at(last) and _steps_of(target) >= asked["steps"]:
+        return ""  # it came to its end, behind its last checkpoint
+    done = int(last.stem.partition("-")[2])
+    return f"A run of <{name}> got as far as step {done} of {asked['steps']}: Resume goes on from there."
+
+
+def _steps_of(target: Path) -> int:
+    """How many steps a concept was tuned for; 0 for one that is not there."""
+    try:
+        return int(load_concept(target).info.settings.get("steps") or 0)
+    except MixOfShowError:
+        return 0
 
 
 def known(workspace: Workspace, name: str) -> dict[str, Any]:
@@ -234,7 +340,8 @@ def curve(points: Sequence[tuple[int, float]]) -> str:
     low, high = min(smooth), max(smooth)
     scale = (HIGH - 10) / ((high - low) or 1)
     path = " ".join(
-        f"{WIDE * number / (len(smooth) - 1):.1f},{HIGH - 5 - (loss - low) * scale:.1f}" for number, loss in enumerate(smooth)
+        f"{WIDE * number / (len(smooth) - 1):.1f},{HIGH - 5 - (loss - low) * scale:.1f}"
+        for number, loss in enumerate(smooth)
     )
     label = escape(f"Loss from {smooth[0]:.3g} at step {points[0][0]} to {smooth[-1]:.3g} at step {points[-1][0]}")
     return (

@@ -19,6 +19,9 @@ NOTHING_IS_FETCHED: Final = {
 }
 """Variables that the library reads while it is imported."""
 
+ROOM: Final = 160
+"""Of a place where files are dropped, in pixels: less, and its label lies over what is in it."""
+
 
 def __getattr__(name: str) -> Any:
     """Whatever Gradio has by this name. Raises SettingsError where it is not installed."""
@@ -46,6 +49,11 @@ def line(text: str, *, bad: bool = False) -> str:
 def lines(texts: list[str]) -> str:
     """Several of them."""
     return "".join(line(text) for text in texts)
+
+
+def many(count: int, thing: str) -> str:
+    """So many of a thing, in words."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def source(*names: str) -> str:

@@ -168,3 +168,11 @@ def _number(path: Path) -> int:
     """What a file's name begins with, 0 for words; nobody has more than a billion pictures."""
     found = re.match(r"[0-9]{1,9}(?![0-9])", path.name)
     return int(found[0]) if found else 0
+
+
+def changed_at(path: Path) -> int:
+    """When a file was changed last, in nanoseconds; 0 for one that has gone meanwhile."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
