@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from mixofshow.bases.emojiland.concepts import write_concept
 from mixofshow.errors import SettingsError
-from mixofshow.studio import compose
+from mixofshow.studio import compose, tuning
+from mixofshow.studio.compose import Studio
 from mixofshow.studio.drawing import OWN
 from mixofshow.studio.forms import values_of
 from mixofshow.studio.workspace import Workspace
@@ -127,3 +129,31 @@ def test_a_port_that_is_taken_is_said_in_one_line(tmp_path: Path, monkeypatch: p
         taken.listen()
         with pytest.raises(SettingsError, match="give another port"):
             server.check_port("127.0.0.1", taken.getsockname()[1])
+
+
+def test_a_server_that_is_killed_in_the_middle_of_tuning_loses_little(tmp_path: Path) -> None:
+    from gradio_client import Client
+
+    workspace, port = Workspace(tmp_path / "work"), free_port()
+    write_concept("foxy", tmp_path / "foxy")
+    tuning.add_pictures(workspace, "foxy", sorted((tmp_path / "foxy" / "train").glob("*.png"))[:2])
+    command = [sys.executable, "-m", "mixofshow", "studio", str(workspace.folder), "--port", str(port)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert child.stdout
+    client = Client(child.stdout.readline().split()[0], verbose=False)
+    given = {"steps": 30, "batch_size": 1, "save_every": 5, "preview_every": 0, "tracker": "none"}
+    values = values_of(tuning.tuning_fields("emojiland"), given)
+    client.predict("foxy", "dog", *values, api_name="/tune")
+    place = workspace.concepts / "foxy" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(place.glob("step-*.pt")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    child.kill()
+    child.communicate(timeout=60)
+    client.close()
+    again = Studio(workspace)
+    assert tuning.names(workspace) == ["foxy"] and tuning.known(workspace, "foxy")["steps"] == 30
+    assert "Resume goes on" in tuning.broken_off(workspace, "foxy")
+    job = again.jobs.wait(tuning.start_tuning(again, "foxy", "dog", given, resume=True))
+    assert job.state == "done" and job.curve[0][0] > 5, job.line
+    assert tuning.broken_off(workspace, "foxy") == ""
