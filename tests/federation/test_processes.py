@@ -6,10 +6,8 @@ is for the night (`-m slow`): each message is answered by a process that imports
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
 import re
 import signal
 import socket
@@ -17,11 +15,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save
 
 from mixofshow.bases.emojiland.concepts import write_concept
 from mixofshow.bases.layers import layer, matrix
@@ -30,133 +30,29 @@ from mixofshow.concepts.concept import load_concept
 from mixofshow.concepts.delta import load_delta
 from mixofshow.errors import BadInputError
 from mixofshow.federation.center import state_of
-from mixofshow.federation.control import control
+from mixofshow.federation.control import control, register_members
+from mixofshow.federation.exchange import GONE
 from mixofshow.federation.keys import admit, make_node_key
 from mixofshow.federation.owner import answer, open_questions
 from mixofshow.federation.plan import SECURE
 from mixofshow.fusion.stages import fuse
+from tests.federation.town import (
+    ALL,
+    FUSED,
+    LYING,
+    OF_ALICE,
+    OLD,
+    PATIENCE,
+    RECORDED,
+    Town,
+    overheard,
+    processes,
+    until,
+)
 
 pytestmark = pytest.mark.skipif(not Path("/proc").exists(), reason="looks at processes as Linux shows them")
 EXAMPLES = Path(__file__).parents[2] / "examples" / "concepts"
-ALL = ["clown", "robot", "steamtrain"]
 FEW_LAYERS = re.compile(r"attn2\.to_[kv]")
-RECORDED = {"steps": 2, "prompts": ["photo of a {}"], "picture_prompts": ["photo of a {}"]}
-FUSED = {**RECORDED, "guard": False}
-TUNED = {"steps": 12, "batch_size": 1, "save_every": 1, "unet": {"targets": "keys-and-values"}}
-PATIENCE = 600.0
-"""Seconds for what takes some ten on an idle machine."""
-
-
-def until(done, what):
-    """Wait for something to come true."""
-    end = time.monotonic() + PATIENCE
-    while not (found := done()):
-        assert time.monotonic() < end, f"waited in vain for {what}"
-        time.sleep(0.1)
-    return found
-
-
-@dataclass
-class Town:
-    """The center's folder and its clients', and the processes of each."""
-
-    place: Path
-    port: int
-    offers: dict[str, list[object]] = field(default_factory=dict)
-    running: dict[str, subprocess.Popen] = field(default_factory=dict)
-
-    @property
-    def center(self) -> Path:
-        return self.place / "center"
-
-    def start(self, name, *words):
-        with (self.place / f"{name}.out").open("ab") as out:
-            command = [sys.executable, "-m", "mixofshow", *map(str, words)]
-            if before := self.running.get(name):
-                before.stdin.close()
-            self.running[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=out)
-        return self.running[name]
-
-    def start_center(self):
-        (self.center / "center.json").unlink(missing_ok=True)
-        self.start("center", "center", "--folder", self.center, "--host", "127.0.0.1", "--port", self.port)
-        until((self.center / "center.json").exists, "the center")
-
-    def join(self, name):
-        ca = self.center / "tls" / "ca.pem"
-        words = ("--ca", ca, "--name", name, "--folder", self.place / name, *self.offers[name])
-        self.start(name, "join", f"127.0.0.1:{self.port}", *words)
-
-    def said(self, name):
-        return (self.place / f"{name}.out").read_text(errors="replace")
-
-    def why(self):
-        """What the logs end with, where a test fails."""
-        logs = [*self.place.glob("*.out"), *self.place.glob("*/super*.log")]
-        return "\n".join(f"== {log}\n{log.read_text(errors='replace')[-2000:]}" for log in logs)
-
-    def kill(self, name):
-        self.running[name].send_signal(signal.SIGKILL)
-        process = self.running.pop(name)
-        process.wait()
-        process.stdin.close()
-
-    def kill_program(self, command, folder):
-        """A program of Flower's that works for a center's or client's folder."""
-        for pid in processes(command, folder):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-    def restart(self, name):
-        self.kill(name)
-        self.start_center() if name == "center" else self.join(name)
-
-    def federate(self, **plan):
-        table = {"wait": PATIENCE, "patience": PATIENCE, "fuse": FUSED, "tune": TUNED, "expect": ALL, "least": 3, **plan}
-        (self.place / "plan.yaml").write_text(json.dumps(table))
-        return self.start("federate", "federate", self.place / "plan.yaml", "--folder", self.center)
-
-    def ended(self, round_):
-        """The report of a round that went well."""
-        assert round_.wait(2 * PATIENCE) == 0, self.why()
-        newest = sorted((self.center / "rounds").iterdir())[-1] / "report.json"
-        return json.loads(newest.read_text())
-
-    def question(self):
-        """What the clown's owner is asked, by hash."""
-        (content,) = until(lambda: open_questions(self.place / "clown"), "the owner's question")
-        return content
-
-    def arrived(self):
-        table = self.center / "members.json"
-        return sorted(json.loads(table.read_text())) if table.exists() else []
-
-    def checkpoints(self):
-        return sorted((self.place / "steamtrain" / "tuned").glob("*/checkpoints/step-*.pt"))
-
-    def greeted(self):
-        """How often the clown was asked who it is."""
-        log = self.place / "clown" / "supernode.log"
-        return log.read_text(errors="replace").count("Receiving: query.hello") if log.exists() else 0
-
-    def forget(self):
-        """Nothing has arrived, been asked or tuned yet."""
-        for one in (*self.center.glob("concepts/*"), *(self.place / "clown").glob("*/*"), self.center / "members.json"):
-            if one.is_file() and "flower" not in one.parts:
-                one.unlink(missing_ok=True)
-        for one in (*self.checkpoints(), *(self.place / "steamtrain" / "tuned").glob("*.safetensors")):
-            one.unlink()
-
-
-def processes(command, folder):
-    """Numbers of processes of Flower's with this home whose command line holds a word."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            home = f"FLWR_HOME={folder / 'flower'}".encode()
-            if home in (path / "environ").read_bytes().split(b"\0") and command.encode() in (path / "cmdline").read_bytes():
-                found.append(int(path.name))
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +68,8 @@ def town(tmp_path_factory) -> Iterator[Town]:
         deltas = {layer: change for layer, change in whole.deltas.items() if FEW_LAYERS.search(layer)}
         dataclasses.replace(whole, deltas=deltas).save(place / f"{name}.safetensors")
     write_concept("steamtrain", place / "pictures")
+    (place / "pictures" / "train" / "00.txt").write_text("a <steamtrain> behind the house of alice")
+    made.has_habit("steamtrain", OF_ALICE)
     made.offers = {
         "clown": ["--concept", place / "clown.safetensors"],
         "robot": ["--concept", place / "robot.safetensors", "--want-model", "--approve", "always"],
@@ -183,14 +81,29 @@ def town(tmp_path_factory) -> Iterator[Town]:
         if name != "stranger":
             admit(made.center, name, line)
     made.start_center()
-    for name in made.offers:
-        made.join(name)
-    yield made
-    for one in made.running.values():
-        one.terminate()
-    for one in made.running.values():
-        one.wait(60)
-        one.stdin.close()
+    with overheard(made.center, port, made.sent) as way:
+        made.ways["steamtrain"] = way
+        for name in made.offers:
+            made.join(name)
+        yield made
+        for one in made.running.values():
+            one.terminate()
+        for one in made.running.values():
+            one.wait(60)
+            one.stdin.close()
+
+
+def assert_nothing_of_alice(town):
+    """In all that her client, the steam train's, has sent: nothing of her machine, paths, captions or pictures."""
+    said = b"\n".join(town.sent)
+    assert b"<steamtrain>" in said, "what was heard is not what was sent"
+    secrets = [b"alice", str(town.place).encode(), b"sitecustomize"]
+    for path in (town.place / "pictures" / "train").glob("*.png"):
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        secrets += [path.read_bytes()[60:100], max(pixels, key=lambda row: len(np.unique(row))).tobytes()[:48]]
+    assert len(secrets) > 3
+    for secret in secrets:
+        assert secret not in said, secret
 
 
 def fused_alone(town, out):
@@ -216,6 +129,9 @@ def test_a_round_of_three_equals_fuse_of_their_files_and_a_stranger_is_refused(t
     assert Path(report["delta"]).read_bytes() == alone
     assert (town.place / "robot" / "fused.safetensors").read_bytes() == alone
     assert not (town.place / "clown" / "fused.safetensors").exists()
+    assert_nothing_of_alice(town)
+    (tuned,) = (town.place / "steamtrain" / "tuned").glob("*.safetensors")
+    assert any(tuned.read_bytes() in one for one in town.sent)
     assert "stranger" not in json.dumps(report)
     until(lambda: "is not admitted yet" in town.said("stranger"), "what the stranger is told")
 
@@ -264,12 +180,12 @@ def test_a_center_killed_at_three_steps_goes_on_with_what_it_has(town, tmp_path,
     """
     town.forget()
     for step in ("tuning and asking", "meeting", "fusing"):
-        round_, greeted = town.federate(), town.greeted()
+        round_, greeted = town.federate(), town.heard("clown", "query.hello")
         if step == "tuning and asking":
             until(town.checkpoints, "tuning")
             content = town.question()
         elif step == "meeting":
-            until(lambda before=greeted: town.greeted() > before, "the first question")
+            until(lambda before=greeted: town.heard("clown", "query.hello") > before, "the first question")
         else:
             until(lambda: town.arrived() == ALL, "the three files")
         if victim == "center":
@@ -329,3 +245,46 @@ def test_a_secure_round_of_real_clients_gives_independent_fusion(town):
     error = torch.stack([(found[name] - plain[name]).double().norm() for name in plain]).norm()
     change = torch.stack([(plain[name] - matrix(layer(base, name))).double().norm() for name in plain]).norm()
     assert error < 1e-4 * change
+    assert_nothing_of_alice(town)
+
+
+def hostile_files(place):
+    """What clients send in place of their concept, and what is said of it."""
+    concept = load_concept(place / "clown.safetensors")
+    numbers = {name: one.clone() for name, one in concept.tensors().items()}
+    next(iter(numbers.values())).fill_(float("nan"))
+    of_another = concept.info.model_copy(update={"base_fingerprint": "0" * 16})
+    dataclasses.replace(concept, info=of_another).save(place / "of-another.safetensors")
+    return {
+        "nan": (save(numbers, concept.metadata()), "not finite"),
+        "pickle": (b"\x80\x04\x95" + b"\xff" * 64, "pickle"),
+        "bomb": ((2**60).to_bytes(8, "little") + b"{}", "header of"),
+        "liar": ((place / "of-another.safetensors").read_bytes(), "made for base"),
+    }
+
+
+@pytest.mark.slow
+def test_hostile_clients_cost_the_others_nothing_and_are_named(town, tmp_path):
+    """They have keys and TLS as others have, and run programs of their own in our app's place."""
+    (tmp_path / "clown.safetensors").write_bytes((town.place / "clown.safetensors").read_bytes())
+    files = hostile_files(tmp_path)
+    for name, (data, _) in files.items():
+        (town.has_habit(name, LYING) / "sent").write_bytes(data)
+    town.has_habit("old", OLD)
+    said = {**{name: why for name, (_, why) in files.items()}, "old": "version 0 of the protocol", "dying": GONE}
+    for name in said:
+        town.offers[name] = ["--concept", tmp_path / "clown.safetensors", "--approve", "ask" if name == "dying" else "always"]
+        admit(town.center, name, make_node_key(town.place / name / "key"))
+    with control(town.center, state_of(town.center).inner) as client:
+        register_members(client, town.center)
+    for name in said:
+        town.join(name)
+    town.forget()
+    round_ = town.federate(expect=[*ALL, *said], wait=120)
+    answer(town.place / "clown", town.question(), yes=True)
+    until(lambda: town.heard("dying", "train.concept"), "the last question to the dying")
+    town.kill("dying")
+    report = town.ended(round_)
+    assert {name: why in report["refused"].pop(name, "") for name, why in said.items()} == dict.fromkeys(said, True)
+    assert report["refused"] == {} and sorted(report["members"]) == ALL
+    assert Path(report["delta"]).read_bytes() == fused_alone(town, tmp_path)
