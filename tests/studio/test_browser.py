@@ -228,15 +228,22 @@ def test_boxes_are_drawn_arranged_and_put_in_order_without_a_mouse(
     assert "such as 1:2:1" in page.inner_text("#editor .hint")
 
 
+def pasted(page: Any, place: str, text: str) -> None:
+    """Text that comes into a field in one go, as by the clipboard; then the field is left."""
+    page.click(place)
+    page.keyboard.insert_text(text)
+    page.keyboard.press("Tab")
+
+
 def test_two_pages_show_the_same(open_page: Any, served: tuple[str, Workspace]) -> None:
     one, other = open_page(), open_page()
     empty(one, served[1])
-    one.fill("#prompt textarea", "from the first")
+    pasted(one, "#prompt textarea", "from the first")
     until(lambda: other.input_value("#prompt textarea") == "from the first")
     other.click("#editor .cards button >> nth=0")
     until(lambda: one.locator("#editor .regions li").count() == 1)
-    assert "another page" in one.inner_text("#compose-said")
-    one.fill("#negative textarea, #negative input", "rain")
+    until(lambda: "another page" in one.inner_text("#compose-said"))
+    pasted(one, "#negative textarea, #negative input", "rain")
     until(lambda: canvas(served[1]).get("negative_prompt") == "rain")
     assert len(regions(served[1], 1)) == 1 and canvas(served[1])["prompt"] == "from the first"
 

@@ -116,9 +116,10 @@ def lacking(studio: Studio, composition: Composition, drawn_by: str) -> list[str
 
 
 def keep(studio: Studio, composition: Composition, drawn_by: str, by: str = "") -> list[str]:
-    """Write down what is on the canvas (by which page), and say what its regions lack."""
-    studio.workspace.keep(composition)
-    studio.changed.count, studio.changed.by = studio.changed.count + 1, by
+    """Write down what is on the canvas (by which page) if it is new, and say what its regions lack."""
+    if composition != studio.workspace.composition():
+        studio.workspace.keep(composition)
+        studio.changed.count, studio.changed.by = studio.changed.count + 1, by
     return lacking(studio, composition, drawn_by)
 
 

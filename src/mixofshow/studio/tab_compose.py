@@ -117,7 +117,10 @@ class ComposeTab:
     def _connect(self) -> None:
         everything, given = self.everything, [self.given_said, self.without]
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        changes = [self.editor.input, self.drawn_by.input, *(part.input for part in (*self.plain, *self.more))]
+        parts = [*self.plain, *self.more]
+        changes = [self.editor.input, self.drawn_by.input, *(part.input for part in parts)]
+        # Gradio swallows the first input after a value of ours, which is all there is when people paste.
+        changes += [part.blur for part in parts if isinstance(part, gr.Textbox)]
         resized = [self.editor, self.pad, self.advice, self.settings_said]
         gr.on(changes, self.edited, everything, resized, trigger_mode="always_last", **quiet)
         self.fill.click(self.filled, [*everything, self.scene], [*self.parts, *given, self.advice], **quiet)
@@ -310,7 +313,8 @@ class ComposeTab:
 
     def watched(self, seen: Any) -> list[Any]:
         """What has changed since this page looked last."""
-        job, files = self.studio.jobs.latest(KIND), self.studio.workspace.picture_files()[:SHOWN]
+        job: Any = self.studio.jobs.latest(KIND)
+        files = self.studio.workspace.picture_files()[:SHOWN]
         shelf, models = shelf_of(self.studio.workspace, OWN), self.studio.workspace.model_names()
         waiting = self.studio.jobs.waiting(KIND) - (job is not None and job.state == "waiting")
         now = (job and (id(job), job.line, id(job.preview), waiting), [file.name for file in files], shelf, models)

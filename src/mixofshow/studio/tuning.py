@@ -121,8 +121,8 @@ def captions(workspace: Workspace, name: str) -> list[list[str]]:
     """A row for each picture: its file and its caption."""
 
     def caption(picture: Path) -> str:
-        found = (file for suffix in CAPTIONS if (file := picture.with_suffix(suffix)).is_file())
-        return file.read_text("utf-8", errors="replace").strip() if (file := next(found, None)) else ""
+        found = next((file for suffix in CAPTIONS if (file := picture.with_suffix(suffix)).is_file()), None)
+        return found.read_text("utf-8", errors="replace").strip() if found else ""
 
     return [[picture.name, caption(picture)] for picture in pictures(workspace, name)]
 
