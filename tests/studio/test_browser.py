@@ -229,8 +229,9 @@ def test_boxes_are_drawn_arranged_and_put_in_order_without_a_mouse(
 
 
 def pasted(page: Any, place: str, text: str) -> None:
-    """Text that comes into a field in one go, as by the clipboard; then the field is left."""
+    """Text that takes the place of a field's in one go, as by the clipboard; then the field is left."""
     page.click(place)
+    page.keyboard.press("Control+A")
     page.keyboard.insert_text(text)
     page.keyboard.press("Tab")
 
