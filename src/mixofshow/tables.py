@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mixofshow.errors import SettingsError, field_problem, listed, shown
+from mixofshow.reading import MAX_NUMBER
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,9 @@ class Settings(Group):
     """What settings were called before, and are called now; None: nothing depends on them any more."""
 
     def __init__(self, /, **values: Any) -> None:
+        for key, number in _whole_numbers(values, ""):
+            if abs(number) >= MAX_NUMBER:  # which no reader of ours would take back from a file
+                raise SettingsError(f"'{key}': expected a number below 2^63, found {shown(number, 40)}")
         try:
             super().__init__(**self.renamed(values))
         except ValidationError as error:
@@ -60,3 +64,12 @@ class Settings(Group):
     def known_keys(cls, problem: Mapping[str, Any]) -> Iterable[str]:
         """The keys that may stand where there is a problem, of which the nearest is named."""
         return cls.model_fields
+
+
+def _whole_numbers(value: Any, key: str) -> Iterator[tuple[str, int]]:
+    """All whole numbers in a table, by dotted keys."""
+    if isinstance(value, int):
+        yield key, value
+    elif isinstance(value, Mapping | list | tuple):
+        for name, one in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _whole_numbers(one, f"{key}.{name}" if key else str(name))

@@ -172,6 +172,13 @@ def test_pictures_without_a_note_are_refused(tmp_path):
             "'regions.0.weight': .*found -1",
         ),
         ({"attend": 7}, SettingsError, "attend"),
+        ({"seed": 2**63}, SettingsError, "'seed': expected a number below 2.63, found 9223372036854775808"),
+        ({"width": int(1e308)}, SettingsError, "'width': .*found a number of 1024 bits"),
+        (
+            {"regions": [{"prompt": "a", "box": [0, 0, 1, 1], "front": -(2**63)}]},
+            SettingsError,
+            "'regions.0.front': expected a number below",
+        ),
         ({"image": "none.png"}, BadInputError, "none.png: cannot be read"),
     ],
 )

@@ -207,15 +207,11 @@ def test_boxes_are_drawn_arranged_and_put_in_order_without_a_mouse(
     until(lambda: canvas(workspace).get("height") == 64)
     page.focus("#editor [data-tool=box]")
     page.keyboard.press("Enter")
-    assert regions(workspace, 1)[0]["box"] == [0.0125, 0.0938, 0.4875, 0.9688]
+    assert regions(workspace, 1)[0]["box"] == [0, 0, 0.5, 1]
     page.fill("#editor [data-ratios]", "1:2:1")
     page.press("#editor [data-do=columns]", "Enter")
     arranged = regions(workspace, 3)
-    assert [(one["box"][0], one["box"][2]) for one in arranged] == [
-        (0.0125, 0.2375),
-        (0.2625, 0.7375),
-        (0.7625, 0.9875),
-    ]
+    assert [(one["box"][0], one["box"][2]) for one in arranged] == [(0, 0.25), (0.25, 0.75), (0.75, 1)]
     page.focus("#editor .region >> nth=0")
     page.keyboard.press("]")
     until(lambda: regions(workspace, 3) == [arranged[1], arranged[0], arranged[2]])
@@ -262,6 +258,46 @@ def test_what_is_wrong_is_said_beside_what_caused_it(open_page: Any, served: tup
     until(lambda: "weight" in page.inner_text("#compose-said"))
     page.fill("#editor .regions [data-key=weight]", "1")
     until(lambda: not page.locator("#compose-said .line").count())
+
+
+def test_numbers_that_cannot_be_leave_the_page_at_work(open_page: Any, served: tuple[str, Workspace]) -> None:
+    page = open_page()
+    empty(page, served[1])
+    for number in ("1e308", "99999999999999999999"):
+        page.fill("#seed input", number)
+        until(lambda: "below 2^63" in page.inner_text("#settings-said"))
+        page.fill("#seed input", "5")
+        until(lambda: canvas(served[1]).get("seed") == 5 and not page.locator("#settings-said .line").count())
+    page.click("#editor .cards button >> nth=0")
+    before = regions(served[1], 1)[0]["box"]
+    for edge in ("99", "100"):
+        page.fill("#editor [data-edge='0']", edge)
+        assert "Left before Right" in page.inner_text("#editor .hint")
+        page.press("#editor [data-edge='0']", "Tab")
+        assert page.input_value("#editor [data-edge='0']") == "0"
+    page.fill("#editor [data-edge='0']", "-50")
+    page.press("#editor [data-edge='0']", "Tab")
+    assert page.input_value("#editor [data-edge='0']") == "0" and regions(served[1], 1)[0]["box"] == before
+
+
+def test_what_was_done_before_the_picture_had_another_size_can_be_undone(
+    open_page: Any, served: tuple[str, Workspace]
+) -> None:
+    page, workspace = open_page(), served[1]
+    empty(page, workspace)
+    for count in (1, 2):
+        page.click(f"#editor .cards button >> nth={count - 1}")
+        regions(workspace, count)
+    page.fill("#width input", "96")
+    page.press("#width input", "Tab")
+    until(lambda: "0 0 1000 666" in str(page.get_attribute("#editor svg", "viewBox")))
+    for done, button in ((1, "undo"), (0, "undo"), (1, "redo"), (2, "redo")):
+        page.click(f"#editor [data-do={button}]")
+        until(lambda count=done: len(canvas(workspace).get("regions", [])) == count)
+    assert canvas(workspace)["width"] == 96
+    page.fill("#width input", "64")
+    page.press("#width input", "Tab")
+    until(lambda: canvas(workspace)["width"] == 64)
 
 
 def test_a_study_is_made_answered_and_counted(open_page: Any, served: tuple[str, Workspace]) -> None:

@@ -9,19 +9,22 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from mixofshow.errors import BadInputError, MixOfShowError, SettingsError
+from mixofshow.sampling.composition import make_composition
 from mixofshow.sampling.pictures import embedded
 from mixofshow.sampling.settings import Composition
 from mixofshow.studio import compose, fusing, measuring, shelf, tuning
 from mixofshow.studio.compose import Studio
 from mixofshow.studio.drawing import OWN
+from mixofshow.studio.editor import cards_for
 from mixofshow.studio.forms import component
 from mixofshow.studio.jobs import Job, Jobs, in_time
 from mixofshow.studio.tuning import tuning_fields
-from mixofshow.studio.workspace import Workspace
+from mixofshow.studio.workspace import LONG, Workspace
 from tests.studio.conftest import suite_in
 
 CLOWN = Path(__file__).parents[2] / "examples" / "concepts" / "clown.safetensors"
@@ -63,6 +66,41 @@ def test_a_workspace_full_of_photographs_is_shown_and_left_as_it_is(studio: Stud
     (new,) = studio.workspace.new_pictures([Composition(prompt="a")], lambda *_: "how")
     assert new.name == "0003.yaml"
     assert {name: (place / name).read_bytes() for name in before} == before
+
+
+def test_pictures_that_cannot_be_read_break_no_page(studio: Studio) -> None:
+    workspace = studio.workspace
+    for name in ("concepts/clown.png", "pictures/0001.png"):
+        (workspace.folder / name).write_bytes(b"no picture")
+    assert [card["picture"] for card in cards_for(shelf.cards(workspace))] == [""]
+    assert compose.underlay(workspace.pictures / "0001.png") == ""
+    workspace.canvas.write_text("prompt: a\nimage: data:image/png;base64,xxxx\n")
+    assert compose.underlay(None, workspace.composition()) == ""
+
+
+def test_a_mask_as_a_browser_writes_it_is_kept_once(studio: Studio) -> None:
+    """Of one that is large as it comes and as it is written, and of one that is large only as it comes."""
+    for shape in ((128, 128), (64, 64)):
+        noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+        text = embedded(Image.merge("RGBA", [noise] * 4))
+        assert len(text) > LONG
+        mask = {"prompt": "a", "mask": text}
+        composition = make_composition({"prompt": "a", "regions": [mask]})
+        before = studio.changed.count
+        for _ in range(3):
+            compose.keep(studio, composition, OWN)
+        assert studio.changed.count == before + 1
+
+
+def test_pictures_can_be_drawn_where_their_folder_was_removed(studio: Studio) -> None:
+    studio.workspace.pictures.rmdir()
+    (new,) = studio.workspace.new_pictures([Composition(prompt="a")], lambda *_: "how")
+    assert new.name == "0001.yaml"
+
+
+def test_whoever_drops_pictures_first_is_asked_for_a_name(studio: Studio) -> None:
+    with pytest.raises(SettingsError, match="give it one first"):
+        tuning.add_pictures(studio.workspace, "", [])
 
 
 def test_pictures_of_all_kinds_that_tuning_reads_are_shown(studio: Studio, pictures: Path) -> None:

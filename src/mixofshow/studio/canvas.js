@@ -155,11 +155,8 @@ function release() {
   const region = doc.regions[selected];
   if (region && (used === "brush" || used === "eraser")) region.mask = brushOf(region).toDataURL("image/png");
   if (JSON.stringify(doc) === before) return;
-  const now = doc;
-  doc = JSON.parse(before);
-  remember();
+  remember(JSON.parse(before).regions);
   future = [];
-  doc = now;
   hand();
   show();
   if (used === "box") choose("select");

@@ -117,7 +117,7 @@ def lacking(studio: Studio, composition: Composition, drawn_by: str) -> list[str
 
 def keep(studio: Studio, composition: Composition, drawn_by: str, by: str = "") -> list[str]:
     """Write down what is on the canvas (by which page) if it is new, and say what its regions lack."""
-    if composition != studio.workspace.composition():
+    if not studio.workspace.holds(composition):
         studio.workspace.keep(composition)
         studio.changed.count, studio.changed.by = studio.changed.count + 1, by
     return lacking(studio, composition, drawn_by)
@@ -225,5 +225,8 @@ def _seed(path: Path, changed: int) -> str:
 def underlay(path: Path | None, composition: Composition | None = None) -> str:
     """The picture as it lies under the regions; without one, that which is started from."""
     if path is None and composition and composition.image:
-        return shrunk(read_picture(composition.image, "RGB"))
+        try:
+            return shrunk(read_picture(composition.image, "RGB"))
+        except MixOfShowError:
+            return ""  # drawing says why
     return thumbnail(path) if path else ""

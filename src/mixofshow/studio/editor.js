@@ -40,9 +40,9 @@ function around(region) {
   return [Math.min(...xs), Math.min(...ys), Math.max(...xs), Math.max(...ys)];
 }
 
-// What is done is remembered, handed to the page, and can be taken back.
-function remember() {
-  const now = JSON.stringify(doc);
+// What is done to the regions is remembered, handed to the page, and can be taken back; the picture's size is not theirs.
+function remember(regions = doc.regions) {
+  const now = JSON.stringify(regions);
   if (past.at(-1) !== now) past.push(now);
   if (past.length > HISTORY) past.shift();
 }
@@ -67,11 +67,11 @@ function change(act, { typing = false } = {}) {
 }
 
 function travel(from, to) {
-  const now = JSON.stringify(doc);
+  const now = JSON.stringify(doc.regions);
   while (from.at(-1) === now) from.pop();
   if (!from.length) return;
   to.push(now);
-  doc = JSON.parse(from.pop());
+  doc = { ...doc, regions: JSON.parse(from.pop()) };
   selected = Math.min(selected, doc.regions.length - 1);
   hand();
   show();
@@ -111,11 +111,12 @@ function reorder(index, by) {
 
 const say = (text) => { hint.textContent = text; };
 
-// Columns side by side, as wide as the numbers say, with a margin as the examples have it.
+// Columns side by side, as wide as the numbers say. They have no margins, for a box holds in the cells that lie wholly in
+// it, and on the coarsest maps of a small picture a half with margins holds none.
 function column(shares, number) {
-  const sum = shares.reduce((one, other) => one + other, 0);
-  const left = shares.slice(0, number).reduce((one, other) => one + other, 0) / sum;
-  return [left + 0.0125, 0.0938, left + shares[number] / sum - 0.0125, 0.9688].map(rounded);
+  const upTo = (count) => shares.slice(0, count).reduce((one, other) => one + other, 0);
+  const sum = upTo(shares.length);
+  return [upTo(number) / sum, 0, upTo(number + 1) / sum, 1];
 }
 
 function freePlace() {

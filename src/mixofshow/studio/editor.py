@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from pydantic import TypeAdapter
 
-from mixofshow.errors import SettingsError, shown
+from mixofshow.errors import MixOfShowError, SettingsError, shown
 from mixofshow.images import read_image
 from mixofshow.sampling.composition import make_composition
 from mixofshow.sampling.pictures import embedded
@@ -152,8 +152,11 @@ def cards_for(cards: Sequence[Card], side: int = 64) -> list[dict[str, Any]]:
 
 
 def thumbnail(path: Path, side: int = LARGEST_SIDE) -> str:
-    """A picture as a text that a page shows, at most so large. Raises BadInputError."""
-    return shrunk(read_image(path, shown(path.name)).image, side)
+    """A picture as a text that a page shows, at most so large; empty for what cannot be read: people put files there."""
+    try:
+        return shrunk(read_image(path, shown(path.name)).image, side)
+    except MixOfShowError:
+        return ""
 
 
 def shrunk(image: Image.Image, side: int = LARGEST_SIDE) -> str:

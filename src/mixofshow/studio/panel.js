@@ -76,6 +76,7 @@ function typed(event) {
     const box = [...region.box];
     box[input.dataset.edge] = rounded(clamp(input.valueAsNumber / 100));
     if (box[0] < box[2] && box[1] < box[3]) change(() => { region.box = box; }, { typing: true });
+    else say(`Region ${index + 1}: expected numbers from 0 to 100, Left before Right and Top before Bottom`);
   }
 }
 
@@ -149,12 +150,20 @@ list.addEventListener("focusin", (event) => {
   const item = event.target.closest("li[data-index]");
   if (item && Number(item.dataset.index) !== selected) select(Number(item.dataset.index));
 });
+list.addEventListener("change", (event) => { if (event.target.dataset.edge) showList(); }); // what was not taken goes
 list.addEventListener("focusin", (event) => { if (event.target.matches("input, textarea")) remember(); });
 svg.addEventListener("pointerdown", press);
 svg.addEventListener("pointermove", pull);
 svg.addEventListener("pointerup", release);
 svg.addEventListener("pointercancel", release);
-watch("value", () => { if (JSON.stringify(props.value) !== JSON.stringify(doc)) { past.push(JSON.stringify(doc)); taken(); } });
+watch("value", () => {
+  if (JSON.stringify(props.value) === JSON.stringify(doc)) return;
+  if (JSON.stringify(props.value?.regions) !== JSON.stringify(doc.regions)) {
+    remember();
+    future = [];
+  }
+  taken();
+});
 watch("advice", showAdvice);
 watch("cards", () => { showCards(); show(); });
 watch("picture", showCanvas);

@@ -12,7 +12,7 @@ from mixofshow.bases.loading import EMBEDDED_CONTROLS
 from mixofshow.errors import BadInputError, SettingsError, shown
 from mixofshow.reading import read_bytes
 from mixofshow.sampling.composition import make_composition
-from mixofshow.sampling.pictures import MAX_BYTES, embedded, read_picture
+from mixofshow.sampling.pictures import MAX_BYTES, read_picture
 from mixofshow.sampling.settings import ControlEntry
 from mixofshow.studio.workspace import Workspace
 
@@ -36,7 +36,7 @@ def following(workspace: Workspace, sketch: Image.Image, network: str, **extent:
     if network not in networks(workspace):
         raise SettingsError(f"no network is called '{shown(network)}'; put its folder into the workspace's `controls`")
     own = workspace.controls / network
-    named = {"network": str(own) if own.is_dir() else network, "picture": str(workspace.put(embedded(sketch)))}
+    named = {"network": str(own) if own.is_dir() else network, "picture": str(workspace.put(sketch))}
     asked = {key: value for key, value in extent.items() if value is not None}
     table = {"prompt": "", "controls": [named | asked]}
     (made,) = make_composition(table, "sketch", workspace.folder).controls

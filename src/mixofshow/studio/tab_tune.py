@@ -94,7 +94,7 @@ class TuneTab:
         brought = self.dropped.upload(
             self.brought, [self.name, self.dropped], [self.said, self.dropped, self.shown, self.grid], **quiet
         )
-        brought.then(self.checked, asked, checks, **quiet)
+        brought.then(lambda *names: self.checked(*names) if names[0] else [gr.skip()] * 2, asked, checks, **quiet)
         self.check.click(self.checked, asked, checks, show_progress="minimal", api_visibility="private")
         self.grid.caption(self.captioned, self.name, self.said, **quiet)
         self.grid.paint(self.opened, self.name, [self.picture, self.mask, self.masking, self.mask_said], **quiet)

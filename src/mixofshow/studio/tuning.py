@@ -72,6 +72,8 @@ def _flat(settings: TuningSettings) -> Iterable[tuple[str, Any]]:
 
 def folder_of(workspace: Workspace, name: str) -> Path:
     """Where a concept's pictures, captions and masks are. Raises SettingsError for what cannot be a concept's name."""
+    if not name:
+        raise SettingsError("name: give it one first")
     if not NAME.fullmatch(name):
         raise SettingsError(f"name: expected up to 31 lower-case letters, digits, '-', '_', found '{shown(name)}'")
     return workspace.tuning / name
@@ -189,10 +191,7 @@ def general(workspace: Workspace, name: str, found: Sequence[Finding]) -> list[s
 
 @lru_cache(maxsize=1000)
 def _small(file: Path, changed: int) -> str:
-    try:
-        return thumbnail(file, SMALL)
-    except MixOfShowError:
-        return ""  # `check` says why
+    return thumbnail(file, SMALL)
 
 
 def remove_picture(workspace: Workspace, name: str, picture: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
+from PIL import Image
 
 from mixofshow.concepts.manifest import MANIFEST
 from mixofshow.errors import MixOfShowError
@@ -24,7 +25,7 @@ from mixofshow.outputs import check_outputs, write_text
 from mixofshow.reading import read_table
 from mixofshow.replaceable import COMPOSITION, is_in_the_way
 from mixofshow.sampling.composition import make_composition
-from mixofshow.sampling.pictures import is_embedded, read_picture, write_picture
+from mixofshow.sampling.pictures import embedded, is_embedded, read_picture, write_picture
 from mixofshow.sampling.settings import Composition
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,11 @@ class Workspace:
         """The composition that is being worked on."""
         return self.folder / "composition.yaml"
 
+    def holds(self, composition: Composition) -> bool:
+        """Whether this is on the canvas: painted masks, too, which are other texts once they were written as pictures."""
+        there = self.composition()
+        return composition == there or self._table(composition, self.folder) == self._table(there, self.folder)
+
     def keep(self, composition: Composition) -> None:
         """Write what is on the canvas; what others wrote there is put aside."""
         with self.lock:
@@ -125,6 +131,7 @@ class Workspace:
         Its pictures are to go beside it, with the same name.
         """
         with self.lock:
+            self.pictures.mkdir(parents=True, exist_ok=True)
             first = max(map(_number, self.pictures.iterdir()), default=0) + 1
             files = [self.pictures / f"{number:04d}.yaml" for number in range(first, first + len(compositions))]
             for number, (file, composition) in enumerate(zip(files, compositions, strict=True)):
@@ -133,14 +140,19 @@ class Workspace:
 
     def write(self, file: Path, composition: Composition, how: str = "mixofshow sample draws it.") -> None:
         """Write a composition as people do, without what is as usual; its large pictures go to `inputs`, each once."""
+        table = self._table(composition, file.parent)
+        text = yaml.safe_dump({"prompt": "", **table}, sort_keys=False, allow_unicode=True, width=120)
+        write_text(file, f"{COMPOSITION}{how}\n{text}")
+
+    def _table(self, composition: Composition, folder: Path) -> dict[str, Any]:
+        """A composition without what is as usual, its large pictures by their names as seen from the folder."""
         table = composition.model_dump(mode="json", exclude_defaults=True)
         for control in table.get("controls", []):
-            control["picture"] = os.path.relpath(control["picture"], file.parent)
+            control["picture"] = os.path.relpath(control["picture"], folder)
             if os.path.isdir(control["network"]):
-                control["network"] = os.path.relpath(control["network"], file.parent)
-        named = self._with_names(table, file.parent)
-        text = yaml.safe_dump({"prompt": "", **named}, sort_keys=False, allow_unicode=True, width=120)
-        write_text(file, f"{COMPOSITION}{how}\n{text}")
+                control["network"] = os.path.relpath(control["network"], folder)
+        named: dict[str, Any] = self._with_names(table, folder)
+        return named
 
     def _with_names(self, value: Any, folder: Path, key: str = "") -> Any:
         """A table with files' names, as seen from the folder, in the place of large pictures."""
@@ -148,15 +160,18 @@ class Workspace:
             return {name: self._with_names(one, folder, name) for name, one in value.items()}
         if isinstance(value, list):
             return [self._with_names(one, folder, key) for one in value]
-        if is_embedded(value) and len(value) > LONG:
-            return Path(os.path.relpath(self.put(value, key), folder)).as_posix()
-        return value
+        if not is_embedded(value) or len(value) <= LONG:
+            return value
+        # Browsers write masks in their own way: as it is read back, it may be short, or be there already.
+        image = read_picture(value, "RGB" if key == "image" else "L")
+        text = embedded(image)
+        return Path(os.path.relpath(self.put(image), folder)).as_posix() if len(text) > LONG else text
 
-    def put(self, picture: str, key: str = "image") -> Path:
-        """An embedded picture's file among the inputs, grey for masks; the same picture has the same one."""
-        file = self.inputs / f"{hashlib.sha256(picture.encode()).hexdigest()[:16]}.png"
+    def put(self, image: Image.Image) -> Path:
+        """A picture's file among the inputs; the same picture has the same one."""
+        file = self.inputs / f"{hashlib.sha256(embedded(image).encode()).hexdigest()[:16]}.png"
         if not file.exists():
-            write_picture(read_picture(picture, "RGB" if key == "image" else "L"), file)
+            write_picture(image, file)
         return file
 
     def shown(self, path: Path) -> str:
