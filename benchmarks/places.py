@@ -31,7 +31,7 @@ from torch import Tensor
 from mixofshow.bases.emojiland.concepts import SUBJECTS, class_word, write_concept
 from mixofshow.bases.emojiland.scenes import SCENES
 from mixofshow.bases.emojiland.world import Placement, compose
-from mixofshow.bases.loading import load_base
+from mixofshow.bases.loading import GUIDANCE, load_base
 from mixofshow.concepts.concept import Concept, load_concept
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.evaluation.scorers import imagenet_scorer
@@ -45,7 +45,6 @@ from mixofshow.tuning.trainer import tune
 EXAMPLES: Final = Path(__file__).parents[1] / "examples" / "concepts"
 NAMES: Final = ("clown", "steamtrain", "robot", "redogre")
 STEPS: Final = 20
-GUIDANCE: Final = 4.0
 REFERENCES: Final = 6
 Box = tuple[int, int, int, int]
 
@@ -96,7 +95,7 @@ class Asked:
         }[way]
         width, height = self.size
         how: dict[str, Any] = {"width": width, "height": height, "num_inference_steps": STEPS, "seed": self.seed}
-        found = draw(prompt, regions=regions, guidance_scale=GUIDANCE, **how, **more)
+        found = draw(prompt, regions=regions, guidance_scale=GUIDANCE["emojiland"], **how, **more)
         if way != "auto":
             return found[0], list(self.boxes)
         places = {region.prompt: self._bounds(region) for region in found.layouts[0].regions}

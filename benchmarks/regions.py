@@ -8,12 +8,13 @@ Parts that are run by themselves are added to those in the JSON file.
 Three concepts of Emojiland, two of them dogs, are fused as examples/fuse-three.yaml says, and drawn in wide pictures:
 every order of the three, every place the generator knows, fixed seeds, boxes alone.
 
-accuracy: the judge looks at each region's crop alone and names the nearest of the fused concepts (`region_accuracy`;
-`confusion` has a row for each concept asked for). `scene_accuracy` is how often it names the place from what lies
-outside of the boxes. Beside it: concepts that start in the sixth step, after their class words have laid things out;
+accuracy: a network of photographs, which had no part in anything here, looks at each region's crop alone and names the
+nearest of the fused concepts, by the world's own pictures of them in the same scene (`region_accuracy`; `confusion` has a
+row for each concept asked for). `scene_accuracy` is how often Emojiland's judge names the place from what lies outside
+of the boxes. Beside it: concepts that start in the sixth step, after their class words have laid things out;
 one prompt for the whole picture; weight fusion; a background of its own for each region (`binding_accuracy`: of the
-four colours the judge names it in the region's crop); and `renders`, the world's own pictures of the same things, which
-tell what the judge itself gets wrong.
+four colours Emojiland's judge names it in the region's crop); and `renders`, the world's own pictures of the same things, which
+tell what the judges themselves get wrong.
 
 ways: four ways to draw several concepts, at equal seeds: their LoRAs added up, by one prompt; fused, by one prompt;
 fused, with regions; un-fused, each region by its own LoRA. `--model` is a fused folder of the three, for these.
@@ -42,17 +43,19 @@ import places
 import torch
 from figures import keep, known
 from PIL import Image
+from torch import Tensor
 
 from emojiland.figures import rank_scenes
-from mixofshow.bases.emojiland.concepts import SUBJECTS, class_word, concept_pictures
+from mixofshow.bases.emojiland.concepts import SUBJECTS, class_word
 from mixofshow.bases.emojiland.scenes import SCENES
 from mixofshow.bases.emojiland.world import SIZE, WIDE, compose
 from mixofshow.bases.emojiland.world import places as laid_out
+from mixofshow.bases.loading import GUIDANCE
 from mixofshow.concepts.adapters import summed_weights
 from mixofshow.concepts.model import ConceptModel, load_unfused, with_words
 from mixofshow.evaluation.identities import identities, summarized
 from mixofshow.evaluation.metrics import image_alignment, interference, nearest_concept
-from mixofshow.evaluation.scorers import judge_scorer
+from mixofshow.evaluation.scorers import imagenet_scorer
 from mixofshow.evaluation.tasks import draw
 from mixofshow.fusion.jobs import make_job
 from mixofshow.fusion.stages import fuse
@@ -66,9 +69,6 @@ BOXES: Final = ((4, 6, 50, 62), (57, 6, 103, 62), (110, 6, 156, 62))
 BATCH: Final = 5
 """Pictures of a composition; only their seeds differ."""
 STEPS: Final = 20
-GUIDANCE: Final = 4.0
-"""Of 3, 4, 5 and 7 the best on other seeds, which are not measured here."""
-REFERENCES: Final = 12
 SHOWN: Final = 6
 COLOURS: Final = ("on a red background", "on a blue background", "on a green background", "on a yellow background")
 OPTIONS: Final[dict[str, dict[str, Any]]] = {
@@ -149,7 +149,7 @@ def composition(wide: Wide, *, regions: bool = True, concept_from: int | None = 
         width=WIDE,
         height=SIZE,
         steps=STEPS,
-        guidance_scale=GUIDANCE,
+        guidance_scale=GUIDANCE["emojiland"],
         seed=wide.seed,
         num=wide.count,
         **settings,
@@ -175,46 +175,54 @@ def renders(asked: Sequence[Wide]) -> list[Image.Image]:
     return images
 
 
-class Judge:
-    """Emojiland's judge, with the concepts' held-out pictures."""
+class Judges:
+    """The network of photographs tells who stands where, Emojiland's judge what is around them."""
 
     def __init__(self) -> None:
-        self.look = judge_scorer().images
-        pictures = {name: concept_pictures(name, REFERENCES, seed=1) for name in NAMES}
-        self.references = {name: self.look([one.image for one in found]) for name, found in pictures.items()}
+        self.look = imagenet_scorer()
+        self.references: dict[str, list[Tensor]] = {}
 
     def figures(self, images: Sequence[Image.Image], asked: Sequence[Wide]) -> dict[str, Any]:
         """Of pictures in the order in which they were asked for."""
         each = [wide for wide in asked for _ in range(wide.count)]
-        names = [name for wide in each for name in wide.names]
-        crops = [image.crop(box) for image in images for box in BOXES]
-        seen = self.look(crops)
-        wanted = torch.tensor([NAMES.index(name) for name in names])
-        judged = nearest_concept(seen, list(self.references.values()))
-        aligned = [image_alignment(row[None], self.references[name]) for row, name in zip(seen, names, strict=True)]
-        who = self.identity(seen, names)
+        wanted = torch.tensor([[NAMES.index(name) for name in wide.names] for wide in each])
+        judged, aligned, who = [], list[float](), []
+        for image, wide, numbers in zip(images, each, wanted.tolist(), strict=True):
+            seen, there = self.look([image.crop(box) for box in BOXES]), self.known(wide.scene)
+            judged.append(nearest_concept(seen, there))
+            aligned += [image_alignment(row[None], there[number]) for row, number in zip(seen, numbers, strict=True)]
+            who.append(identities(seen, there, numbers))
+        identity = summarized([who], NAMES)
         outside = [ranked[0] for ranked in rank_scenes([around(image) for image in images])]
         found: dict[str, Any] = {
-            "region_accuracy": rounded((judged == wanted).double().mean()),
+            "region_accuracy": rounded((torch.stack(judged) == wanted).double().mean()),
             "image_alignment": rounded(sum(aligned) / len(aligned)),
-            "identity_accuracy": rounded(who["accuracy"]),
-            "missing": who["missing"],
-            "doubled": who["doubled"],
+            "identity_accuracy": rounded(identity["accuracy"]),
+            "missing": identity["missing"],
+            "doubled": identity["doubled"],
             "scene_accuracy": share(scene == wide.scene for scene, wide in zip(outside, each, strict=True)),
-            "confusion": [[rounded(one) for one in row] for row in interference(wanted, judged, len(NAMES))],
+            "confusion": confusion(wanted, torch.stack(judged)),
         }
-        backgrounds = [background for wide in each for background in wide.backgrounds]
-        if backgrounds:
-            named = [next(scene for scene in ranked if scene in COLOURS) for ranked in rank_scenes(crops)]
-            found["binding_accuracy"] = share(one == other for one, other in zip(named, backgrounds, strict=True))
-        return found
+        return found | (binding(images, each) if each[0].backgrounds else {})
 
-    def identity(self, seen: torch.Tensor, names: Sequence[str]) -> dict[str, Any]:
-        """Who stands in pictures whose crops were `seen`, and whose places were asked for by `names`, in one row."""
-        there, count = list(self.references.values()), len(BOXES)
-        asked = [[NAMES.index(name) for name in names[k : k + count]] for k in range(0, len(names), count)]
-        rows = [identities(crops, there, each) for crops, each in zip(seen.split(count), asked, strict=True)]
-        return summarized([rows], NAMES)
+    def known(self, scene: str) -> list[Tensor]:
+        """The world's own pictures of each concept in a scene, as the network sees them."""
+        if scene not in self.references:
+            self.references[scene] = [self.look(places.alone(name, scene)) for name in NAMES]
+        return self.references[scene]
+
+
+def confusion(wanted: Tensor, judged: Tensor) -> list[list[float]]:
+    """Of each concept (a row), how often its box is taken for which."""
+    return [[rounded(one) for one in row] for row in interference(wanted.flatten(), judged.flatten(), len(NAMES))]
+
+
+def binding(images: Sequence[Image.Image], each: Sequence[Wide]) -> dict[str, float]:
+    """How often Emojiland's judge names the colour that was asked for behind a concept."""
+    ranked = rank_scenes([image.crop(box) for image in images for box in BOXES])
+    named = [next(scene for scene in scenes if scene in COLOURS) for scenes in ranked]
+    asked = [background for wide in each for background in wide.backgrounds]
+    return {"binding_accuracy": share(one == other for one, other in zip(named, asked, strict=True))}
 
 
 def around(image: Image.Image) -> Image.Image:
@@ -247,7 +255,7 @@ def models(folder: Path | None, *, average: bool) -> dict[str, ConceptModel]:
     return made | {"apart": apart, "added": replace(apart, weights=added)}
 
 
-def accuracy(known: dict[str, ConceptModel], judge: Judge, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def accuracy(known: dict[str, ConceptModel], judge: Judges, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Figures, and pictures, of each way to draw three concepts together."""
     plain = wides(count)
     coloured = [with_backgrounds(wide) for wide in plain]
@@ -268,7 +276,7 @@ def accuracy(known: dict[str, ConceptModel], judge: Judge, count: int) -> tuple[
     return figures, pictures
 
 
-def ways(known: dict[str, ConceptModel], judge: Judge, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def ways(known: dict[str, ConceptModel], judge: Judges, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Figures, and pictures, of each of four ways to draw several concepts; cost over that of the first."""
     asked = wides(count)
     table: dict[str, tuple[str, dict[str, Any]]] = {
@@ -286,7 +294,7 @@ def ways(known: dict[str, ConceptModel], judge: Judge, count: int) -> tuple[dict
     return figures, pictures
 
 
-def options(known: dict[str, ConceptModel], judge: Judge, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def options(known: dict[str, ConceptModel], judge: Judges, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Figures, and pictures, of each option beyond the paper; cost over that of plain regions."""
     asked = wides(count)
     figures, pictures, seconds = {}, {}, {}
@@ -364,7 +372,7 @@ def main() -> None:
     if "places" in chosen:
         chosen.remove("places")
         found_places(asked)
-    fused, judge = (models(asked.model, average="accuracy" in chosen), Judge()) if chosen else ({}, None)
+    fused, judge = (models(asked.model, average="accuracy" in chosen), Judges()) if chosen else ({}, None)
     for part in chosen:
         measure, count = parts[part]
         result[part], pictures = measure(fused, judge, count)
