@@ -68,7 +68,7 @@ def test_who_wants_the_model_gets_it_and_nobody_else(federation):
     assert list(told(vars(report))) == [
         f"dogx: <dogx>, sent {sent['dogx']} bytes, has the model",
         f"manx: <manx>, sent {sent['manx']} bytes",
-        f"{report.fused}: 2 concepts; as a delta: {report.delta}",
+        f"{report.fused}: concepts fused: 2; as a delta: {report.delta}",
     ]
 
 

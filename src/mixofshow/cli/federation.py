@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mixofshow.cli.options import Base, Device
-from mixofshow.errors import SettingsError
+from mixofshow.errors import SettingsError, shown
 from mixofshow.terminal import say
 
 app = typer.Typer()
@@ -64,7 +64,11 @@ def admit(
     from mixofshow.federation.keys import MAX_KEY_BYTES, admit
     from mixofshow.reading import read_bytes
 
-    line = key if key.startswith("ecdsa-") else read_bytes(Path(key), MAX_KEY_BYTES, SettingsError).decode(errors="replace")
+    line = key
+    if not key.startswith("ecdsa-"):
+        if not Path(key).is_file():
+            raise SettingsError(f"'{shown(key)}': expected a key as `mixofshow join` prints it, ecdsa-…, or its file")
+        line = read_bytes(Path(key), MAX_KEY_BYTES, SettingsError).decode(errors="replace")
     say(f"{admit(folder, member, line)}: may join")
 
 
@@ -82,7 +86,7 @@ def join(
     address: Annotated[str, typer.Argument(metavar="CENTER", help="The center's address, as center.example:8000.")],
     *,
     ca: Annotated[Path, typer.Option(help="The center's ca.pem, from its operator.")],
-    name: Annotated[str, typer.Option(help="The concept's name.")],
+    name: Annotated[str | None, typer.Option(help="The concept's name; one of a file is in it.")] = None,
     class_word: Annotated[str, typer.Option(help="Its class word, as for tune.")] = "",
     data: Annotated[Path | None, typer.Option(help="Folder of pictures to tune on. They stay here.")] = None,
     concept: Annotated[Path | None, typer.Option(help="Or a concept file that is there already.")] = None,
@@ -101,6 +105,7 @@ def join(
     from mixofshow.federation.owner import KEY, ClientSettings
 
     require_flower()
+    name = name or _name_of(concept)
     offer: dict[str, Any] = {"name": name, "class_word": class_word, "approve": approve, "want_model": want_model}
     paths = {"data": data, "concept": concept, "judge": judge}
     offer |= {key: str(path.absolute()) if path else None for key, path in paths.items()}
@@ -115,6 +120,14 @@ def join(
         attend(supernode, place, lambda question: typer.confirm(question, default=False))
 
 
+def _name_of(concept: Path | None) -> str:
+    from mixofshow.concepts.concept import load_concept
+
+    if concept is None:
+        raise SettingsError("--name is missing: what the concept that is tuned here is to be called")
+    return load_concept(concept).info.name
+
+
 @app.command()
 def federate(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="The round, in YAML.")],
@@ -126,7 +139,9 @@ def federate(
     from mixofshow.federation.plan import read_plan
     from mixofshow.federation.rounds import told
 
-    report = run_round(folder, read_plan(plan))
+    asked = read_plan(plan)
+    say(f"waiting up to {asked.wait:g} s for {', '.join(asked.expect) or 'whoever comes'}; then each step takes its time")
+    report = run_round(folder, asked)
     say(*told(report))
     if report["why_not"]:
         raise BadInputError(f"nothing was fused: {report['why_not']}")

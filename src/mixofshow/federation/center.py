@@ -11,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mixofshow.errors import BadInputError, ResourceError, shown
+from mixofshow.errors import BadInputError, ResourceError, nearest, shown
 from mixofshow.federation.control import (
     Busy,
     control,
@@ -29,7 +29,7 @@ from mixofshow.federation.control import (
     store_app,
 )
 from mixofshow.federation.door import open_door
-from mixofshow.federation.keys import AUTHORITY, TLS, make_tls
+from mixofshow.federation.keys import AUTHORITY, TLS, make_tls, members
 from mixofshow.federation.launch import (
     always_running,
     app_starter,
@@ -131,11 +131,18 @@ def run_round(folder: Path, plan: Plan) -> dict[str, Any]:
     """
     require_flower()
     state = state_of(folder)
+    _all_may_join(plan.expect, list(members(folder)))
     (folder / ROUNDS).mkdir(exist_ok=True)
     with holding(folder / ROUNDS) as held:
         if held is False:
             raise BadInputError(f"{folder}: a round is under way; wait for its end, or end it with Ctrl-C where it runs")
         return _run(folder, plan, state)
+
+
+def _all_may_join(expected: Iterable[str], known: list[str]) -> None:
+    for name in expected:
+        if name not in known:
+            raise BadInputError(f"expect: '{shown(name)}' is not admitted{nearest(name, known)}; `mixofshow center admit` does")
 
 
 def _run(folder: Path, plan: Plan, state: CenterState) -> dict[str, Any]:

@@ -266,6 +266,6 @@ def told(report: Mapping[str, Any]) -> Iterable[str]:
     for name, figures in report["judged"].items():
         yield f"{name} judged: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items())
     if report["fused"]:
-        yield f"{report['fused']}: {len(report['members'])} concepts; as a delta: {report['delta']}"
+        yield f"{report['fused']}: concepts fused: {len(report['members'])}; as a delta: {report['delta']}"
     if report["why_not"]:
         yield f"not fused: {report['why_not']}"

@@ -1,0 +1,42 @@
+"""What the commands say before anything is started."""
+
+import pytest
+
+from mixofshow.cli import main
+from mixofshow.federation.center import CenterState
+from mixofshow.federation.keys import admit, make_node_key
+
+KEY = "expected a key as `mixofshow join` prints it"
+
+
+def told(words, capsys, monkeypatch):
+    """Exit code and what is said of a command that ends at once."""
+    monkeypatch.setattr("sys.argv", ["mixofshow", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["center", "admit", "bob", ""], KEY),
+        (["center", "admit", "bob", "bob.pub"], KEY),
+        (["join", "center.example:8000", "--ca", "ca.pem", "--data", "pictures"], "--name is missing"),
+    ],
+    ids=["no key", "a file that is not there", "a concept without a name"],
+)
+def test_what_is_missing_is_named(words, said, capsys, monkeypatch, tmp_path):
+    pytest.importorskip("flwr")
+    monkeypatch.chdir(tmp_path)
+    code, found = told(words, capsys, monkeypatch)
+    assert code == 2 and said in found
+
+
+def test_a_round_does_not_wait_for_whom_nobody_admitted(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("flwr")
+    (tmp_path / "center.json").write_text(CenterState(base="emojiland").model_dump_json())
+    (tmp_path / "round.yaml").write_text("expect: [bbo]\n")
+    admit(tmp_path, "bob", make_node_key(tmp_path / "key"))
+    code, said = told(["federate", str(tmp_path / "round.yaml"), "--folder", str(tmp_path)], capsys, monkeypatch)
+    assert code == 2 and "'bbo' is not admitted; did you mean 'bob'?" in said
