@@ -328,6 +328,58 @@ def test_what_says_another_base_but_fits_is_taken_with_a_word(golden_pipeline, t
     assert "made for SDXL, this base is of SD 1.x" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "said", ["sd_1.5", "sd_v1", "SD 1.5", "sd15", "Stable-Diffusion-V1/lora", "stable-diffusion-1.5", "None", ""]
+)
+def test_every_spelling_of_a_kind_of_base_is_understood(golden_pipeline, tmp_path, caplog, said):
+    """Issue 19 §2.4, §2.5: ai-toolkit's `sd_1.5` was called another base than SD 1.x."""
+    save_file(lora(golden_pipeline), tmp_path / "x.safetensors", {"ss_base_model_version": said})
+    open_concept(tmp_path / "x.safetensors", golden_pipeline, DOG)
+    assert "made for" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [("sd_2.1", "SD 2.x"), ("sd21", "SD 2.x"), ("sdxl_1.0", "SDXL"), ("SD XL", "SDXL"), ("SSD-1B", "SSD-1B"), ("x", "x")],
+)
+def test_another_kind_is_called_by_its_name(golden_pipeline, tmp_path, caplog, said, kind):
+    save_file(lora(golden_pipeline), tmp_path / "x.safetensors", {"ss_base_model_version": said})
+    open_concept(tmp_path / "x.safetensors", golden_pipeline, DOG)
+    assert f"made for {kind}, this base is of SD 1.x" in caplog.text
+
+
+def test_layers_tell_the_kind_before_a_finetuned_models_name(xl_pipeline, tmp_path, caplog):
+    name = "text_encoder_2.text_model.encoder.layers.0.mlp.fc1"
+    out, inputs = layer(xl_pipeline, name).weight.shape
+    halves = {f"{name}.lora_down.weight": torch.ones(1, inputs), f"{name}.lora_up.weight": torch.ones(out, 1)}
+    save_file(halves, tmp_path / "x.safetensors", {"ss_base_model_version": "Pony"})
+    open_concept(tmp_path / "x.safetensors", xl_pipeline, DOG)
+    assert "made for" not in caplog.text
+
+
+def test_another_prediction_than_the_bases_is_said(golden_pipeline, v_pipeline, tmp_path, caplog):
+    """Issue 19 §2.5: a LoRA of a v-prediction model was put on one that predicts noise without a word."""
+    for own, said, told in (
+        (golden_pipeline, "v", "predicts v_prediction, this one predicts epsilon"),
+        (v_pipeline, "epsilon", "predicts epsilon, this one predicts v_prediction"),
+        (golden_pipeline, "epsilon", None),
+        (golden_pipeline, "flow", None),
+    ):
+        caplog.clear()
+        save_file(lora(own), tmp_path / "x.safetensors", {"modelspec.prediction_type": said})
+        open_concept(tmp_path / "x.safetensors", own, DOG)
+        assert told in caplog.text if told else "predicts" not in caplog.text
+
+
+@pytest.mark.parametrize("more", ["diff", "hada_w1_b", "lokr_w1"])
+def test_a_layer_is_of_one_kind(golden_pipeline, tmp_path, more):
+    """Of a LoRA beside a full change, the LoRA was dropped without a word."""
+    change = torch.ones(layer(golden_pipeline, TO_Q).weight.shape)
+    save_file(lora(golden_pipeline) | {f"{kohya(TO_Q)}.{more}": change}, tmp_path / "x.safetensors")
+    with pytest.raises(ConceptFileError, match="parts of several kinds of adapter at once: .*LoRA"):
+        open_concept(tmp_path / "x.safetensors", golden_pipeline, DOG)
+
+
 def test_biases_and_norms_are_left_out_with_a_word(golden_pipeline, tmp_path, caplog):
     more = {f"{kohya(CONV)}.diff_b": torch.ones(8), "lora_unet_conv_norm_out.w_norm": torch.ones(8)}
     save_file(lora(golden_pipeline) | more, tmp_path / "x.safetensors")

@@ -86,8 +86,8 @@ def test_one_file_is_enough(tensors, golden_pipeline, tmp_path, monkeypatch, off
 # ---- what the file says
 
 
-def loaded(tensors, tmp_path, more=(), metadata=None, **options):
-    file = tmp_path / "shared.safetensors"
+def loaded(tensors, tmp_path, more=(), metadata=None, name="shared.safetensors", **options):
+    file = tmp_path / name
     write_tensors(file, {**tensors, **{name: torch.zeros(0) for name in more}}, metadata or {})
     return load_base(file, config=GOLDEN_BASE, **options).scheduler
 
@@ -109,6 +109,16 @@ def test_v_prediction_is_followed_and_said(tensors, tmp_path, caplog, said):
     }[said]
     assert loaded(tensors, tmp_path, **more).config.prediction_type == "v_prediction"
     assert "prediction_type v_prediction (not epsilon)" in caplog.text
+
+
+@pytest.mark.parametrize("called", ["noob-vpred.safetensors", "XL_vPred10.safetensors", "v-prediction.safetensors"])
+def test_a_name_that_disagrees_is_said(tensors, tmp_path, caplog, called):
+    """Issue 19 §2.5: what is called v-prediction and says nothing inside was drawn as noise without a word."""
+    loaded(tensors, tmp_path, name=called)
+    assert "called v-prediction, but read as epsilon; `prediction` v_prediction sets it" in caplog.text
+    caplog.clear()
+    loaded(tensors, tmp_path, name=called, prediction="epsilon")
+    assert not caplog.records
 
 
 def test_the_option_goes_before_the_file(tensors, tmp_path):

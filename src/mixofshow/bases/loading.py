@@ -14,7 +14,7 @@ import torch
 
 from mixofshow.bases.configs import check_configs
 from mixofshow.bases.families import family_of, skip_text_layers, takes_masks, text_encoders
-from mixofshow.bases.originals import predict
+from mixofshow.bases.originals import predict_as_told
 from mixofshow.bases.parts import exclusive, glimpse, own_tensors, plain
 from mixofshow.bases.strangers import quiet, strangers_model
 from mixofshow.bases.weight_files import SUFFIX, check_weights, load_checkpoint
@@ -78,7 +78,7 @@ def load_base(
             pipeline = load_checkpoint(Path(name), config, dtype=precise, download=download)
         else:
             pipeline = _from_folder(name, dtype=precise, variant=variant, download=download)
-        predict(pipeline, prediction, str(name))
+        predict_as_told(pipeline, prediction, str(name))
         skip_text_layers(pipeline, clip_skip)
         _require_whole(pipeline, name)
         _rehearse(pipeline)

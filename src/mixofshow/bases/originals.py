@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import inspect
 import logging
+import re
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,6 +37,11 @@ _PADDING: Final = {"sd1": ("<|endoftext|>",), "sd2": ("!",), "sdxl": ("<|endofte
 """Of each of their tokenizers."""
 PREDICTIONS: Final = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 """What a UNet predicts, noise or v, as diffusers calls it, by its names in files and options."""
+
+
+PREDICTION: Final = "modelspec.prediction_type"
+"""Where a file's metadata say it."""
+_CALLED_V: Final = re.compile(r"v[-_ ]?pred", re.IGNORECASE)
 
 
 def usual_id(file: TensorFile) -> str:
@@ -81,11 +87,19 @@ def follow(pipeline: Any, file: TensorFile, source: str) -> None:
     """Let the scheduler be what the file says: v-prediction, zero terminal SNR. Said where the configuration differs."""
     if any(name.startswith("edm_") for name in file.shapes()):
         raise BaseModelError(f"{source}: its UNet predicts as EDM does, which is not supported; epsilon and v are")
-    noted = file.metadata.get("modelspec.prediction_type")
+    noted = file.metadata.get(PREDICTION)
     found = "v_prediction" if "v_pred" in file else PREDICTIONS.get(str(noted))
     if found is None and noted is not None:
         logger.warning("%s: its prediction type '%s' is not known; `prediction` sets it", source, shown(noted, 40))
     predict(pipeline, found, source, zero_snr="ztsnr" in file)
+
+
+def predict_as_told(pipeline: Any, prediction: str | None, name: str) -> None:
+    """As `predict`. Without being told, say where a base called one of v-prediction is read as one of noise."""
+    predict(pipeline, prediction, name)
+    own = pipeline.scheduler.config.get("prediction_type")
+    if prediction is None and own == "epsilon" and _CALLED_V.search(Path(name).name):
+        logger.warning("%s: called v-prediction, but read as epsilon; `prediction` v_prediction sets it", name)
 
 
 def predict(pipeline: Any, prediction: str | None, source: str, *, zero_snr: bool = False) -> None:

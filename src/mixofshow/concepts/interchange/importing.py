@@ -32,7 +32,7 @@ from mixofshow.concepts.concept import (
     value_problems,
 )
 from mixofshow.concepts.interchange.adapter_keys import NO_WEIGHTS, layer_names, other_kind, split_key
-from mixofshow.concepts.interchange.causes import other_base
+from mixofshow.concepts.interchange.causes import other_base, other_prediction
 from mixofshow.concepts.interchange.embeddings import Words, file_words, named, trigger_words
 from mixofshow.concepts.interchange.kinds import change_of
 from mixofshow.concepts.interchange.pickles import read_pickle
@@ -145,6 +145,8 @@ def _imported(
     keys = {key: split_key(key) for key in tensors}
     rest = {key: tensors[key] for key, found in keys.items() if found is None}
     deltas = _changes({key: tensors[key] for key in tensors if key not in rest}, texts, file, pipeline)
+    if deltas and (cause := other_prediction(texts, pipeline)):
+        logger.warning("%s: it says that it was %s", file, cause)
     _say_scale({found[1] for found in keys.values() if found}, texts, file, settings)
     words = _embedded_words(rest, file, settings, plain=len(rest) == len(tensors))
     if not (words or deltas):

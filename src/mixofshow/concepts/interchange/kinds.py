@@ -15,7 +15,9 @@ over the rank. A Tucker core (rank, rank, height, width) stands between two fact
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -26,6 +28,12 @@ Parts = Mapping[str, Tensor]
 """The tensors of one layer, by what they are of it."""
 Scale = Callable[[int | None], float]
 """The scale of a layer whose adapter has this rank; None: its matrices are whole."""
+
+_TELLING: Final = {
+    kind: re.compile(names)
+    for kind, names in {"LoRA": "down|mid|up", "LoHa": "hada_.+", "LoKr": "lokr_.+", "full": "diff"}.items()
+}
+"""What each kind's tensors are called."""
 
 
 def change_of(parts: Parts, scale: Scale, weight: Tensor) -> Change:
@@ -39,7 +47,12 @@ def change_of(parts: Parts, scale: Scale, weight: Tensor) -> Change:
     return change if magnitude is None else _decomposed(change, magnitude, weight, per_output=per_output)
 
 
+
+
 def _plain(parts: Parts, scale: Scale, weight: Tensor) -> Change:
+    kinds = {kind for name in parts for kind, names in _TELLING.items() if names.fullmatch(name)}
+    if len(kinds) > 1:
+        raise ValueError(f"parts of several kinds of adapter at once: {', '.join(sorted(kinds))}")
     try:
         if "diff" in parts:
             return Full.of(parts["diff"])
