@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import logging
 import os
 import re
 import secrets
@@ -31,6 +32,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+logger = logging.getLogger(__name__)
+
 STAGING: Final = (".mixofshow-", ".tmp")
 """How the names of hidden folders begin and end in which outputs are made; what is between is random."""
 ASIDE: Final = "aside"
@@ -39,6 +42,15 @@ STALE_SECONDS: Final = 86_400
 """What is older belongs to nobody, where there are no locks to tell."""
 RESERVED: Final = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*[<>:\"|?*].*|.*[. ]", re.IGNORECASE)
 """Names that Windows has for devices, or refuses."""
+SUFFIXES: Final = {
+    "PNG": (".png",),
+    "HTML": (".html", ".htm"),
+    "JSON": (".json",),
+    "YAML": (".yaml", ".yml"),
+    "safetensors": (".safetensors",),
+    "another kind": (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".pdf", ".ckpt", ".pt", ".bin"),
+}
+"""How files of a kind are called; and those of kinds that we do not write."""
 _CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
 
 
@@ -74,6 +86,7 @@ def check_outputs(
         _refuse_over_outputs(path, outputs[:number] + outputs[number + 1 :], whole=path in whole)
     for path, kind in kinds.items():
         _refuse_over_others(path, kind)
+        _say_if_called_otherwise(path, kind)
 
 
 def check_file(path: Path) -> None:
@@ -122,6 +135,13 @@ def _refuse_over_others(path: Path, kind: str | None) -> None:
             f"{shown(path, 100)}: there is a file that is no {kind or 'output'} of this program's, and that would be lost; "
             "choose another name, or remove it"
         )
+
+
+def _say_if_called_otherwise(path: Path, kind: str) -> None:
+    """By its name other programs would take it for something else."""
+    meant = next((other for other, called in SUFFIXES.items() if path.suffix.lower() in called), kind)
+    if meant != kind:
+        logger.warning("%s: %s is written there, though it is called %s", shown(path, 100), kind, path.suffix)
 
 
 def _same(one: Path, other: Path) -> bool:

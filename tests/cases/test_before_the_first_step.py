@@ -75,6 +75,10 @@ def test_a_caption_that_has_the_word_too_late_is_named_before_anything_else(gold
         ({"tracker": "wandb"}, "tracker wandb is not installed: pip install wandb"),
         ({"optimizer.name": "adamw8bit"}, "optimizer adamw8bit is not installed: pip install bitsandbytes"),
         ({"pictures.background": "whit"}, "'pictures.background': .* did you mean 'white'"),
+        (dict.fromkeys(("words.rate", "unet.rate", "text_encoder.rate"), 0), "all are 0, so nothing is trained"),
+        ({"method": "p-plus", "words.rate": 0}, "all are 0, so nothing is trained; raise one"),
+        ({"captions.dropout": 1}, "captions.dropout 1: no caption is ever shown, so no word is learned"),
+        ({"class_word": "<dog>"}, "class_word '<dog>': an ordinary word .* give 'dog'"),
     ],
 )
 def test_what_can_never_work_here_is_refused_before_anything_is_loaded(change, message, monkeypatch):

@@ -65,6 +65,23 @@ def test_what_cannot_be_written_is_refused_at_once(there, name, kind, message):
     assert sorted(there.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "said"),
+    [
+        ("a.JPG", "PNG", "a.JPG: PNG is written there, though it is called .JPG"),
+        ("a.png", "safetensors", "a.png: safetensors is written there, though it is called .png"),
+        ("a.safetensors", "PNG", "though it is called .safetensors"),
+        ("a.ckpt", "safetensors", "though it is called .ckpt"),
+        *((name, "PNG", None) for name in ("a.PNG", "a", "a.v1")),
+        ("a.htm", "HTML", None),
+    ],
+)
+def test_a_name_of_another_kind_is_said(there, name, kind, said, caplog):
+    """`sample --out dog.jpg` wrote a PNG of that name without a word."""
+    check_outputs(files={kind: [Path(name)]})
+    assert said in caplog.text if said else not caplog.records
+
+
 def test_looking_leaves_nothing_behind(there):
     files = {"PNG": [there / "new" / "deep" / "a.png"]}
     check_outputs(files=files, folders=[there / "new" / "f"], shared=[Path("linked"), Path()])

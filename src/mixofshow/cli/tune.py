@@ -38,7 +38,7 @@ def tune(
 
     Defaults are for Stable Diffusion; the embedded base and some methods have their own, which --print-config shows.
     """
-    from mixofshow.outputs import check_outputs
+    from mixofshow.outputs import check_file, check_outputs
     from mixofshow.reading import read_table
     from mixofshow.tuning import settings as tuning
     from mixofshow.tuning.checkpoints import run_folder
@@ -56,6 +56,8 @@ def tune(
     names = [f"{settings.name}.safetensors" for settings in several]
     targets = [(out / name if out and "concepts" in table else out) or Path(name) for name in names]
     read = [file, *(path for settings in several for path in (*inputs_of(settings), *bases(settings.base)))]
+    for target in targets:
+        check_file(target)  # so that it has a name, after which the run's folder is called
     folders = [run_folder(target, read) for target in targets]
     check_outputs(files={"safetensors": targets}, shared=folders, inputs=read)
     place = _place(several, device)

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
-from mixofshow.errors import SettingsError
+from mixofshow.errors import SettingsError, shown
 from mixofshow.images import colour_of
 from mixofshow.tuning.adapters import METHODS
 from mixofshow.tuning.settings import TuningSettings, dotted_keys
@@ -34,13 +34,30 @@ def refuse_impossible(settings: TuningSettings, device: str) -> None:
     package = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}.get(settings.optimizer.name)
     if package and not find_spec(package):
         raise SettingsError(f"optimizer {settings.optimizer.name} is not installed: pip install {package}")
-    parts = {"custom-diffusion": [settings.unet], **{method: [] for method in WORDS_ONLY}}  # beside the words
-    trained = parts.get(settings.method, [settings.text_encoder, settings.unet])
-    rates = sorted({settings.words.rate, *(part.rate for part in trained)} - {0})
-    if settings.optimizer.name == "prodigy" and len(rates) > 1:
+    _refuse_learning_nothing(settings)
+    if settings.optimizer.name == "prodigy" and len(rates := _rates(settings)) > 1:
         raise SettingsError(
             f"optimizer prodigy: takes one rate for all, found {', '.join(f'{rate:g}' for rate in rates)}; set "
             "words.rate, text_encoder.rate and unet.rate to 1"
+        )
+
+
+def _rates(settings: TuningSettings) -> list[float]:
+    """The different rates above 0 of what is trained."""
+    parts = {"custom-diffusion": [settings.unet], **{method: [] for method in WORDS_ONLY}}  # beside the words
+    trained = parts.get(settings.method, [settings.text_encoder, settings.unet])
+    return sorted({settings.words.rate, *(part.rate for part in trained)} - {0})
+
+
+def _refuse_learning_nothing(settings: TuningSettings) -> None:
+    if not _rates(settings):
+        raise SettingsError("words.rate, text_encoder.rate and unet.rate: all are 0, so nothing is trained; raise one")
+    if settings.captions.dropout == 1:
+        raise SettingsError("captions.dropout 1: no caption is ever shown, so no word is learned; give less than 1")
+    if set("<>") & set(settings.class_word):
+        raise SettingsError(
+            f"class_word '{shown(settings.class_word)}': an ordinary word of the base's, which has no brackets; give "
+            f"'{shown(settings.class_word.strip('<>'))}'"
         )
 
 
