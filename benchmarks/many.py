@@ -82,6 +82,8 @@ def main() -> None:
 
     for count, way in product(counts, options.ways.split(",")):
         show(f"{way} {count}", measured(f"{way} {count}", partial(fused, count, way)), alone)
+    figures["mean"] = {key: means(found, list(alone)) for key, found in figures.items() if key != "mean"}
+    keep(figures, options.json)
 
 
 def scoring(folder: Path, concepts: list[Concept]) -> Callable[..., Scores]:
@@ -102,6 +104,11 @@ def scoring(folder: Path, concepts: list[Concept]) -> Callable[..., Scores]:
         }
 
     return scored
+
+
+def means(found: dict[str, Any], judges: list[str]) -> dict[str, float]:
+    """Over all concepts, of each judge."""
+    return {judge: round(mean(found[judge].values()), 4) for judge in judges}
 
 
 def show(title: str, found: dict[str, Any], alone: Scores) -> None:

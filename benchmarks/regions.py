@@ -324,7 +324,7 @@ def leakage(
 def with_a_cat(wanted: Composition) -> Composition:
     """The composition with a cat in the middle region; all else is as it was."""
     first, middle, last = wanted.regions
-    cat = middle.model_copy(update={"prompt": re.sub("<.*?>", "cat", middle.prompt)})
+    cat = replace(middle, prompt=re.sub("<.*?>", "cat", middle.prompt))
     return wanted.model_copy(update={"regions": (first, cat, last)})
 
 
@@ -343,7 +343,7 @@ def side_by_side(pictures: dict[str, list[Image.Image]], count: int) -> Image.Im
 
 def found_places(asked: argparse.Namespace) -> None:
     """The part `places`, see places.py; a fifth as many pictures of each case."""
-    cases = asked.cases.split(",")
+    cases = asked.cases.split(";")
     found, pictures = places.measure(places.fused(asked.concepts), -(-asked.compositions // 5), cases)
     before = known(asked.json)
     keep(before | {"places": before.get("places", {}) | found}, asked.json)
@@ -361,7 +361,7 @@ def main() -> None:
     parser.add_argument("--compositions", type=int, default=120, help="wide pictures of each way; of options a quarter")
     parser.add_argument("--parts", default="accuracy,options,ways,places")
     parser.add_argument("--model", type=Path, help="folder of the three, fused, in place of fusing them")
-    parser.add_argument("--cases", default=",".join(places.CASES), help="of places")
+    parser.add_argument("--cases", default=";".join(places.CASES), help="of places, with ; between them")
     parser.add_argument("--concepts", type=Path, help="folder of concepts for places, which are tuned where they are not")
     asked = parser.parse_args()
     torch.set_flush_denormal(True)

@@ -154,4 +154,4 @@ def _report_cut(
             f"the prompt is longer than the text encoder's {length} tokens and {lost[0]} would be cut: '{shown(prompt)}'"
         )
     if not quiet:
-        logger.warning("prompt cut to %d tokens; lost: %r", length, tokenizer.decode(cut))
+        logger.warning("prompt cut to %d tokens; lost: '%s'", length, shown(tokenizer.decode(cut), 200))
