@@ -422,7 +422,8 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, str], ImportSettings, str]
     "alpha NaN": (K | {f"{KEY}.alpha": torch.tensor(float("nan"))}, {}, MAN, "alpha to be one finite number"),
     "alpha of two": (K | {f"{KEY}.alpha": torch.ones(2)}, {}, MAN, "alpha to be one finite number"),
     "alpha huge": (K | {f"{KEY}.alpha": torch.tensor(1e30)}, {}, MAN, "finite number of at most"),
-    "LoHa": (K | {f"{KEY}.hada_w1_a": torch.ones(4, 4)}, {}, MAN, "expected a tensor 'hada_w1_b'"),
+    "LoHa": ({f"{KEY}.hada_w1_a": torch.ones(4, 4)}, {}, MAN, "expected a tensor 'hada_w1_b'"),
+    "two kinds in one layer": (K | {f"{KEY}.hada_w1_a": torch.ones(4, 4)}, {}, MAN, "several kinds of adapter at once"),
     "DoRA": (K | {f"{KEY}.dora_scale": torch.ones(4, 4)}, {}, MAN, "expected 32 magnitudes, found 16"),
     "OFT": ({f"{KEY}.oft_blocks": torch.ones(4, 4)}, {}, MAN, "an OFT, which is not read"),
     "a whole base": (
