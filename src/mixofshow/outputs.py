@@ -140,7 +140,7 @@ def _refuse_over_others(path: Path, kind: str | None) -> None:
 def _say_if_called_otherwise(path: Path, kind: str) -> None:
     """By its name other programs would take it for something else."""
     meant = next((other for other, called in SUFFIXES.items() if path.suffix.lower() in called), kind)
-    if meant != kind:
+    if kind in SUFFIXES and meant != kind:
         logger.warning("%s: %s is written there, though it is called %s", shown(path, 100), kind, path.suffix)
 
 

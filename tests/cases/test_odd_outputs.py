@@ -74,6 +74,7 @@ def test_what_cannot_be_written_is_refused_at_once(there, name, kind, message):
         ("a.ckpt", "safetensors", "though it is called .ckpt"),
         *((name, "PNG", None) for name in ("a.PNG", "a", "a.v1")),
         ("a.htm", "HTML", None),
+        ("tune.yaml", "settings", None),
     ],
 )
 def test_a_name_of_another_kind_is_said(there, name, kind, said, caplog):

@@ -47,8 +47,6 @@ def change_of(parts: Parts, scale: Scale, weight: Tensor) -> Change:
     return change if magnitude is None else _decomposed(change, magnitude, weight, per_output=per_output)
 
 
-
-
 def _plain(parts: Parts, scale: Scale, weight: Tensor) -> Change:
     kinds = {kind for name in parts for kind, names in _TELLING.items() if names.fullmatch(name)}
     if len(kinds) > 1:
