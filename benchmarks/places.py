@@ -119,19 +119,23 @@ def asked_of(case: Case, count: int) -> list[Asked]:
 
 
 class Photographs:
-    """The network of photographs, with the world's own pictures of the concepts in each scene."""
+    """The network of photographs, with the world's own pictures of some concepts in each scene."""
 
-    def __init__(self) -> None:
-        self.look = imagenet_scorer()
+    def __init__(self, names: Sequence[str] = NAMES) -> None:
+        self.look, self.names = imagenet_scorer(), names
         self.references: dict[str, list[Tensor]] = {}
+
+    def known(self, scene: str) -> list[Tensor]:
+        """Each concept in a scene, as the network sees it: (pictures, dim)."""
+        if scene not in self.references:
+            self.references[scene] = [self.look(alone(name, scene)) for name in self.names]
+        return self.references[scene]
 
     def right(self, image: Image.Image, boxes: Sequence[Box], one: Asked) -> list[bool]:
         """Whether each crop is the concept that is asked for."""
-        if one.scene not in self.references:
-            self.references[one.scene] = [self.look(alone(name, one.scene)) for name in NAMES]
         seen = self.look([image.crop(box) for box in boxes])
-        means = torch.stack([references.mean(0) for references in self.references[one.scene]])
-        return [NAMES[int(number)] == name for number, name in zip((seen @ means.T).argmax(1), one.names, strict=True)]
+        means = torch.stack([references.mean(0) for references in self.known(one.scene)])
+        return [self.names[int(number)] == name for number, name in zip((seen @ means.T).argmax(1), one.names, strict=True)]
 
 
 def alone(name: str, scene: str) -> list[Image.Image]:

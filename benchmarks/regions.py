@@ -5,16 +5,16 @@
 
 Parts that are run by themselves are added to those in the JSON file.
 
-Three concepts of Emojiland, two of them dogs, are fused as examples/fuse-three.yaml says, and drawn in wide pictures:
+Three concepts of Emojiland, two of which share a class word, are fused as examples/fuse-three.yaml says, and drawn in wide pictures:
 every order of the three, every place the generator knows, fixed seeds, boxes alone.
 
 accuracy: a network of photographs, which had no part in anything here, looks at each region's crop alone and names the
 nearest of the fused concepts, by the world's own pictures of them in the same scene (`region_accuracy`; `confusion` has a
 row for each concept asked for). `scene_accuracy` is how often Emojiland's judge names the place from what lies outside
-of the boxes. Beside it: concepts that start in the sixth step, after their class words have laid things out;
-one prompt for the whole picture; weight fusion; a background of its own for each region (`binding_accuracy`: of the
-four colours Emojiland's judge names it in the region's crop); and `renders`, the world's own pictures of the same things, which
-tell what the judges themselves get wrong.
+of the boxes. Beside it: concepts that start in the sixth step, after their class words have laid things out; one prompt
+for the whole picture; weight fusion; a background of its own for each region (`binding_accuracy`: of the four colours
+Emojiland's judge names it in the region's crop); and `renders`, the world's own pictures of the same things, which tell
+what the judges themselves get wrong.
 
 ways: four ways to draw several concepts, at equal seeds: their LoRAs added up, by one prompt; fused, by one prompt;
 fused, with regions; un-fused, each region by its own LoRA. `--model` is a fused folder of the three, for these.
@@ -55,7 +55,6 @@ from mixofshow.concepts.adapters import summed_weights
 from mixofshow.concepts.model import ConceptModel, load_unfused, with_words
 from mixofshow.evaluation.identities import identities, summarized
 from mixofshow.evaluation.metrics import image_alignment, interference, nearest_concept
-from mixofshow.evaluation.scorers import imagenet_scorer
 from mixofshow.evaluation.tasks import draw
 from mixofshow.fusion.jobs import make_job
 from mixofshow.fusion.stages import fuse
@@ -175,12 +174,8 @@ def renders(asked: Sequence[Wide]) -> list[Image.Image]:
     return images
 
 
-class Judges:
+class Judges(places.Photographs):
     """The network of photographs tells who stands where, Emojiland's judge what is around them."""
-
-    def __init__(self) -> None:
-        self.look = imagenet_scorer()
-        self.references: dict[str, list[Tensor]] = {}
 
     def figures(self, images: Sequence[Image.Image], asked: Sequence[Wide]) -> dict[str, Any]:
         """Of pictures in the order in which they were asked for."""
@@ -204,12 +199,6 @@ class Judges:
             "confusion": confusion(wanted, torch.stack(judged)),
         }
         return found | (binding(images, each) if each[0].backgrounds else {})
-
-    def known(self, scene: str) -> list[Tensor]:
-        """The world's own pictures of each concept in a scene, as the network sees them."""
-        if scene not in self.references:
-            self.references[scene] = [self.look(places.alone(name, scene)) for name in NAMES]
-        return self.references[scene]
 
 
 def confusion(wanted: Tensor, judged: Tensor) -> list[list[float]]:
@@ -372,7 +361,7 @@ def main() -> None:
     if "places" in chosen:
         chosen.remove("places")
         found_places(asked)
-    fused, judge = (models(asked.model, average="accuracy" in chosen), Judges()) if chosen else ({}, None)
+    fused, judge = (models(asked.model, average="accuracy" in chosen), Judges(NAMES)) if chosen else ({}, None)
     for part in chosen:
         measure, count = parts[part]
         result[part], pictures = measure(fused, judge, count)

@@ -156,6 +156,14 @@ def fill(page: Any, place: str, value: str) -> None:
     page.locator(place).locator("input, textarea").first.fill(value)
 
 
+def resize(page: Any, workspace: Workspace, width: int, height: int) -> None:
+    """Give the picture another size, once the workspace has it."""
+    fill(page, "#width", str(width))
+    fill(page, "#height", str(height))
+    page.press("#height input", "Tab")
+    until(lambda: canvas(workspace).get("height") == height)
+
+
 def suite_in(workspace: Workspace, hostile: str = "") -> None:
     """What measuring leaves in the workspace, of two methods with two pictures each."""
     folder = workspace.folder / "measured" / "results"

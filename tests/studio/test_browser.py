@@ -23,6 +23,7 @@ from tests.studio.conftest import (
     empty,
     fill,
     regions,
+    resize,
     suite_in,
     turn_to,
     until,
@@ -201,10 +202,7 @@ def test_boxes_are_drawn_arranged_and_put_in_order_without_a_mouse(
 ) -> None:
     page, workspace = open_page(), served[1]
     empty(page, workspace)
-    fill(page, "#width", "64")
-    fill(page, "#height", "64")
-    page.press("#height input", "Tab")
-    until(lambda: canvas(workspace).get("height") == 64)
+    resize(page, workspace, 64, 64)
     page.focus("#editor [data-tool=box]")
     page.keyboard.press("Enter")
     assert regions(workspace, 1)[0]["box"] == [0, 0, 0.5, 1]

@@ -9,7 +9,7 @@ import pytest
 
 from mixofshow.bases.emojiland.concepts import write_concept
 from mixofshow.studio.workspace import Workspace
-from tests.studio.conftest import IN_A_BROWSER, INSIDE, canvas, empty, fill, regions, turn_to, until
+from tests.studio.conftest import IN_A_BROWSER, INSIDE, empty, fill, regions, resize, turn_to, until
 
 pytestmark = IN_A_BROWSER
 SERIOUS = ("serious", "critical")
@@ -81,10 +81,7 @@ def test_a_concept_is_tuned_from_dropped_pictures_stopped_resumed_fused_and_draw
     page.click("#fuse-settings button")
     turn_to(page, "Compose")
     empty(page, workspace)
-    fill(page, "#width", "64")
-    fill(page, "#height", "32")
-    page.press("#height input", "Tab")
-    until(lambda: canvas(workspace).get("height") == 32)
+    resize(page, workspace, 64, 32)
     page.click("#more button")
     fill(page, "#more .field-steps", "2")
     page.click("#editor .cards button:has-text('foxy')")

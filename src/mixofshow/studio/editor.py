@@ -40,11 +40,9 @@ def region_editor(tool: str = "select", **props: Any) -> Any:
 
     The `tool` is that to begin with. With `over` each region has a button for the event `draw_over`, which names the region by its number.
     """
-    return gr.HTML(
-        html_template=source("editor.html"),
-        css_template=source("editor.css"),
-        js_on_load=f'const FIRST_TOOL = "{tool}";\n{source(*SCRIPTS)}',
-        apply_default_css=False,
+    return _component(
+        "editor",
+        f'const FIRST_TOOL = "{tool}";\n{source(*SCRIPTS)}',
         fields=region_fields(),
         **{"elem_id": "editor", "value": blank((64, 64)), "cards": [], "advice": [], "picture": "", **props},
     )
@@ -52,24 +50,18 @@ def region_editor(tool: str = "select", **props: Any) -> Any:
 
 def concept_shelf(**props: Any) -> Any:
     """Cards to be ticked. Its value is {word: strength} of those that are; `input` is its event."""
-    return gr.HTML(
-        html_template=source("shelf.html"),
-        css_template=source("shelf.css"),
-        js_on_load=source("make.js", "shelf.js"),
-        apply_default_css=False,
-        **{"elem_id": "shelf", "value": {}, "cards": [], **props},
-    )
+    return _component("shelf", source("make.js", "shelf.js"), **{"elem_id": "shelf", "value": {}, "cards": [], **props})
 
 
 def picture_grid(**props: Any) -> Any:
     """Pictures with captions to edit. Its value is what `tuning.grid` says; its events `caption`, `paint`, `away` name one."""
-    return gr.HTML(
-        html_template=source("pictures.html"),
-        css_template=source("pictures.css"),
-        js_on_load=source("make.js", "pictures.js"),
-        apply_default_css=False,
-        **{"elem_id": "tune-pictures", "value": [], **props},
-    )
+    return _component("pictures", source("make.js", "pictures.js"), **{"elem_id": "tune-pictures", "value": [], **props})
+
+
+def _component(name: str, script: str, **props: Any) -> Any:
+    """Gradio's component of our own HTML and CSS of this name, with this script and these properties."""
+    page, style = source(f"{name}.html"), source(f"{name}.css")
+    return gr.HTML(html_template=page, css_template=style, js_on_load=script, apply_default_css=False, **props)
 
 
 def region_fields() -> list[dict[str, Any]]:

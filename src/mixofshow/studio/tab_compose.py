@@ -168,7 +168,7 @@ class ComposeTab:
 
         def act() -> tuple[Composition, list[str]]:
             composition = compose.composition_from(*values[:-1])
-            return composition, compose.keep(self.studio, composition, drawn_by, request.session_hash or "")
+            return composition, self._keep(request, composition, drawn_by)
 
         done, said, error = outcome(act)
         if done is None:  # said beside the regions, or else beside the settings
@@ -179,6 +179,10 @@ class ComposeTab:
             return [gr.HTML(advice=done[1]), gr.skip(), gr.lines(said), ""]
         resized = {**canvas, "width": size[0], "height": size[1]}
         return [gr.HTML(advice=done[1], value=resized), gr.HTML(value=blank(size)), gr.lines(said), ""]
+
+    def _keep(self, request: gr.Request, composition: Composition, drawn_by: str) -> list[str]:
+        """What is on the canvas now, by this page; what its regions lack."""
+        return compose.keep(self.studio, composition, drawn_by, request.session_hash or "")
 
     def filled(self, request: gr.Request, *values: Any) -> list[Any]:
         """Prompts for all boxes that name a concept."""
@@ -247,7 +251,7 @@ class ComposeTab:
             before = {} if "redo" in given else {key: given[key] for key in ("image", "controls") if key in given}
             found = before | act(compose.composition_from(*parts, before))
             composition = compose.composition_from(*parts, found)
-            compose.keep(self.studio, composition, drawn_by, request.session_hash or "")
+            self._keep(request, composition, drawn_by)
             return composition
 
         found, _, error = outcome(changed)
@@ -261,7 +265,7 @@ class ComposeTab:
     ) -> str:
         def act() -> str:
             composition = compose.composition_from(*values[:-1])
-            compose.keep(self.studio, composition, values[-1], request.session_hash or "")
+            self._keep(request, composition, values[-1])
             return start(self.studio, composition, values[-1]).line
 
         line, _, error = outcome(act)
@@ -289,7 +293,7 @@ class ComposeTab:
 
         def parts() -> list[Any]:
             composition = act()
-            lines = compose.keep(self.studio, composition, drawn_by, request.session_hash or "")
+            lines = self._keep(request, composition, drawn_by)
             value, *others = compose.parts_of(self.studio, composition)
             under = compose.underlay(picture, composition)
             return [gr.HTML(value=value, advice=lines, picture=under), *others, *_told(others[-1])]
