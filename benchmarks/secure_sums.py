@@ -10,7 +10,8 @@ sums that were sent as
 - by-array: the same with a range for each array;
 - whitened: the same after the moments are whitened by the base's own, which everybody has.
 Given are, for the usual ridge and for one that damps next to nothing, the error of the fused change relative to the
-change itself, over all layers and in the worst; with --pictures also image alignment with held-out ones.
+change itself, over all layers and in the worst; with --pictures, for the usual ridge, also image alignment with held-out
+ones.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ def main() -> None:
             sums = exact if way == "exact" else WAYS[way](shape, terms, roots)
             weights = solved(shape, sums, len(terms), settings)
             row = {"ridge": ridge, "way": way, **errors(true, weights, base)}
-            if given.pictures:
+            if given.pictures and ridge == "usual":
                 row |= alignments(ConceptModel(base, vocabulary(concepts), weights), concepts, given.pictures)
             results.append(row)
             print("  ".join(f"{key} {value:.2e}" if isinstance(value, float) else f"{value:12}" for key, value in row.items()), flush=True)

@@ -38,6 +38,7 @@ from mixofshow.federation.plan import SECURE
 from mixofshow.fusion.stages import fuse
 from tests.federation.town import (
     ALL,
+    APP,
     FUSED,
     LYING,
     OF_ALICE,
@@ -96,7 +97,7 @@ def town(tmp_path_factory) -> Iterator[Town]:
 def assert_nothing_of_alice(town):
     """In all that her client, the steam train's, has sent: nothing of her machine, paths, captions or pictures."""
     said = b"\n".join(town.sent)
-    assert b"<steamtrain>" in said, "what was heard is not what was sent"
+    assert b"<steamtrain1>" in said, "what was heard is not what was sent"
     secrets = [b"alice", str(town.place).encode(), b"sitecustomize"]
     for path in (town.place / "pictures" / "train").glob("*.png"):
         pixels = np.asarray(Image.open(path).convert("RGB"))
@@ -193,7 +194,7 @@ def test_a_center_killed_at_three_steps_goes_on_with_what_it_has(town, tmp_path,
             assert round_.wait(PATIENCE) in (2, 3), town.why()
             town.start_center()
         else:
-            town.kill_program("flwr-serverapp", town.center)
+            town.kill_program(APP, town.center)
             if step != "meeting":  # there it is waited for that Flower notices
                 round_.send_signal(signal.SIGINT)
             assert round_.wait(PATIENCE) in (2, 3, 130), town.why()

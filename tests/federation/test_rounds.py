@@ -21,9 +21,9 @@ from mixofshow.errors import SettingsError
 from mixofshow.federation import judging, messages
 from mixofshow.federation.exchange import GONE, NODE_UNAVAILABLE
 from mixofshow.federation.messages import content_of
+from mixofshow.federation.outcome import told
 from mixofshow.federation.owner import answer, open_questions
 from mixofshow.federation.plan import Plan
-from mixofshow.federation.rounds import told
 from mixofshow.fusion.stages import fuse
 from mixofshow.fusion.statistics import LayerStatistics
 from mixofshow.fusion.store import Store, open_recording

@@ -23,8 +23,22 @@ ALL = ["clown", "robot", "steamtrain"]
 RECORDED = {"steps": 2, "prompts": ["photo of a {}"], "picture_prompts": ["photo of a {}"]}
 FUSED = {**RECORDED, "guard": False}
 TUNED = {"steps": 12, "batch_size": 1, "save_every": 1, "unet": {"targets": "keys-and-values"}}
+APP = "multiprocessing.forkserver"
 PATIENCE = 600.0
 """Seconds for what takes some ten on an idle machine."""
+QUICK = """\
+import sys
+
+if "join" in sys.argv:
+    from mixofshow.federation import join
+
+    join.AGAIN_AFTER = 2.0
+if "flower-supernode" in sys.argv:
+    from flwr.supercore import heartbeat
+    from flwr.supernode import fleet_http_connection
+
+    heartbeat.HEARTBEAT_DEFAULT_INTERVAL = fleet_http_connection.HEARTBEAT_DEFAULT_INTERVAL = 10
+"""
 OF_ALICE = """\
 import platform
 import socket
@@ -32,21 +46,22 @@ import socket
 socket.gethostname = platform.node = lambda: "machine-of-alice"
 """
 LYING = """\
-import sys
 from pathlib import Path
 
-if Path(sys.argv[0]).name == "flwr-clientapp":
+if sys.argv == ["-c"]:
     from mixofshow.federation import client
 
     honest, sent = client.content_of, Path(__file__).with_name("sent")
     client.content_of = lambda values, files=None: honest(values, files and {"concept": sent.read_bytes()})
 """
 OLD = """\
-from mixofshow.federation import messages
+if sys.argv == ["-c"]:
+    from mixofshow.federation import messages
 
-messages.PROTOCOL = 0
+    messages.PROTOCOL = 0
 """
-"""Python runs these before a client's programs: another machine's name, other bytes than the file's, another version."""
+"""Python runs these before a client's programs: shorter waits than Flower's (the least that it takes) and ours, for all;
+another machine's name; other bytes than the file's, or another version, in what apps are forked from."""
 
 
 def until(done, what):
@@ -79,8 +94,9 @@ class Town:
             command = [sys.executable, "-m", "mixofshow", *map(str, words)]
             if before := self.running.get(name):
                 before.stdin.close()
-            first = [str(self.habits[name])] if name in self.habits else []
-            env = {**os.environ, "PYTHONPATH": os.pathsep.join([*first, os.environ.get("PYTHONPATH", "")])}
+            habits = self.habits.get(name) or self.has_habit(name, "")
+            env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(habits), os.environ.get("PYTHONPATH", "")])}
+            env["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] = "0.2"
             self.running[name] = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=out, stderr=out)
         return self.running[name]
 
@@ -93,7 +109,7 @@ class Town:
         """Python runs this before all programs of the client's. What it sends in place of a file stands beside it."""
         self.habits[name] = self.place / f"habits-of-{name}"
         self.habits[name].mkdir()
-        (self.habits[name] / "sitecustomize.py").write_text(source)
+        (self.habits[name] / "sitecustomize.py").write_text(QUICK + source)
         return self.habits[name]
 
     def join(self, name):
@@ -116,8 +132,8 @@ class Town:
         process.stdin.close()
 
     def kill_program(self, command, folder):
-        """A program of Flower's that works for a center's or client's folder."""
-        for pid in processes(command, folder):
+        """A program of Flower's that works for a center's or client's folder, or its apps."""
+        for pid in apps(folder) if command == APP else processes(command, folder):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -182,6 +198,12 @@ def processes(command, folder):
             ):
                 found.append(int(path.name))
     return found
+
+
+def apps(folder):
+    """Numbers of the processes of apps: forks, which have the command line of what they were forked from."""
+    forks = processes(APP, folder)
+    return [pid for pid in forks if int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1]) in forks]
 
 
 @contextlib.contextmanager

@@ -136,8 +136,8 @@ def federate(
     """Start a round at the running center, and print what came of it."""
     from mixofshow.errors import BadInputError
     from mixofshow.federation.center import run_round
+    from mixofshow.federation.outcome import told
     from mixofshow.federation.plan import read_plan
-    from mixofshow.federation.rounds import told
 
     asked = read_plan(plan)
     say(f"waiting up to {asked.wait:g} s for {', '.join(asked.expect) or 'whoever comes'}; then each step takes its time")

@@ -111,12 +111,12 @@ def own_concept(folder: Path, settings: ClientSettings, pipeline: Any, tuning: d
     import hashlib
     import json
 
+    if settings.concept is not None:
+        return settings.concept
     from mixofshow.tuning.checkpoints import FOLDER, any_in
     from mixofshow.tuning.settings import make_settings
     from mixofshow.tuning.trainer import tune
 
-    if settings.concept is not None:
-        return settings.concept
     table = {**tuning, "name": settings.name, "class_word": settings.class_word, "data": str(settings.data)}
     key = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
     target = folder / "tuned" / f"{settings.name}-{key}.safetensors"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,35 +25,16 @@ from mixofshow.federation.center import CenterState
 from mixofshow.federation.exchange import Exchange
 from mixofshow.federation.membership import Membership
 from mixofshow.federation.messages import content_of, file_of, values_of
+from mixofshow.federation.outcome import Report
 from mixofshow.federation.plan import Plan
 from mixofshow.federation.watched import APPS_LOG
-from mixofshow.outputs import write_text, writing
+from mixofshow.outputs import writing
 
 logger = logging.getLogger(__name__)
 HELLO: Final = {"name": str, "class_word": str, "version": str, "judges": bool, "wants_model": bool}
 LOOKS_EVERY: Final = 1.0
 MODEL: Final = "fused"
 DELTA: Final = "fused.safetensors"
-
-
-@dataclass
-class Report:
-    """What came of a round: by member, what was answered, or refused and why."""
-
-    answered: dict[str, dict[str, Any]] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    verdicts: dict[str, str] = field(default_factory=dict)
-    members: dict[str, dict[str, str]] = field(default_factory=dict)
-    received: dict[str, int] = field(default_factory=dict)
-    judged: dict[str, dict[str, float]] = field(default_factory=dict)
-    fused: str = ""
-    delta: str = ""
-    why_not: str = ""
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def save(self, place: Path) -> None:
-        """Write it whole."""
-        write_text(place / "report.json", json.dumps(vars(self), indent=1) + "\n")
 
 
 @dataclass
@@ -251,21 +232,3 @@ class Round:
                 take(name, reply)
             except MixOfShowError as error:
                 self.report.refused[name] = str(error)
-
-
-def told(report: Mapping[str, Any]) -> Iterable[str]:
-    """What came of a round, in lines for people."""
-    for name, offer in report["answered"].items():
-        size = report["received"].get(name)
-        news = f"sent {size} bytes" if size else "nothing new"
-        yield f"{name}: <{offer['name']}>, {news}" + (", has the model" if offer.get("has_model") else "")
-    for name, why in report["refused"].items():
-        yield f"{name}: refused: {why}"
-    for name, why in report["verdicts"].items():
-        yield f"guard: <{name}> {why}"
-    for name, figures in report["judged"].items():
-        yield f"{name} judged: " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items())
-    if report["fused"]:
-        yield f"{report['fused']}: concepts fused: {len(report['members'])}; as a delta: {report['delta']}"
-    if report["why_not"]:
-        yield f"not fused: {report['why_not']}"

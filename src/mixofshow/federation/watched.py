@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import functools
 import logging
+import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Final
+from types import SimpleNamespace
+from typing import Any, Final
 
 APPS_LOG: Final = "apps.log"
 EVERY: Final = 0.5
 """Seconds between looks."""
 LOCKED_FOR: Final = "120000"
 """Milliseconds that a database may be locked by another."""
+APPS_IMPORT: Final = ("flwr.supernode.cli", "mixofshow.federation.rounds", "mixofshow.fusion.stages", "mixofshow.tuning.trainer")
 
 
 def main() -> None:
@@ -28,8 +33,38 @@ def main() -> None:
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     sys.argv = sys.argv[1:]
     be_patient_with_the_database()
+    if sys.argv[0] == "flower-superexec" and sys.platform == "linux":  # elsewhere a fork may not survive what is imported
+        fork_apps()
+    _run()
+
+
+def _run() -> None:
     (command,) = entry_points(group="console_scripts", name=sys.argv[0])
     sys.exit(command.load()())
+
+
+def fork_apps() -> None:
+    """Flower starts a new Python for each message (flwr 1.42), and torch with all around it takes seconds to import.
+
+    Here each app is forked from a process that has imported it.
+    """
+    from flwr.supercore.superexec.executor import subprocess_executor
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(APPS_IMPORT))
+
+    def start(command: Sequence[str], **_: Any) -> None:
+        context.Process(target=_app, args=(command,)).start()
+
+    subprocess_executor.subprocess = SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL)
+
+
+def _app(command: Sequence[str]) -> None:
+    silence = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(silence, stream.fileno())
+    sys.argv = list(command)
+    _run()
 
 
 def be_patient_with_the_database() -> None:
