@@ -123,40 +123,59 @@ def test_a_second_round_at_a_time_is_refused(tmp_path):
         run_round(tmp_path, Plan())
 
 
-def test_a_client_that_is_not_let_in_asks_again_and_says_so_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(join, "AGAIN_AFTER", 0.0)
-    ends = iter([join.NOT_LET_IN, join.NOT_LET_IN, "another end"])
-
-    @contextlib.contextmanager
-    def start():
-        (tmp_path / join.LOG).write_text(next(ends))
-        yield SimpleNamespace(poll=lambda: 1)
-
-    with pytest.raises(ResourceError, match="another end"):
-        join.attend(start, tmp_path, lambda _: True)
-    assert capsys.readouterr().out.count("not admitted yet") == 1
+NEVER = "the SuperNode ended; "
+EXPELLED = "the center has expelled this client"
 
 
-def test_a_client_whose_network_was_cut_is_started_again_though_flowers_program_lives_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("ends", "said", "starts"),
+    [
+        ([(join.NOT_LET_IN, 1), (join.NOT_LET_IN, 1), ("another end", 1)], "another end", 3),
+        ([(f"{join.GAVE_UP} after 30 seconds\n{join.CUT}", None), ("another end", 1)], "another end", 2),
+        ([(join.IN, -9), (join.NOT_LET_IN, 1), ("another end", 1)], "another end", 3),
+        ([(f"{join.IN} 1\n{join.TURNED_AWAY}", 0), (join.NOT_LET_IN, 1)], EXPELLED, 2),
+        ([(f"{join.IN} 1\n{join.TURNED_AWAY}", 0), (f"{join.IN} 2", -9), (join.NOT_LET_IN, 1), ("another end", 1)], NEVER, 4),
+        ([(join.TURNED_AWAY, 0)], "clock", 1),
+        ([(join.NOT_LET_IN, 1), ("certificate", 1)], "certificate", 2),
+    ],
+    ids=["not admitted yet", "cut", "killed", "expelled", "known under another number", "clock", "another center's"],
+)
+def test_a_client_starts_again_unless_its_center_wants_it_no_more(tmp_path, monkeypatch, capsys, ends, said, starts):
     monkeypatch.setattr(join, "AGAIN_AFTER", 0.0)
     monkeypatch.setattr(join, "LOOKS_EVERY", 0.0)
-    starts = []
+    started = []
 
     @contextlib.contextmanager
     def start():
-        starts.append(1)
-        (tmp_path / join.LOG).touch()
+        text, code = ends[len(started)]
+        started.append(text)
+        with (tmp_path / join.LOG).open("a") as log:
+            log.write(f"{text}\n")
+        yield SimpleNamespace(poll=lambda: code)
 
+    with pytest.raises((BadInputError, ResourceError), match=said):
+        join.attend(start, tmp_path, lambda _: True)
+    assert len(started) == starts
+    refused = sum(join.NOT_LET_IN in one for one, _ in ends[:-1])
+    assert capsys.readouterr().out.count("does not let this client in") == min(refused, 1)
+
+
+def test_a_client_whose_answer_came_too_late_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(join, "LOOKS_EVERY", 0.0)
+    codes = iter([None, None, 1])
+
+    @contextlib.contextmanager
+    def start():
         def poll():
             with (tmp_path / join.LOG).open("a") as log:
-                log.write(f"{join.GAVE_UP} after 30 seconds\n{join.CUT}\n" if len(starts) < 3 else "another end\n" * 40)
-            return None if len(starts) < 3 else 1
+                log.write(f"Run ID 7 {join.TOO_LATE} message 8.\n")
+            return next(codes)
 
         yield SimpleNamespace(poll=poll)
 
-    with pytest.raises(ResourceError, match="another end"):
+    with pytest.raises(ResourceError):
         join.attend(start, tmp_path, lambda _: True)
-    assert len(starts) == 3
+    assert capsys.readouterr().out.count("ended without this client's answer") == 2
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks at processes as Linux shows them")

@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 from mixofshow.errors import BadInputError, ResourceError, shown
 from mixofshow.federation.bundle import TRUSTED
@@ -30,13 +30,21 @@ from mixofshow.terminal import say
 
 LOG: Final = "supernode.log"
 LOOKS_EVERY: Final = 0.5
+IN: Final = "SuperNode ID:"
+"""What a SuperNode says once the center has let it in (all of these: flwr 1.42)."""
 NOT_LET_IN: Final = "[code: 2004]"
-"""What a SuperNode ends with where its key is not registered, or was in use a minute ago (flwr 1.42)."""
+"""What it ends with where its key is not registered, or was in use a minute ago."""
+TURNED_AWAY: Final = "SuperNode terminated gracefully"
+"""What it ends with, unasked, where the center does not accept its signature, or no more."""
 GAVE_UP: Final = "Giving up reconnection"
 CUT: Final = "handshake operation timed out"
 """What it says where the center's machine answers and then says no more, as when a network is cut; it does not end then,
-but does nothing any more (flwr 1.42)."""
+but does nothing any more."""
+TOO_LATE: Final = "is not in `RUNNING` status. Ignoring reply"
+"""What it says where a round ended before its answer was there."""
 AGAIN_AFTER: Final = 20.0
+KEPT: Final = 4000
+"""Characters of what it said last that are looked at."""
 SuperNode = Callable[[], contextlib.AbstractContextManager[subprocess.Popen[bytes]]]
 
 
@@ -68,24 +76,45 @@ def supernode(folder: Path, center: str, authority: Path, port: int) -> list[str
 
 
 def attend(start: SuperNode, folder: Path, ask: Callable[[str], bool]) -> None:
-    """Run the SuperNode, also before its key is admitted, and put its questions to the owner.
+    """Run the SuperNode, also before its key is admitted and when it is killed, and put its questions to the owner.
 
-    Raises ResourceError for how it ended.
+    Raises BadInputError for a client that the center wants no more, ResourceError for any other end.
     """
-    told = False
-    while True:
-        with start() as process, (folder / LOG).open(errors="replace") as log:
+    told = turned_away = False
+    (folder / LOG).touch()
+    with (folder / LOG).open(errors="replace") as log:
+        while True:
             log.seek(0, os.SEEK_END)
-            heard = ""
-            while process.poll() is None and GAVE_UP not in heard:
-                for content, question in open_questions(folder).items():
-                    answer(folder, content, yes=ask(question))
-                time.sleep(LOOKS_EVERY)
-                heard = heard[-len(GAVE_UP) :] + log.read()  # a line may come in two parts
-        said = last_lines(folder / LOG, 40)
-        if NOT_LET_IN in said and not told:
-            say(f"the center does not let this client in: its key is not admitted yet; asking every {AGAIN_AFTER:.0f} s")
-            told = True
-        elif NOT_LET_IN not in said and CUT not in said:
-            raise ResourceError(f"the SuperNode ended; {folder / LOG} ends: {shown(last_lines(folder / LOG), 300)}")
-        time.sleep(AGAIN_AFTER)
+            with start() as process:
+                said, code = _listen(process, log, folder, ask)
+            if NOT_LET_IN in said:
+                if turned_away:
+                    raise BadInputError("the center has expelled this client: its key is on the list no more")
+                if not told:
+                    say(
+                        "the center does not let this client in: its key is not admitted yet, or was in use a minute ago; "
+                        f"asking every {AGAIN_AFTER:.0f} s"
+                    )
+                told = True
+            elif TURNED_AWAY in said and IN not in said:
+                raise BadInputError("the center does not accept this client's signature; is this machine's clock right?")
+            elif (turned_away := TURNED_AWAY in said) or CUT in said or (code or 0) < 0:
+                pass  # its center may know it under another number now; or its network was cut; or it was killed
+            else:
+                raise ResourceError(f"the SuperNode ended; {folder / LOG} ends: {shown(last_lines(folder / LOG), 300)}")
+            time.sleep(AGAIN_AFTER)
+
+
+def _listen(process: subprocess.Popen[bytes], log: IO[str], folder: Path, ask: Callable[[str], bool]) -> tuple[str, int | None]:
+    """What a SuperNode said at last, and its exit code, or None where it lives on in vain."""
+    said, was_in = "", False
+    while (code := process.poll()) is None and GAVE_UP not in said:
+        for content, question in open_questions(folder).items():
+            answer(folder, content, yes=ask(question))
+        time.sleep(LOOKS_EVERY)
+        new = log.read()
+        if TOO_LATE in new:
+            say("a round ended without this client's answer, which is kept for the next one")
+        said = said[-KEPT:] + new  # a line may come in two parts
+        was_in = was_in or IN in said
+    return said + log.read() + IN * was_in, code
