@@ -58,6 +58,19 @@ def test_tuning_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(tmp_path,
     assert own_concept(tmp_path / "killed", offer, golden_pipeline, FEW) == found
 
 
+def test_who_changes_the_pictures_has_another_concept_and_no_broken_off_tuning_in_the_way(tmp_path, golden_pipeline, monkeypatch):
+    offer = ClientSettings(name="thing", class_word="man", data=pictures(tmp_path / "data"))
+    first = own_concept(tmp_path, offer, golden_pipeline, FEW)
+    Image.new("RGB", (16, 16), "blue").save(tmp_path / "data" / "0.png")
+    save = run.save
+    monkeypatch.setattr(run, "save", lambda *given: (save(*given), (_ for _ in ()).throw(Killed)))
+    with pytest.raises(Killed):
+        own_concept(tmp_path, offer, golden_pipeline, FEW)
+    monkeypatch.setattr(run, "save", save)
+    Image.new("RGB", (16, 16), "green").save(tmp_path / "data" / "0.png")
+    assert own_concept(tmp_path, offer, golden_pipeline, FEW).read_bytes() != first.read_bytes()
+
+
 def test_a_client_judges_by_its_own_pictures_and_sends_three_numbers(federation, monkeypatch, tmp_path):
     def images(made):
         found = torch.stack([torch.frombuffer(bytearray(one.resize((4, 4)).tobytes()), dtype=torch.uint8).double() for one in made])

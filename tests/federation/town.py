@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from mixofshow.federation import door
+from mixofshow.federation.join import IN
 from mixofshow.federation.launch import free_port
 from mixofshow.federation.owner import open_questions
 
@@ -32,7 +33,7 @@ import sys
 if "join" in sys.argv:
     from mixofshow.federation import join
 
-    join.AGAIN_AFTER = 2.0
+    join.AGAIN_AFTER = 8.0
 if "flower-supernode" in sys.argv:
     from flwr.supercore import heartbeat
     from flwr.supernode import fleet_http_connection
@@ -117,6 +118,11 @@ class Town:
         words = ("--ca", ca, "--name", name, "--folder", self.place / name, *self.offers[name])
         self.start(name, "join", f"127.0.0.1:{self.ways.get(name, self.port)}", *words)
 
+    def let_in(self, name):
+        """How often the center has let a client in."""
+        log = self.place / name / "supernode.log"
+        return log.read_text(errors="replace").count(IN) if log.exists() else 0
+
     def said(self, name):
         return (self.place / f"{name}.out").read_text(errors="replace")
 
@@ -136,6 +142,10 @@ class Town:
         for pid in apps(folder) if command == APP else processes(command, folder):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def kill_node(self, name):
+        """A client's SuperNode alone."""
+        self.kill_program("flower-supernode", self.place / name)
 
     def restart(self, name):
         self.kill(name)

@@ -11,6 +11,8 @@ All of it is in a folder of the client's own, which Flower's processes read; not
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,21 +106,22 @@ def answer(folder: Path, content: str, *, yes: bool) -> None:
 
 
 def own_concept(folder: Path, settings: ClientSettings, pipeline: Any, tuning: dict[str, Any]) -> Path:
-    """The file of the client's concept: given, tuned before with these settings, or tuned now, from where it stopped.
+    """The file of the client's concept: given, tuned before in the same way on the same pictures, or tuned now.
+
+    Tuning that was broken off goes on from where it stopped.
 
     Raises MixOfShowError.
     """
-    import hashlib
-    import json
-
     if settings.concept is not None:
         return settings.concept
+    from mixofshow.bases.loading import fingerprint
     from mixofshow.tuning.checkpoints import FOLDER, any_in
     from mixofshow.tuning.settings import make_settings
     from mixofshow.tuning.trainer import tune
 
     table = {**tuning, "name": settings.name, "class_word": settings.class_word, "data": str(settings.data)}
-    key = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
+    same = {**table, "base": fingerprint(pipeline), "pictures": _contents(Path(str(settings.data)))}
+    key = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
     target = folder / "tuned" / f"{settings.name}-{key}.safetensors"
     with _alone_in(target.parent):
         if not target.is_file():
@@ -132,6 +135,12 @@ def own_concept(folder: Path, settings: ClientSettings, pipeline: Any, tuning: d
                 finished=lambda concept: concept.save(target),
             )
     return target
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    """Digests of all files of a folder, by name."""
+    files = sorted(one for one in folder.rglob("*") if one.is_file())
+    return {str(one.relative_to(folder)): hashlib.sha256(one.read_bytes()).hexdigest() for one in files}
 
 
 @contextlib.contextmanager
