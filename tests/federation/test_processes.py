@@ -1,7 +1,7 @@
 """A center and its clients as processes of their own, on the loopback, with TLS and node keys: started once.
 
-Who is killed is started again, and the round goes on without tuning or asking twice. All but one round, the door
-and one round is for the night (`-m slow`).
+Who is killed is started again, and the round goes on without tuning or asking twice. All but one round and the door is
+for the night (`-m slow`).
 """
 
 from __future__ import annotations
@@ -139,6 +139,16 @@ def test_a_round_of_three_equals_fuse_of_their_files_and_a_stranger_is_refused(t
     until(lambda: "is not admitted yet" in town.said("stranger"), "what the stranger is told")
 
 
+def test_the_door_hides_what_the_superlink_shows_on_its_loopback(town):
+    """Why there is a door: whoever reaches the SuperLink itself may act as its operator."""
+    from flwr.proto.control_pb2 import ListNodesRequest
+
+    with control(town.center, state_of(town.center).inner) as client:
+        assert {node.name for node in client.ListNodes(ListNodesRequest()).nodes_info} == set(ALL)
+    with pytest.raises(BadInputError, match="refused"), control(town.center, f"127.0.0.1:{town.port}") as client:
+        client.ListNodes(ListNodesRequest())
+
+
 @pytest.mark.slow
 def test_a_client_that_is_expelled_ends_and_says_so(town):
     admit(town.center, "stranger", make_node_key(town.place / "stranger" / "key"))
@@ -149,16 +159,6 @@ def test_a_client_that_is_expelled_ends_and_says_so(town):
         register_members(client, town.center)
     assert town.running["stranger"].wait(PATIENCE) == 2
     assert town.said("stranger").splitlines()[-1].endswith("has expelled this client: its key is on the list no more")
-
-
-def test_the_door_hides_what_the_superlink_shows_on_its_loopback(town):
-    """Why there is a door: whoever reaches the SuperLink itself may act as its operator."""
-    from flwr.proto.control_pb2 import ListNodesRequest
-
-    with control(town.center, state_of(town.center).inner) as client:
-        assert {node.name for node in client.ListNodes(ListNodesRequest()).nodes_info} == set(ALL)
-    with pytest.raises(BadInputError, match="refused"), control(town.center, f"127.0.0.1:{town.port}") as client:
-        client.ListNodes(ListNodesRequest())
 
 
 @pytest.mark.slow
