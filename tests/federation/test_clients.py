@@ -173,6 +173,20 @@ def test_a_client_starts_again_unless_its_center_wants_it_no_more(tmp_path, monk
     assert capsys.readouterr().out.count("does not let this client in") == min(refused, 1)
 
 
+def test_an_owner_is_asked_once_and_only_what_is_typed_then_is_an_answer(capsys):
+    lines = iter(["y\n", None, None, "Y\n", None, "\n"])
+    ask = join.asker(lambda: next(lines))
+    assert [ask("send it?") for _ in range(4)] == [None, None, None, True]
+    assert [ask("and that?") for _ in range(2)] == [None, False]
+    assert capsys.readouterr().out.splitlines() == ["send it? [y/N]:", "and that? [y/N]:"]
+
+
+def test_a_closed_input_is_no_answer(monkeypatch, tmp_path):
+    with (tmp_path / "empty").open("w+") as empty:
+        monkeypatch.setattr("sys.stdin", empty)
+        assert join.typed() is None
+
+
 def test_a_client_whose_answer_came_too_late_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(join, "LOOKS_EVERY", 0.0)
     codes = iter([None, None, 1])
@@ -195,7 +209,7 @@ def test_a_client_whose_answer_came_too_late_is_told(tmp_path, monkeypatch, caps
 def test_an_app_ends_at_once_with_the_process_that_started_it(tmp_path):
     app = tmp_path / "flwr-clientapp"
     begin = f"begin_app(pathlib.Path({str(tmp_path)!r}))"
-    lines = ("import pathlib, time", "from mixofshow.federation.watched import begin_app", begin)
+    lines = ("import pathlib, time", "from mixofshow.federation.apps import begin_app", begin)
     app.write_text("\n".join([*lines, "print('up', flush=True)", "time.sleep(600)", ""]))
     starter = f"import subprocess, sys\none = subprocess.Popen([sys.executable, {str(app)!r}])\nprint(one.pid, flush=True)\none.wait()\n"
     with subprocess.Popen([sys.executable, "-c", starter], stdout=subprocess.PIPE, text=True) as parent:

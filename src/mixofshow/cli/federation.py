@@ -99,7 +99,7 @@ def join(
     device: Device = "cpu",
 ) -> None:
     """Join a center as a client, until Ctrl-C: tune on your own pictures, or offer a file, when a round asks for it."""
-    from mixofshow.federation.join import attend, running_client
+    from mixofshow.federation.join import asker, attend, running_client, typed
     from mixofshow.federation.keys import make_node_key
     from mixofshow.federation.launch import require_flower
     from mixofshow.federation.owner import KEY, ClientSettings
@@ -117,7 +117,7 @@ def join(
     say(f"this client's key, for the center's operator: {make_node_key(place / KEY)}")
     with running_client(place, address, ca, settings) as supernode:
         say(f"joining {address} with <{name}>; what goes wrong stands in {place}/apps.log; Ctrl-C ends it")
-        attend(supernode, place, lambda question: typer.confirm(question, default=False))
+        attend(supernode, place, asker(typed))
 
 
 def _name_of(concept: Path | None) -> str:

@@ -18,6 +18,7 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mixofshow.errors import BadInputError, ResourceError, nearest, shown
+from mixofshow.federation.apps import APPS_LOG
 from mixofshow.federation.control import (
     Busy,
     control,
@@ -40,7 +41,6 @@ from mixofshow.federation.launch import (
     running,
 )
 from mixofshow.federation.plan import Plan
-from mixofshow.federation.watched import APPS_LOG
 from mixofshow.outputs import holding, write_text
 from mixofshow.reading import parse_json, read_bytes
 

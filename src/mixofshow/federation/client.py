@@ -16,6 +16,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from mixofshow.errors import BadInputError
+from mixofshow.federation.apps import begin_app
 from mixofshow.federation.messages import (
     ASKED_OF_SUMS,
     MAX_RECORDING,
@@ -26,7 +27,6 @@ from mixofshow.federation.messages import (
     values_of,
 )
 from mixofshow.federation.owner import ClientSettings, Declined, approved, approved_before, own_concept, read_settings
-from mixofshow.federation.watched import begin_app
 
 logger = logging.getLogger(__name__)
 FAILED: Final = "could not do it; the client's own log says why"

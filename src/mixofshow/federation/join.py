@@ -6,7 +6,9 @@ import contextlib
 import functools
 import json
 import os
+import select
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,8 +77,10 @@ def supernode(folder: Path, center: str, authority: Path, port: int) -> list[str
     ]
 
 
-def attend(start: SuperNode, folder: Path, ask: Callable[[str], bool]) -> None:
+def attend(start: SuperNode, folder: Path, ask: Callable[[str], bool | None]) -> None:
     """Run the SuperNode, also before its key is admitted and when it is killed, and put its questions to the owner.
+
+    `ask` is called until it gives an answer; it does not wait for one, while the SuperNode may end.
 
     Raises BadInputError for a client that the center wants no more, ResourceError for any other end.
     """
@@ -105,12 +109,15 @@ def attend(start: SuperNode, folder: Path, ask: Callable[[str], bool]) -> None:
             time.sleep(AGAIN_AFTER)
 
 
-def _listen(process: subprocess.Popen[bytes], log: IO[str], folder: Path, ask: Callable[[str], bool]) -> tuple[str, int | None]:
+def _listen(
+    process: subprocess.Popen[bytes], log: IO[str], folder: Path, ask: Callable[[str], bool | None]
+) -> tuple[str, int | None]:
     """What a SuperNode said at last, and its exit code, or None where it lives on in vain."""
     said, was_in = "", False
     while (code := process.poll()) is None and GAVE_UP not in said:
         for content, question in open_questions(folder).items():
-            answer(folder, content, yes=ask(question))
+            if (yes := ask(question)) is not None:
+                answer(folder, content, yes=yes)
         time.sleep(LOOKS_EVERY)
         new = log.read()
         if TOO_LATE in new:
@@ -118,3 +125,27 @@ def _listen(process: subprocess.Popen[bytes], log: IO[str], folder: Path, ask: C
         said = said[-KEPT:] + new  # a line may come in two parts
         was_in = was_in or IN in said
     return said + log.read() + IN * was_in, code
+
+
+def asker(read: Callable[[], str | None]) -> Callable[[str], bool | None]:
+    """Puts each question once, until a line that `read` gives is an answer; what was typed before it is none."""
+    put = ""
+
+    def ask(question: str) -> bool | None:
+        nonlocal put
+        line = read()
+        if question != put:
+            put, line = question, None
+            say(f"{question} [y/N]:")
+        if line is None:
+            return None
+        return line.strip().lower() in ("y", "yes")
+
+    return ask
+
+
+def typed() -> str | None:
+    """A line that was typed at the terminal, if there is one."""
+    if sys.platform != "win32" and not select.select([sys.stdin], [], [], 0)[0]:  # there nobody can tell
+        return None
+    return sys.stdin.readline() or None

@@ -21,13 +21,13 @@ from flwr.app import Message, RecordDict
 from mixofshow.bases.loading import fingerprint, load_base
 from mixofshow.errors import BadInputError, MixOfShowError, shown
 from mixofshow.federation import messages
+from mixofshow.federation.apps import APPS_LOG
 from mixofshow.federation.center import CenterState
 from mixofshow.federation.exchange import Exchange
 from mixofshow.federation.membership import Membership
 from mixofshow.federation.messages import content_of, file_of, values_of
 from mixofshow.federation.outcome import Report
 from mixofshow.federation.plan import Plan
-from mixofshow.federation.watched import APPS_LOG
 from mixofshow.outputs import writing
 
 logger = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """The round that the run's settings name."""
     from mixofshow.errors import BadInputError
+    from mixofshow.federation.apps import begin_app
     from mixofshow.federation.center import FOLDER_VARIABLE, ROUNDS, state_of
     from mixofshow.federation.plan import Plan
     from mixofshow.federation.rounds import Round
-    from mixofshow.federation.watched import begin_app
     from mixofshow.reading import parse_json, read_bytes
 
     folder = Path(os.environ[FOLDER_VARIABLE])

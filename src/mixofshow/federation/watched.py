@@ -5,8 +5,6 @@ Flower's own servers live on when their parent is killed, with their ports and t
 
 from __future__ import annotations
 
-import functools
-import logging
 import multiprocessing
 import os
 import signal
@@ -16,11 +14,9 @@ import threading
 import time
 from collections.abc import Sequence
 from importlib.metadata import entry_points
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
-APPS_LOG: Final = "apps.log"
 EVERY: Final = 0.5
 """Seconds between looks."""
 LOCKED_FOR: Final = "120000"
@@ -72,24 +68,6 @@ def be_patient_with_the_database() -> None:
     from flwr.supercore import sql_mixin
 
     sql_mixin.SQLITE_PRAGMAS = (*sql_mixin.SQLITE_PRAGMAS, ("busy_timeout", LOCKED_FOR))
-
-
-@functools.cache
-def begin_app(folder: Path) -> None:
-    """In a process that Flower started for an app: keep its log in its owner's folder, and end with whoever started it.
-
-    Flower throws away what apps print; and its own way of ending, at a signal, waits for answers of servers that are gone
-    (flwr 1.42), while the app goes on holding its folder, which its successor needs.
-    """
-    if Path(sys.argv[0]).name in ("flwr-clientapp", "flwr-serverapp"):
-        logging.basicConfig(filename=folder / APPS_LOG, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
-        threading.Thread(target=_end_at_once_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_at_once_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(EVERY)
-    os._exit(1)
 
 
 def _end_with(parent: int) -> None:
