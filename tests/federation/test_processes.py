@@ -123,6 +123,7 @@ def fused_alone(town, out):
 def test_a_round_of_three_equals_fuse_of_their_files_and_a_stranger_is_refused(town, tmp_path):
     round_ = town.federate()
     content = town.question()
+    until(lambda: "[y/N]" in town.said("clown"), "the question at the terminal")
     town.running["clown"].stdin.write(b"y\n")
     town.running["clown"].stdin.flush()
     report = town.ended(round_)
