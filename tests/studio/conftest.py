@@ -1,13 +1,9 @@
-"""A served studio and pages of it in a real Chromium, for the tests that need them.
-
-Skipped where there is no Chromium: `make browser` installs Debian's where it may.
-"""
+"""A served studio and pages of it in a real Chromium, for the tests that need them."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import socket
 import subprocess
 import sys
@@ -22,8 +18,8 @@ from PIL import Image
 
 from mixofshow.concepts.concept import load_concept
 from mixofshow.studio.workspace import Workspace
+from tests.conftest import CHROMIUM
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 EXAMPLES = Path(__file__).parents[2] / "examples" / "concepts"
 SECONDS = 120
 EVIL = '<img src=x onerror="window.hurt=1">'
@@ -32,7 +28,7 @@ STRANGE = f"{EVIL} \u202egnp.exe مرحبا 😀👩‍👩‍👧 {'long' * 40}
 INSIDE = {"Compose": "editor", "Concepts": "shelf li", "Tune": "tune", "Measure": "measure-start"}
 """What each tab shows when it is there."""
 IN_A_BROWSER = [
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here"),
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here"),  # before a studio is served
     pytest.mark.filterwarnings("default"),  # of the browser's driver
 ]
 
@@ -69,16 +65,6 @@ def serving(workspace: Workspace, *options: str) -> Iterator[str]:
     yield line.split()[0]
     child.terminate()
     child.communicate(timeout=90)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Debian's Chromium, without a window."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

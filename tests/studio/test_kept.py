@@ -86,10 +86,10 @@ def test_a_mask_as_a_browser_writes_it_is_kept_once(studio: Studio) -> None:
         assert len(text) > LONG
         mask = {"prompt": "a", "mask": text}
         composition = make_composition({"prompt": "a", "regions": [mask]})
-        before = studio.changed.count
+        before = studio.changes.count
         for _ in range(3):
             compose.keep(studio, composition, OWN)
-        assert studio.changed.count == before + 1
+        assert studio.changes.count == before + 1
 
 
 def test_pictures_can_be_drawn_where_their_folder_was_removed(studio: Studio) -> None:

@@ -35,8 +35,9 @@ def open_studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     def opened(*options: str) -> tuple[str, Workspace]:
         folder, port = tmp_path_factory.mktemp("studio"), free_port()
-        # So that the workspace is in no folder for temporary files, of which all would be served.
-        elsewhere = {**os.environ, "TMPDIR": str(tmp_path_factory.mktemp("tmp"))}
+        # So that the workspace is in no folder for temporary files, of which all would be served; and a proxy that
+        # leads nowhere, by which no studio may ask for itself.
+        elsewhere = {**os.environ, "TMPDIR": str(tmp_path_factory.mktemp("tmp")), "HTTP_PROXY": "http://127.0.0.1:9"}
         command = [sys.executable, "-m", "mixofshow", "studio", str(folder), "--concept", str(CLOWN)]
         child = subprocess.Popen(
             [*command, "--port", str(port), *options], stdout=subprocess.PIPE, text=True, env=elsewhere
@@ -50,7 +51,8 @@ def open_studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     yield opened
     for child in running:
         child.terminate()
-        child.communicate(timeout=60)
+    for child in running:
+        child.communicate(timeout=90)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def test_a_picture_is_drawn_through_the_page(address_and_workspace: tuple[str, W
     canvas = {"regions": [{"prompt": "a <clown>", "box": [0, 0, 1, 1], "units": "share"}]}
     more = values_of(compose.more_fields(), {"steps": 1})
     said = client.predict(canvas, "a <clown>", "", 32, 32, 7, 1, *more, OWN, api_name="/draw")
-    assert "drawing picture 0001" in said
+    assert "drawing 1 picture" in said
     deadline = time.monotonic() + 60
     while not workspace.picture_files() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -141,7 +143,7 @@ def test_a_server_that_is_killed_in_the_middle_of_tuning_loses_little(tmp_path: 
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert child.stdout
     client = Client(child.stdout.readline().split()[0], verbose=False)
-    given = {"steps": 30, "batch_size": 1, "save_every": 5, "preview_every": 0, "tracker": "none"}
+    given = {"steps": 12, "batch_size": 1, "save_every": 2, "preview_every": 0, "tracker": "none"}
     values = values_of(tuning.tuning_fields("emojiland"), given)
     client.predict("foxy", "dog", *values, api_name="/tune")
     place = workspace.concepts / "foxy" / "checkpoints"
@@ -152,8 +154,8 @@ def test_a_server_that_is_killed_in_the_middle_of_tuning_loses_little(tmp_path: 
     child.communicate(timeout=60)
     client.close()
     again = Studio(workspace)
-    assert tuning.names(workspace) == ["foxy"] and tuning.known(workspace, "foxy")["steps"] == 30
+    assert tuning.names(workspace) == ["foxy"] and tuning.known(workspace, "foxy")["steps"] == 12
     assert "Resume goes on" in tuning.broken_off(workspace, "foxy")
     job = again.jobs.wait(tuning.start_tuning(again, "foxy", "dog", given, resume=True))
-    assert job.state == "done" and job.curve[0][0] > 5, job.line
+    assert job.state == "done" and job.curve[0][0] > 2, job.line
     assert tuning.broken_off(workspace, "foxy") == ""

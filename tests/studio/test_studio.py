@@ -119,6 +119,21 @@ def test_what_is_on_the_canvas_is_kept_and_another_page_finds_it(studio: Studio)
     assert read_table(studio.workspace.canvas)["prompt"] == "ein Clown – draußen"
 
 
+def test_a_page_that_has_not_seen_what_another_did_writes_nothing_over_it(studio: Studio) -> None:
+    pages, (first, second, third) = ("one", "other"), (Composition(prompt=text) for text in "abc")
+    for page in pages:
+        studio.changes.begin(page)
+    compose.keep(studio, first, OWN, "one")
+    assert not studio.changes.news("one")
+    compose.keep(studio, second, OWN, "other")
+    assert studio.workspace.composition() == first
+    assert "at the same moment is not kept" in studio.changes.news("other") and not studio.changes.news("other")
+    compose.keep(studio, second, OWN, "other")
+    assert studio.changes.news("one") == "another page has changed this"
+    compose.keep(studio, third, OWN, "one")
+    assert studio.workspace.composition() == third
+
+
 def test_a_canvas_that_cannot_be_read_is_put_aside_and_not_lost(studio: Studio) -> None:
     for number in (1, 2):
         studio.workspace.canvas.write_text(f"prompt: [{number}")
@@ -318,6 +333,19 @@ def test_what_cannot_be_drawn_is_refused_before_anything_is_written(studio: Stud
     assert studio.workspace.picture_files() == []
     with pytest.raises(SettingsError, match="no picture is called"):
         compose.picture_named(studio, "../composition")
+
+
+def test_of_what_is_stopped_only_the_pictures_that_were_drawn_stay(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(job: Job, step: int, *_: Any) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Job, "progress", stop)
+    three = compose.composition_from(*parts({"regions": [BOX]}, "a <clown>", width=32, height=32, num=3, steps=2))
+    assert studio.jobs.wait(compose.start_drawing(studio, three, OWN)).state == "stopped"
+    assert sorted(file.name for file in studio.workspace.pictures.iterdir()) == ["0001.png", "0001.yaml"]
 
 
 def carrying(made: Composition, path: Path) -> Path:

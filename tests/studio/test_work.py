@@ -344,6 +344,8 @@ def test_what_is_measured_needs_pictures_held_out(studio: Studio, pictures: list
         measuring.start_measuring(studio, 1)
     with pytest.raises(SettingsError, match="no concept on the shelf"):
         measuring.add_held_out(studio.workspace, "<x>", pictures)
+    with pytest.raises(SettingsError, match="choose a concept first"):
+        measuring.add_held_out(studio.workspace, "", pictures)
     assert measuring.add_held_out(studio.workspace, "<clown>", pictures) == []
     assert [card.name for card in measuring.measurable(studio.workspace)] == ["clown"]
     assert "concepts/clown.safetensors=measured/clown" in measuring.command(studio.workspace, 2)

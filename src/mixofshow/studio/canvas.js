@@ -40,7 +40,8 @@ function shapeOf(index) {
 function describe(index) {
   const region = doc.regions[index], [left, top, right, bottom] = around(region).map((edge) => Math.round(edge * 100));
   const kind = region.box ? "box" : region.polygon ? "polygon" : "painted mask";
-  return `Region ${index + 1}, ${kind}, ${nameOf(index)}: from ${left} to ${right} percent across, ${top} to ${bottom} percent down`;
+  const what = [`Region ${index + 1}`, kind, nameOf(index)].filter(Boolean).join(", ");
+  return `${what}: from ${left} to ${right} percent across, ${top} to ${bottom} percent down`;
 }
 
 const HANDLES = [[0, 1], [1, 2], [2, 3], [0, 3], [0], [1], [2], [3]];

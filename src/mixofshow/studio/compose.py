@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from mixofshow.studio.editor import regions_of, shrunk, thumbnail, value_of
 from mixofshow.studio.forms import Field, fields_of, table_of, values_of
 from mixofshow.studio.jobs import Job, Jobs
 from mixofshow.studio.sketching import is_here
+from mixofshow.studio.web import many
 from mixofshow.studio.workspace import Workspace, changed_at
 
 logger = logging.getLogger(__name__)
@@ -38,11 +40,38 @@ MOST_AT_ONCE: Final = 64
 
 
 @dataclass
-class LastChange:
-    """How often what is on the canvas was changed, and which page did so last: the others are to show it too."""
+class Changes:
+    """Of what is on the canvas: how many there were, up to which each open page shows them, and which pages came too late."""
 
     count: int = 0
-    by: str = ""
+    shown: dict[str, int] = field(default_factory=dict)
+    late: set[str] = field(default_factory=set)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def begin(self, page: str) -> None:
+        """A page that shows what is there now."""
+        self.shown[page] = self.count
+
+    def make(self, page: str, change: Callable[[], None]) -> None:
+        """Change it, unless what this page shows is older than what another has put there meanwhile."""
+        with self.lock:
+            if self.shown.get(page, self.count) < self.count:
+                self.late.add(page)
+                return
+            change()
+            self.count += 1
+            if page in self.shown:
+                self.shown[page] = self.count
+
+    def news(self, page: str) -> str:
+        """That another page has changed it since this one looked last, in a line; empty where none has."""
+        with self.lock:
+            before, self.shown[page] = self.shown.get(page, self.count), self.count
+            lost = page in self.late
+            self.late.discard(page)
+        if before == self.count:
+            return ""
+        return "another page has changed this" + ("; what was done here at the same moment is not kept" if lost else "")
 
 
 @dataclass(frozen=True)
@@ -52,7 +81,7 @@ class Studio:
     workspace: Workspace
     size: tuple[int, int] = (64, 64)
     jobs: Jobs = field(default_factory=Jobs)
-    changed: LastChange = field(default_factory=LastChange)
+    changes: Changes = field(default_factory=Changes)
     engine: Engine = field(init=False)
 
     def __post_init__(self) -> None:
@@ -118,8 +147,7 @@ def lacking(studio: Studio, composition: Composition, drawn_by: str) -> list[str
 def keep(studio: Studio, composition: Composition, drawn_by: str, by: str = "") -> list[str]:
     """Write down what is on the canvas (by which page) if it is new, and say what its regions lack."""
     if not studio.workspace.holds(composition):
-        studio.workspace.keep(composition)
-        studio.changed.count, studio.changed.by = studio.changed.count + 1, by
+        studio.changes.make(by, lambda: studio.workspace.keep(composition))
     return lacking(studio, composition, drawn_by)
 
 
@@ -139,9 +167,11 @@ def start_drawing(studio: Studio, composition: Composition, drawn_by: str) -> Jo
         composition.model_copy(update={"num": 1, "seed": composition.seed + number})
         for number in range(composition.num)
     ]
-    orders = written(studio, [(one, drawn_by) for one in alone])
-    title = f"drawing {len(orders)} pictures" if len(orders) > 1 else f"drawing picture {orders[0].file.stem}"
-    return studio.jobs.submit("draw", title, lambda job: draw(studio.engine, orders, job))
+
+    def work(job: Job) -> list[Path]:
+        return draw(studio.engine, written(studio, [(one, drawn_by) for one in alone]), job)
+
+    return studio.jobs.submit("draw", f"drawing {many(len(alone), 'picture')}", work)
 
 
 def start_drawing_over(studio: Studio, picture: str, place: int, composition: Composition, drawn_by: str) -> Job:

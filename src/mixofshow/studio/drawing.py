@@ -97,19 +97,25 @@ class Engine:
 
 def draw(engine: Engine, orders: Sequence[Order], job: Job) -> list[Path]:
     """Draw them one after another, as `mixofshow sample` does. What is stopped leaves the ones that are done."""
-    done: list[Path] = []
-    for number, one in enumerate(orders):
-        read = from_options(one.file, {})
-        files, composition = drawn_together(list(one.concepts), read)
-        pipeline = engine.pipeline(replace(one, concepts=tuple(files)), composition)
+    try:
+        for number, one in enumerate(orders):
+            _draw(engine, one, job, (number, len(orders)))
+            job.results = (*job.results, one.target)
+    finally:
+        for one in orders[len(job.results) :]:  # of what no picture came of, nothing stays
+            one.file.unlink(missing_ok=True)
+    return list(job.results)
 
-        def progress(step: int, total: int, info: Any, number: int = number) -> None:
-            job.progress(number * total + step, len(orders) * total, info)
 
-        draw_pictures(pipeline, composition, [one.target], progress=progress, step_end=previews(job))
-        done.append(one.target)
-        job.results = tuple(done)
-    return done
+def _draw(engine: Engine, one: Order, job: Job, place: tuple[int, int]) -> None:
+    """One of them; its `place` is (how many were drawn before, how many there are)."""
+    files, composition = drawn_together(list(one.concepts), from_options(one.file, {}))
+    pipeline = engine.pipeline(replace(one, concepts=tuple(files)), composition)
+
+    def progress(step: int, total: int, info: Any) -> None:
+        job.progress(place[0] * total + step, place[1] * total, info)
+
+    draw_pictures(pipeline, composition, [one.target], progress=progress, step_end=previews(job))
 
 
 def previews(job: Job) -> Callback:

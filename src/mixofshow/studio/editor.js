@@ -2,7 +2,8 @@
 // size of window, canvas or screen enters. What others wrote (names, prompts) is only ever put in as text.
 // `props.value` is {width, height, regions}, the regions as in a composition's YAML; `props.cards` are the concepts,
 // `props.fields` the settings of a region, `props.advice` lines for each region, `props.picture` what lies underneath,
-// `props.over` whether a region of a picture can be drawn over.
+// `props.composes` whether they are a composition's, with prompts and settings, and can be drawn over in a picture; else
+// only their shapes count.
 const PALETTE = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#a3a300", "#7f3fbf"];
 const SMALLEST = 0.02, WIDE = 1000, MASK_SIDE = 512, BRUSH = 0.06, HISTORY = 200;
 const find = (selector) => element.querySelector(selector);
@@ -27,6 +28,7 @@ function colourOf(index) {
 }
 
 function nameOf(index) {
+  if (!props.composes) return "";
   const prompt = doc.regions[index].prompt || "";
   const card = cardOf(doc.regions[index]);
   return card >= 0 ? cards()[card].word : (/<[^<>]*>/.exec(prompt) || [prompt.slice(0, 24) || "no prompt yet"])[0];

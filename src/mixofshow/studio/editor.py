@@ -38,7 +38,8 @@ TYPES: Final[Mapping[str, Mapping[str, Any]]] = {
 def region_editor(tool: str = "select", **props: Any) -> Any:
     """The component. Its value is {width, height, regions}; `input` is its event for whatever a person does there.
 
-    The `tool` is that to begin with. With `over` each region has a button for the event `draw_over`, which names the region by its number.
+    The `tool` is that to begin with. With `composes` regions have prompts, settings, and a button for the event
+    `draw_over`, which names one by its number; else they are shapes.
     """
     return _component(
         "editor",

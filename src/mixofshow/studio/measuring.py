@@ -38,6 +38,8 @@ def held_out(workspace: Workspace, card: Card) -> Path:
 
 def add_held_out(workspace: Workspace, word: str, uploads: Sequence[Path]) -> list[str]:
     """Copy pictures that no tuning has seen into the concept's folder; a line for each that cannot be read."""
+    if not word:
+        raise SettingsError("whose pictures? choose a concept first, then drop them")
     found = [card for card in cards(workspace) if card.word == word]
     if not found:
         raise SettingsError(f"no concept on the shelf is called '{shown(word)}'")

@@ -15,14 +15,16 @@ function showItem(index) {
   const region = doc.regions[index];
   const button = (act, text, label) => make("button", { type: "button", "data-act": act, textContent: text, "aria-label": `${label} region ${index + 1}`, title: label });
   const head = make("div", { class: "row" }, make("strong", { textContent: `${index + 1} ${nameOf(index)}` }), button("up", "↑", "Earlier:"), button("down", "↓", "Later:"), button("double", "Duplicate", "Duplicate"), button("delete", "Delete", "Delete"));
-  if (props.over) head.append(button("over", "Draw over", "Draw over, in the picture that was clicked,"));
+  const item = (...rest) => make("li", { class: index === selected ? "selected" : "", "data-index": index, style: `border-left-color: ${colourOf(index)}` }, head, ...rest);
+  if (!props.composes) return item();
+  head.append(button("over", "Draw over", "Draw over, in the picture that was clicked,"));
   const prompt = make("textarea", { "data-key": "prompt", rows: 2, value: region.prompt || "", "aria-label": `Prompt of region ${index + 1}`, placeholder: "What is in this region" });
   const box = region.box ? [make("div", { class: "row" }, ...[0, 1, 2, 3].map((number) => edge(index, number)))] : [];
   const more = make("details", {}, make("summary", { textContent: "More settings" }), make("div", { class: "row" }, ...(props.fields || []).map((one) => field(index, one))));
   more.open = Boolean(opened[index]);
   more.addEventListener("toggle", () => { opened[index] = more.open; });
   const advice = make("p", { class: "advice", role: "status", textContent: (props.advice || [])[index] || "" });
-  return make("li", { class: index === selected ? "selected" : "", "data-index": index, style: `border-left-color: ${colourOf(index)}` }, head, prompt, ...box, more, advice);
+  return item(prompt, ...box, more, advice);
 }
 
 let opened = [];
@@ -131,7 +133,7 @@ function keyOnRegion(event, index) {
   } else if (event.key === "Enter" || event.key === " ") {
     event.preventDefault();
     select(index);
-    list.children[index].querySelector("textarea").focus();
+    list.children[index].querySelector("textarea")?.focus();
   }
 }
 

@@ -51,6 +51,7 @@ def serve(
     check_address(host, token)
     library()  # so that its lack is told before a model is loaded
     os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="mixofshow-studio-"))
+    reach_without_proxy(host)
     check_port(host, port)
     studio = Studio.open(workspace)
     os.chdir(
@@ -60,6 +61,12 @@ def serve(
     page.queue(default_concurrency_limit=8)
     _, address, _ = page.launch(**_launching(host, port, token))
     return page, studio, address
+
+
+def reach_without_proxy(host: str) -> None:
+    """Ask this machine itself directly, for Gradio does so while it starts: a proxy leads elsewhere."""
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), *LOCAL_NAMES, host)))
 
 
 def check_port(host: str, port: int) -> None:
@@ -98,6 +105,8 @@ def _launching(host: str, port: int, token: str | None) -> dict[str, Any]:
         "mcp_server": False,
         "ssr_mode": False,
         "strict_cors": True,
+        # Else it asks itself whether it is there, and gives up where a busy machine takes three seconds to answer.
+        "_frontend": False,
     }
 
 

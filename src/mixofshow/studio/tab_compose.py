@@ -22,7 +22,6 @@ from mixofshow.studio.jobs import Job, outcome
 SHOWN: Final = 60
 """Pictures in the strip, at most."""
 KIND: Final = "draw"
-PICTURES: Final = [".png", ".jpg", ".jpeg", ".webp"]
 
 
 class ComposeTab:
@@ -32,15 +31,15 @@ class ComposeTab:
         self.studio = studio
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=340):
-                self.editor = region_editor(over=True)
+                self.editor = region_editor(composes=True)
                 self.advice = gr.HTML(elem_id="compose-said")
                 self._given()
             with gr.Column(scale=2, min_width=320):
-                self._settings()
+                self._prompts()
                 self._drawing()
+                self._settings()
         self._pictures()
         self.seen, self.chosen, self.given = gr.State(None), gr.State(""), gr.State({})
-        self.changes = gr.State(None)
         self.parts = [self.editor, *self.plain, *self.more, self.given]
         self.everything = [*self.parts, self.drawn_by]
         self._connect()
@@ -49,7 +48,7 @@ class ComposeTab:
     def _given(self) -> None:
         networks = sketching.networks(self.studio.workspace)
         with gr.Accordion("Start from a picture, follow a sketch", open=False, elem_id="given"):
-            self.start = gr.File(label="A picture to start from", file_types=PICTURES, height=gr.ROOM, elem_id="start")
+            self.start = gr.File(label="A picture to start from", height=gr.ROOM, elem_id="start")
             self.pad = region_editor(elem_id="sketch", tool="brush")
             with gr.Row():
                 self.network = gr.Dropdown(
@@ -61,15 +60,17 @@ class ComposeTab:
                 ]
             self.follow = gr.Button("Follow what is painted", elem_id="follow")
             label = "Or follow a picture"
-            self.sketch = gr.File(label=label, file_types=PICTURES, height=gr.ROOM, elem_id="sketch-file")
+            self.sketch = gr.File(label=label, height=gr.ROOM, elem_id="sketch-file")
         self.given_said = gr.HTML(elem_id="given-said")
         self.without = gr.Button("Draw without these", visible=False, elem_id="without")
 
-    def _settings(self) -> None:
-        prompt = gr.Textbox(label="Prompt", info="What the whole picture shows.", lines=2, elem_id="prompt")
+    def _prompts(self) -> None:
+        self.prompt = gr.Textbox(label="Prompt", info="What the whole picture shows.", lines=2, elem_id="prompt")
         with gr.Row():
             self.scene = gr.Textbox(label="Scene", placeholder="in the forest", scale=2, elem_id="scene")
             self.fill = gr.Button("Write the prompts", scale=1, elem_id="fill")
+
+    def _settings(self) -> None:
         negative = gr.Textbox(label="Negative prompt", info="What it does not show.", elem_id="negative")
         with gr.Row():
             whole: dict[str, Any] = {"precision": 0, "min_width": 90}
@@ -77,7 +78,7 @@ class ComposeTab:
             height = gr.Number(label="Height", elem_id="height", **whole)
             seed = gr.Number(label="Seed", elem_id="seed", **whole)
             num = gr.Number(label="Pictures", elem_id="num", **whole)
-        self.plain = [prompt, negative, width, height, seed, num]
+        self.plain = [self.prompt, negative, width, height, seed, num]
         with gr.Accordion("More settings", open=False, elem_id="more"):
             self.more = [component(one) for one in compose.more_fields()]
         self.settings_said = gr.HTML(elem_id="settings-said")
@@ -111,7 +112,7 @@ class ComposeTab:
             self.png = gr.DownloadButton("PNG", interactive=False, elem_id="png", min_width=80)
             self.yaml = gr.DownloadButton("YAML", interactive=False, elem_id="yaml", min_width=80)
         label = "Drop a picture of ours here: its composition comes back"
-        self.dropped = gr.File(label=label, file_types=[".png"], height=gr.ROOM, elem_id="dropped")
+        self.dropped = gr.File(label=label, height=gr.ROOM, elem_id="dropped")
         self.dropped_said = gr.HTML(elem_id="dropped-said")
 
     def _connect(self) -> None:
@@ -134,8 +135,7 @@ class ComposeTab:
         self.dropped.upload(self.brought, self.dropped, back, **quiet)
         watched = [self.seen, self.status, self.preview, self.strip, *files, self.editor, self.drawn_by, self.beside]
         gr.Timer(1).tick(self.watched, self.seen, watched, **quiet)
-        after = [self.changes, *self.parts, *given, self.advice]
-        gr.Timer(1).tick(self.caught_up, [self.changes, self.drawn_by], after, **quiet)
+        gr.Timer(1).tick(self.caught_up, self.drawn_by, [*self.parts, *given, self.advice], **quiet)
 
     def _connect_given(self) -> None:
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -146,21 +146,22 @@ class ComposeTab:
         self.sketch.upload(self.followed, [*how, self.sketch], changed, **quiet)
         self.without.click(self.drawn_without, self.everything, changed, **quiet)
 
-    def loaded(self) -> list[Any]:
+    def loaded(self, request: gr.Request) -> list[Any]:
         """What a page shows that has just been opened: what the workspace holds."""
         studio = self.studio
-        changes, composition = studio.changed.count, studio.workspace.composition()
+        studio.changes.begin(request.session_hash or "")
+        composition = studio.workspace.composition()
         value, *parts = compose.parts_of(studio, composition)
         cards, known = cards_for(shelf_of(studio.workspace, OWN)), [OWN, *studio.workspace.model_names()]
         canvas = {"value": value, "cards": cards, "picture": compose.underlay(None, composition)}
         lines, pad = compose.lacking(studio, composition, OWN), gr.HTML(value=blank(studio.size_of(composition)))
         drawn_by = gr.Dropdown(choices=known, value=OWN)
-        return [gr.HTML(**canvas, advice=lines), *parts, drawn_by, pad, *_told(parts[-1]), changes]
+        return [gr.HTML(**canvas, advice=lines), *parts, drawn_by, pad, *_told(parts[-1])]
 
     @property
     def at_first(self) -> list[Any]:
         """What `loaded` fills."""
-        return [*self.everything, self.pad, self.given_said, self.without, self.changes]
+        return [*self.everything, self.pad, self.given_said, self.without]
 
     def edited(self, request: gr.Request, *values: Any) -> list[Any]:
         """Keep what is on the canvas; say what is wrong with it, or what its regions lack."""
@@ -304,16 +305,15 @@ class ComposeTab:
     def _unchanged(self, error: str) -> list[Any]:
         return [*(gr.skip() for _ in self.parts), gr.skip(), gr.skip(), gr.line(error, bad=True)]
 
-    def caught_up(self, request: gr.Request, seen: int | None, drawn_by: str) -> list[Any]:
+    def caught_up(self, request: gr.Request, drawn_by: str) -> list[Any]:
         """What another page has put on the canvas since this one looked last."""
-        now = self.studio.changed
-        unchanged = [gr.skip() for _ in range(len(self.parts) + 3)]
-        if seen in (None, now.count) or now.by == request.session_hash:
-            return [gr.skip() if seen == now.count else now.count, *unchanged]
-        changes, composition = now.count, self.studio.workspace.composition()
+        news = self.studio.changes.news(request.session_hash or "")
+        if not news:
+            return [gr.skip()] * (len(self.parts) + 3)
+        composition = self.studio.workspace.composition()
         value, *others = compose.parts_of(self.studio, composition)
         editor = gr.HTML(value=value, advice=compose.lacking(self.studio, composition, drawn_by))
-        return [changes, editor, *others, *_told(others[-1]), gr.line("another page has changed this")]
+        return [editor, *others, *_told(others[-1]), gr.line(news)]
 
     def watched(self, seen: Any) -> list[Any]:
         """What has changed since this page looked last."""

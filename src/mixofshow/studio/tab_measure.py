@@ -33,7 +33,7 @@ class MeasureTab:
                 self.status = gr.HTML(elem_id="measure-status")
                 self.command = gr.Textbox(label="Does the same", **COMMAND, elem_id="measure-command")
                 label = "Or open a suite's results.json"
-                self.opened = gr.File(label=label, file_types=[".json"], height=gr.ROOM, elem_id="results")
+                self.opened = gr.File(label=label, height=gr.ROOM, elem_id="results")
                 self.opened_said = gr.HTML(elem_id="results-said")
                 self._asking()
             with gr.Column(scale=3, min_width=340):
@@ -49,7 +49,7 @@ class MeasureTab:
                 self.study = gr.DownloadButton("Take it along", interactive=False, min_width=90, elem_id="study-file")
             self.study_command = gr.Textbox(label="Does the same", **COMMAND, elem_id="study-command")
             label, many = "Their answers, a file of each person", {"file_count": "multiple", "height": gr.ROOM}
-            self.answers = gr.File(label=label, file_types=[".json"], elem_id="answers", **many)
+            self.answers = gr.File(label=label, elem_id="answers", **many)
         self.study_said = gr.HTML(elem_id="study-said")
 
     def _found(self) -> None:

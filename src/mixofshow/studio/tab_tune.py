@@ -39,11 +39,9 @@ class TuneTab:
             self.word = gr.Textbox(
                 label="Class word", info="An ordinary word for what it is.", elem_id="tune-word", min_width=120
             )
-        kinds = sorted({*tuning.SUFFIX_OF.values(), ".jpeg"})
         self.dropped = gr.File(
             label="Drop its pictures here",
             file_count="multiple",
-            file_types=kinds,
             height=gr.ROOM,
             elem_id="tune-files",
         )
@@ -94,12 +92,15 @@ class TuneTab:
         brought = self.dropped.upload(
             self.brought, [self.name, self.dropped], [self.said, self.dropped, self.shown, self.grid], **quiet
         )
-        brought.then(lambda *names: self.checked(*names) if names[0] else [gr.skip()] * 2, asked, checks, **quiet)
         self.check.click(self.checked, asked, checks, show_progress="minimal", api_visibility="private")
         self.grid.caption(self.captioned, self.name, self.said, **quiet)
-        self.grid.paint(self.opened, self.name, [self.picture, self.mask, self.masking, self.mask_said], **quiet)
-        self.grid.away(self.taken_away, self.name, [self.said, self.grid], **quiet)
-        self.keep_mask.click(self.masked, [self.name, self.picture, self.mask], [self.mask_said, self.grid], **quiet)
+        opened = self.grid.paint(self.opened, self.name, [self.picture, self.mask, self.masking, self.mask_said], **quiet)
+        opened.then(None, js="() => document.querySelector('#mask-editor').scrollIntoView()", **quiet)
+        away = self.grid.away(self.taken_away, self.name, [self.said, self.grid], **quiet)
+        painted = [self.name, self.picture, self.mask]
+        masked = self.keep_mask.click(self.masked, painted, [self.mask_said, self.grid], **quiet)
+        for done in (brought, away, masked):
+            done.then(lambda *names: self.checked(*names) if names[0] else [gr.skip()] * 2, asked, checks, **quiet)
         how, begun = [self.name, self.word, *self.parts], [self.status, self.command, self.left]
         self.start.click(self.started, how, begun, api_name="tune", show_progress="hidden")
         self.resume.click(lambda *values: self.started(*values, resume=True), how, begun, **quiet)
