@@ -29,6 +29,7 @@ from mixofshow.studio.compose import Studio
 from mixofshow.studio.drawing import OWN
 from mixofshow.studio.forms import table_of, values_of
 from mixofshow.studio.jobs import Job
+from mixofshow.studio.tab_measure import MeasureTab
 from mixofshow.studio.workspace import Workspace
 from mixofshow.tuning.settings import make_settings, with_presets
 
@@ -337,6 +338,21 @@ def test_a_suites_results_are_shown_and_other_files_refused(tmp_path: Path) -> N
     results = json.loads((ROOT / "benchmarks" / "results" / "2026-11-24-table1.json").read_text())
     alignment, (head, rows) = measuring.tables(results)
     assert alignment[0][0] and len(rows) + 1 == len(head) == len(rows[0])
+
+
+def test_a_page_shows_what_was_measured_before_it_was_opened(studio: Studio) -> None:
+    pytest.importorskip("gradio")
+    tab, folder = object.__new__(MeasureTab), measuring.report_folder(studio.workspace)
+    tab.studio = studio
+    seen, *_, report = tab.watched(None)
+    assert not getattr(report, "interactive", False)
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text((ROOT / "benchmarks" / "results" / "2026-11-24-table1.json").read_text())
+    (folder / "report.html").write_text("measured")
+    for before in (None, seen):
+        seen_now, _, _, alignment, _, _, nothing, report = tab.watched(before)
+        assert alignment.visible and not nothing.visible and report.interactive
+    assert not hasattr(tab.watched(seen_now)[3], "visible")
 
 
 def test_what_is_measured_needs_pictures_held_out(studio: Studio, pictures: list[Path]) -> None:

@@ -9,8 +9,9 @@ from mixofshow.evaluation.results import FOOTNOTE
 from mixofshow.studio import measuring
 from mixofshow.studio import web as gr
 from mixofshow.studio.compose import Studio
-from mixofshow.studio.jobs import Job, outcome
+from mixofshow.studio.jobs import outcome
 from mixofshow.studio.shelf import cards
+from mixofshow.studio.workspace import changed_at
 
 COMMAND: Final = {"interactive": False, "lines": 2, "buttons": ["copy"]}
 
@@ -139,21 +140,24 @@ class MeasureTab:
     def watched(self, seen: Any) -> list[Any]:
         """What has changed since this page looked last."""
         job, words = self.studio.jobs.latest(measuring.KIND), [card.word for card in cards(self.studio.workspace)]
-        now = (job and (id(job), job.line), words)
+        measured = changed_at(measuring.report_folder(self.studio.workspace) / "report.html")
+        now = (job and (id(job), job.line), words, measured)
         if now == seen:
             return [gr.skip()] * 8
+        before: Any = seen or (None, [], 0)
         return [
             now,
-            gr.skip() if seen and seen[1] == words else gr.Dropdown(choices=words),
+            gr.skip() if before[1] == words else gr.Dropdown(choices=words),
             gr.line(job.line, bad=job.state == "failed") + gr.lines(job.said) if job else gr.skip(),
-            *(self._results(job) if job and job.results else [gr.skip()] * 5),
+            *([gr.skip()] * 5 if before[2] == measured else self._results()),
         ]
 
-    def _results(self, job: Job) -> list[Any]:
-        results, report = job.results
-        found, _, error = outcome(lambda: measuring.tables(measuring.results_in(results)))
+    def _results(self) -> list[Any]:
+        """The tables and the report of what was measured last, by this studio, one before, or the command line."""
+        folder = measuring.report_folder(self.studio.workspace)
+        found, _, error = outcome(lambda: measuring.tables(measuring.results_in(folder / "results.json")))
         there = [gr.skip()] * 4 if error else _tables(found)
-        return [*there, gr.DownloadButton(value=str(report), interactive=True)]
+        return [*there, gr.DownloadButton(value=str(folder / "report.html"), interactive=True)]
 
 
 def _tables(found: tuple[measuring.Table, measuring.Table]) -> list[Any]:
