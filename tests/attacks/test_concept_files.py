@@ -185,7 +185,7 @@ INFO: dict[str, tuple[Any, str]] = {
     "missing name": ({"name": ...}, "'name'"),
     "name with a path": ({"name": "../../etc/passwd"}, "'name'"),
     "name with a line break": ({"name": "dog\n"}, "'name'"),
-    "unknown field": ({"path\n\x1b[31m": "/home/alice"}, "Extra inputs"),
+    "unknown field": ({"path\n\x1b[31m": "/home/alice"}, "unknown key"),
     "words of another type": ({"words": "<a>"}, "'words'"),
     "no words": ({"words": []}, "'words'"),
     "76 words": ({"words": [f"<a{k}>" for k in range(76)]}, "'words'"),

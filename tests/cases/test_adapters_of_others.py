@@ -7,6 +7,7 @@ ParameterDict), 30 (LoHa, LoKr, DoRA; the cause of what does not fit).
 from __future__ import annotations
 
 import copy
+import json
 
 import peft
 import pytest
@@ -296,6 +297,16 @@ def test_a_scale_that_is_assumed_is_said(golden_pipeline, tmp_path, caplog):
     save_file(lora(golden_pipeline) | {f"{kohya(TO_Q)}.alpha": torch.tensor(1.0)}, tmp_path / "x.safetensors")
     open_concept(tmp_path / "x.safetensors", golden_pipeline, DOG)
     assert "alpha" not in caplog.text
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_changes_of_nothing_are_said(golden_pipeline, tmp_path, caplog, beside):
+    """alpha 0 was taken without a word, in the file and in peft's configuration."""
+    file = tmp_path / ("adapter_model.safetensors" if beside else "x.safetensors")
+    save_file(lora(golden_pipeline) | ({} if beside else {f"{kohya(TO_Q)}.alpha": torch.tensor(0.0)}), file)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 0}))
+    open_concept(file, golden_pipeline, DOG)
+    assert f"1 of 1 layers change nothing, their alpha or their weights being 0, as {TO_Q}" in caplog.text
 
 
 def test_one_magnitude_of_all_is_refused(golden_pipeline, tmp_path):

@@ -31,7 +31,7 @@ def base(tmp_path: Path, golden_pipeline: Any) -> Path:  # so that importing the
     return tmp_path / "base"
 
 
-def refused(base: Path, message: str, **options: Any) -> None:
+def refused(base: Path | str, message: str, **options: Any) -> None:
     started = time.monotonic()
     with pytest.raises(BaseModelError, match=message) as error:
         load_base(base, **options)
@@ -159,6 +159,11 @@ def test_a_folder_of_one_variant_is_read_when_that_is_asked_for(base):
     for path in base.rglob("*.safetensors"):
         path.rename(RENAMED["fp16"](path))
     assert load_base(base, variant="fp16").unet.config.sample_size == 16
+
+
+def test_a_variant_that_is_not_there_is_said(base):
+    refused(base, "no weights of the variant fp16 in it; leave out `variant`", variant="fp16")
+    refused("emojiland", "emojiland: no weights of the variant fp16 in it", variant="fp16")
 
 
 def test_a_folder_without_weights(base):

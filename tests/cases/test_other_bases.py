@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from mixofshow.bases.families import skip_text_layers, text_encoders
 from mixofshow.bases.loading import fingerprint, load_base
+from mixofshow.concepts import concept
 from mixofshow.concepts.concept import load_concept
 from mixofshow.concepts.interchange.importing import open_concept
 from mixofshow.concepts.interchange.settings import ImportSettings
@@ -114,11 +115,21 @@ def test_the_metadata_is_kept_and_said(anime, golden_pipeline, tmp_path, caplog)
     assert "made with clip skip 1, this base has 0; `clip_skip` sets it" in caplog.text
 
 
+def test_another_clip_skip_is_said_once(anime, own, tmp_path, caplog):
+    """It was said of the file, and again of the concept in it."""
+    dataclasses.replace(anime, info=anime.info.model_copy(update={"name": "once"})).save(tmp_path / "x.safetensors")
+    caplog.clear()
+    concept._say.cache_clear()
+    MixOfShowPipeline.single(own, tmp_path / "x.safetensors")
+    assert caplog.text.count("made with clip skip") == 1
+
+
 @pytest.mark.parametrize("given", [{}, {"clip_skip": 0}])
 def test_the_concept_is_followed_unless_told_otherwise(anime, own, tmp_path, caplog, given):
     anime.save(tmp_path / "anime.concept.safetensors")
     own.save_pretrained(tmp_path / "base")
     caplog.clear()
+    concept._say.cache_clear()
     drawn = open_pipeline(str(tmp_path / "base"), concepts=[tmp_path / "anime.concept.safetensors"], **given)
     assert text_encoders(drawn)[0].skipped == (0 if given else 1)
     assert ("made with clip skip" in caplog.text) == bool(given)
@@ -133,11 +144,10 @@ def test_a_list_of_concepts_is_followed_too(anime, own, tmp_path, caplog, given)
     listed = [{"lora_path": "anime.safetensors", "concept_name": "dog"}, {"lora_path": "ours.safetensors"}]
     (tmp_path / "list.json").write_text(json.dumps(listed))
     caplog.clear()
+    concept._say.cache_clear()
     job = make_job([tmp_path / "list.json"], {}, base=str(tmp_path / "base"), **given)
     assert text_encoders(job.pipeline)[0].skipped == (0 if given else 1)
-    assert caplog.text.count("made with clip skip 1, this base has 0") == (
-        1 if given else 0
-    )  # of the other file it was said
+    assert caplog.text.count("made with clip skip 1, this base has 0") == (1 if given else 0)  # of one name it is said once
 
 
 def test_a_picture_of_another_layer_is_of_another_model(own):
@@ -161,12 +171,12 @@ def test_a_concept_of_another_base_says_how_it_is_taken(golden_concepts, sister,
 def test_a_sister_is_taken_and_the_result_says_so(golden_concepts, sister, tmp_path, caplog):
     golden_concepts[0].save(tmp_path / "dogx.safetensors")
     base = load_base(sister, allow_base="sister")
-    concept = load_concept(tmp_path / "dogx.safetensors", base)
+    taken = load_concept(tmp_path / "dogx.safetensors", base)
     assert "taken for realistic all the same" in caplog.text
-    assert concept.hash == golden_concepts[0].hash
-    assert (concept.info.base, concept.info.base_fingerprint) == ("realistic", fingerprint(base))
-    assert concept.info.settings["made_for"] == f"golden ({golden_concepts[0].info.base_fingerprint})"
-    concept.save(tmp_path / "dogx-realistic.safetensors")
+    assert taken.hash == golden_concepts[0].hash
+    assert (taken.info.base, taken.info.base_fingerprint) == ("realistic", fingerprint(base))
+    assert taken.info.settings["made_for"] == f"golden ({golden_concepts[0].info.base_fingerprint})"
+    taken.save(tmp_path / "dogx-realistic.safetensors")
     load_concept(tmp_path / "dogx-realistic.safetensors", load_base(sister))
     assert with_concept(base, golden_concepts[0]).concepts[0].info.settings["made_for"].startswith("golden")
     fused = fuse(golden_concepts, base, QUICK).model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
@@ -10,12 +11,14 @@ from PIL import Image
 from mixofshow import make_settings, tune
 from mixofshow.cli.options import _help
 from mixofshow.errors import DatasetError
+from mixofshow.sampling.drawing import open_pipeline
 from mixofshow.tuning.captions import Naming
 from mixofshow.tuning.check import check_folder
 from mixofshow.tuning.conflicts import idle
 from mixofshow.tuning.dataset import read_folder, readings
 from mixofshow.tuning.settings import TuningSettings, dotted_keys
 
+GOLDEN_BASE = str(Path(__file__).parents[1] / "goldens" / "pipeline")
 PROMPT = "a photo of a <mydog>"
 NAMING = Naming("<mydog>", ("<mydog1>", "<mydog2>"), "dog")
 
@@ -35,6 +38,12 @@ def _captions(folder, **options):
 
 def _findings(folder):
     return [str(one) for reading in readings(folder, instance_prompt=PROMPT) for one in reading.findings]
+
+
+def test_a_strength_without_concepts_is_said(caplog):
+    """Of diffusers' img2img, that is how far to go from a picture."""
+    open_pipeline(GOLDEN_BASE, strength=0.5)
+    assert "`strength` changes nothing without concepts; how far to go from a picture is `image_strength`" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["01.txt", "01.caption", "01.TXT"])

@@ -303,7 +303,11 @@ FOREIGN = {
     "a __animal__": "__animal__",
     "a cat++ here": "cat++",
     "a cat--": "cat--",
-    "a (big cat)++": ")++",
+    "a (big cat)++": "(big cat)++",
+    "a ((big) cat)--": ")--",
+    "a (big cat)1.3 here": "(big cat)1.3",
+    "a (cat).5": "(cat).5",
+    "a cat | a dog": "cat | a",
     '("a cat", "a dog").blend(0.5, 0.5)': ").blend(",
     "a cat, embedding:easynegative": "embedding:easynegative",
     "a cat::2 dog": "::2",
@@ -315,6 +319,7 @@ ORDINARY = [
     "a cat -- and a dog; 'quoted' \"twice\" (or",
     "a dog--cat, 1+1=2, snake_case",
     "breaking and adding",
+    "a cat :)3 and a|b",
 ]
 
 
@@ -342,6 +347,9 @@ def test_marks_are_said_once(draw, caplog):
         "`prompt_syntax` a1111 reads weights"
     )
     assert len(line) <= 300
+    caplog.clear()
+    draw("a (castle)1.4", **{**ASKED, "num_inference_steps": 1})
+    assert _said(caplog) == ["prompt: '(castle)1.4': another tool's marks, read as ordinary text here"]
     caplog.clear()
     draw("a (castle:1.4) BREAK", prompt_syntax="a1111", **{**ASKED, "num_inference_steps": 1})
     assert _said(caplog) == ["prompt: 'BREAK': another tool's marks, read as ordinary text here"]

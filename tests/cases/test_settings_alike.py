@@ -22,6 +22,8 @@ NEEDED = {"name": "cat", "data": "pictures", "class_word": "cat"}
         (TuningSettings, {**NEEDED, "stepz": 3}, "unknown key 'stepz'; did you mean 'steps'"),
         (TuningSettings, {**NEEDED, "unet": {"rnak": 3}}, "unknown key 'unet.rnak'; did you mean 'unet.rank'"),
         (TuningSettings, {**NEEDED, "steps": "many"}, "'steps': .*found many"),
+        (TuningSettings, {**NEEDED, "name": "a b"}, "'name': expected at most 31 of a-z, 0-9, _ and -, .*found a b"),
+        (ConvertSettings, {"name": "A"}, "'name': expected at most 30 of a-z, 0-9, _ and -, of which the first is a letter"),
         (FusionSettings, {"stepz": 3}, "unknown key 'stepz'; did you mean 'steps'"),
         (FusionSettings, {"method": "nonsense"}, "unknown fusion method 'nonsense'"),
         (FusionSettings, {"method": "averge"}, "did you mean 'average'"),

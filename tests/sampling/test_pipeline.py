@@ -162,7 +162,7 @@ def test_what_a_mask_leaves_black_stays_bit_for_bit(output_type, draw):
             "mask_image: expected white where the picture is drawn anew",
         ),
         ({"mask_image": "mask.png", "image": picture(0)}, "mask_image: expected a picture"),
-        ({"mask_image": left_half(), "image": picture(0), "upscale": 2}, "upscale: expected 1 with a mask"),
+        ({"mask_image": left_half(), "image": picture(0), "upscale": 2}, "`upscale`: expected 1 with a mask"),
     ],
 )
 def test_masks_that_mean_nothing_are_refused(asked, reason, draw):
@@ -309,7 +309,9 @@ def test_controls_are_added_in_every_step(draw, relative_error):
     [
         ({"num_inference_stepz": 3}, "did you mean 'num_inference_steps'"),
         ({"strength": 0}, "image_strength"),
-        ({"strength": 0.01, "image": picture()}, "strength: expected at least 1 of 4 steps"),
+        ({"strength": 0.01, "image": picture()}, "^`strength`: expected at least 1 of 4 steps, 0.25, found 0.01"),
+        ({"image_strength": 0.01, "image": picture()}, "^`image_strength`: expected at least 1 of 4 steps"),
+        ({"upscale": 2, "upscale_strength": 0.01}, "^`upscale_strength`: expected at least 1 of 4 steps"),
         ({"upscale": 0.5}, "upscale"),
         ({"guidance_rescale": 2}, "guidance_rescale"),
         ({"generator": generators(1, 2)}, "generator: expected 1"),

@@ -38,9 +38,10 @@ def is_checkpoint(path: Path) -> bool:
 def check_weights(folder: Path, name: str | Path, variant: str | None = None) -> None:
     """Raise BaseModelError that names a weight file which is cut (expected and found size) or missing from a shard list.
 
-    Also where a part has none of this variant, or none but pickles, which are not opened.
+    Also where none is of this variant, or a part has none but of another, or pickles, which are not opened.
     """
-    for part in sorted(one for one in _PARTS if (folder / one).is_dir()):
+    parts = sorted(one for one in _PARTS if (folder / one).is_dir())
+    for part in parts:
         _require_weights(folder / part, name, variant)
         ending = f"{SUFFIX}.index.{variant}.json" if variant else f"{SUFFIX}.index.json"
         for listing in folder.glob(f"{part}/*{ending}"):
@@ -49,6 +50,9 @@ def check_weights(folder: Path, name: str | Path, variant: str | None = None) ->
         for path in sorted(folder.glob(f"{part}/*{SUFFIX}")):
             if _variant(path) == variant:
                 _open(path, f"{name}: {part}/{path.name}")
+    # A part without a variant is read as it is, beside others that have it.
+    if variant and not any(_variant(path) == variant for part in parts for path in (folder / part).glob(f"*{SUFFIX}")):
+        raise BaseModelError(f"{name}: no weights of the variant {shown(variant, 20)} in it; leave out `variant`")
 
 
 def _require_weights(folder: Path, name: str | Path, variant: str | None) -> None:

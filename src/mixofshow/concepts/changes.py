@@ -71,6 +71,11 @@ class LowRank:
         """(out, in) of the layer."""
         return self.up.shape[0], self.down.shape[1]
 
+    @property
+    def is_nothing(self) -> bool:
+        """Whether a factor is 0 throughout."""
+        return not (self.up.any() and self.down.any())
+
     def tensors(self, layer: str) -> dict[str, Tensor]:
         """Its tensors by their names in the file."""
         up = self.up[..., None, None] if self.kernel else self.up
@@ -116,6 +121,11 @@ class Full:
     def shape(self) -> tuple[int, int]:
         """(out, in) of the layer."""
         return self.change.shape[0], self.change.shape[1]
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether it is 0 throughout."""
+        return not self.change.any()
 
     def tensors(self, layer: str) -> dict[str, Tensor]:
         """Its tensors by their names in the file."""

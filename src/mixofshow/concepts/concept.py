@@ -37,7 +37,7 @@ from mixofshow.concepts.changes import (
     read_changes,
 )
 from mixofshow.concepts.words import Vocabulary, check_word
-from mixofshow.errors import ConceptFileError, TokenError, listed, shown
+from mixofshow.errors import ConceptFileError, TokenError, field_problem, listed, shown
 from mixofshow.files import raw, read_tensors, write_tensors
 from mixofshow.reading import parse_json
 
@@ -177,9 +177,8 @@ def _read_info(metadata: Mapping[str, str], name: str) -> ConceptInfo:
             raise ConceptFileError(f"{name}: made in format {shown(version)}, this version reads <= {FORMAT_VERSION}")
         info = ConceptInfo.model_validate(table)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise ConceptFileError(f"{name}: metadata field '{shown(field)}': {shown(first['msg'])}") from error
+        problem = field_problem(error.errors()[0], ConceptInfo.model_fields)
+        raise ConceptFileError(f"{name}: metadata field {problem}") from error
     except (ValueError, TypeError, KeyError) as error:
         raise ConceptFileError(f"{name}: metadata is not the expected table ({shown(error)})") from error
     if len(info.initializers) != len(info.words):
@@ -243,7 +242,7 @@ def fitted(concept: Concept, pipeline: Any, name: str, *, base: str | None = Non
     check_fits(concept, pipeline, name, base=found)
     said, own = info.settings.get(CLIP_SKIP, 0), text_encoders(pipeline)[0].clip_skip
     if said != own and not quiet:
-        _say(f"{name}: made with clip skip {shown(said, 20)}, this base has {own}; `clip_skip` sets it")
+        _say(f"concept <{info.name}>: made with clip skip {shown(said, 20)}, this base has {own}; `clip_skip` sets it")
     return concept
 
 

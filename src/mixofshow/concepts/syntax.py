@@ -40,7 +40,9 @@ OTHERS: Final = {
     "a web UI's chunks and regions": r"\b(?:BREAK|AND|ADDCOMM|ADDBASE|ADDCOL|ADDROW)\b",
     "wildcards": r"\{[^{}]{1,200}\}|\b__[\w/*-]{1,100}__",
     "ComfyUI's embeddings": r"\bembedding:\w{1,100}",
-    "compel": r"\b\w{1,50}(?:\+\+|--)+(?![\w+-])|\)[+-]+(?!\w)|\)\.(?:and|blend|swap)\(",
+    "compel": r"\b\w{1,50}(?:\+\+|--)+(?![\w+-])|(?:\([^()]{1,200})?\)[+-]+(?!\w)|\([^()]{1,200}\)\d*\.?\d+"
+    r"|\)\.(?:and|blend|swap)\(",
+    "mixed prompts": r"\S{1,40}\s\|\s\S{1,40}",
     "Midjourney": r"::\s?-?[\d.]+|(?<!\S)--[a-z]{1,9}\b",
 }
 """Marks of other tools that nothing here reads, by what they are."""
@@ -134,7 +136,7 @@ def foreign_marks(prompt: str, syntax: Syntax = "plain") -> list[str]:
 def tell_of_marks(prompts: Iterable[str], syntax: Syntax) -> None:
     """Say, once for each, which marks of other tools in these prompts are read as ordinary text."""
     marks = dict.fromkeys(mark for prompt in prompts for mark in foreign_marks(prompt, syntax))
-    weights = any(re.search(WEIGHTS, mark) for mark in marks)
+    weights = any(re.fullmatch(WEIGHTS, mark) for mark in marks)
     way_out = "; `prompt_syntax` a1111 reads weights" if syntax == "plain" and weights else ""
     if marks:
         _say(f"prompt: {quoted(marks)}: another tool's marks, read as ordinary text here{way_out}")

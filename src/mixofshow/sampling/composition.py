@@ -36,6 +36,7 @@ def make_composition(table: Mapping[str, Any], source: str = "composition", fold
     field and the nearest known one, RegionError, BadInputError for a picture.
     """
     made = _with_pictures(Composition.of(table, source), source, folder)
+    made.require_steps(from_image=made.image is not None)
     return with_known_controls(made, source, folder)
 
 

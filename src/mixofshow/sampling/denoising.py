@@ -15,7 +15,6 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from torch import Tensor
 
 from mixofshow.bases.families import conditions
-from mixofshow.errors import SettingsError
 from mixofshow.progress import Progress, silent
 from mixofshow.sampling.attention import RegionalAttention, regional
 from mixofshow.sampling.conditioning import EncodedPrompt
@@ -227,8 +226,6 @@ def _begin(
         return scheduler, scheduler.timesteps, noise * scheduler.init_noise_sigma
     begin = (steps - min(int(steps * strength), steps)) * scheduler.order
     timesteps = scheduler.timesteps[begin:]
-    if not len(timesteps):
-        raise SettingsError(f"strength: expected at least 1 of {steps} steps, {1 / steps:.2g}, found {strength}")
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
     return scheduler, timesteps, _noised(scheduler, start, noise, timesteps)

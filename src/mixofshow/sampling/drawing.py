@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -28,13 +29,15 @@ from mixofshow.progress import Progress, silent
 from mixofshow.replaceable import COMPOSITION
 from mixofshow.sampling.composition import as_part, compose, settled, variations
 from mixofshow.sampling.finding import Layout
-from mixofshow.sampling.inputs import Callback
+from mixofshow.sampling.inputs import Callback, require
 from mixofshow.sampling.latents import decode
 from mixofshow.sampling.pictures import read_picture, write_picture
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.regions import bounding_cells, coverage, shape_of
 from mixofshow.sampling.replay import maker_of, resolved, save_picture
-from mixofshow.sampling.settings import AUTO, Composition, Region
+from mixofshow.sampling.settings import AUTO, MAX_STRENGTH, Composition, Region
+
+logger = logging.getLogger(__name__)
 
 YAML_HEAD: Final = f"{COMPOSITION}mixofshow sample draws it."
 TINT: Final = 0.35
@@ -59,6 +62,9 @@ def open_pipeline(
     the prompts of the `composition` that is to be drawn, are read before anything large. Raises as `load_model` and
     `open_concept` do.
     """
+    require(abs(strength) <= MAX_STRENGTH, "`strength`", strength, f"at most {MAX_STRENGTH:g}")
+    if strength != 1 and not concepts:
+        logger.warning("`strength` changes nothing without concepts; how far to go from a picture is `image_strength`")
     ahead = [read_ahead(one) for one in concepts]
     if composition:
         require_known_words(composition, known_words(model, ahead))

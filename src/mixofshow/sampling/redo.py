@@ -69,13 +69,13 @@ def redo_composition(
     given, image, before = dict(settings or {}), read_picture(picture, "RGB"), before or carried(picture)
     asked = {key: given.pop(key) for key in ("prompt", "negative_prompt") if given.get(key)}
     whole = before.model_dump() if before else {"prompt": "", **asked}
-    made = make_composition(whole | given | {"image": embedded(image), "redo": None}, "redo")
+    made = make_composition(whole | given | {"image": embedded(image), "redo": None, "upscale": 1.0}, "redo")
     if made.controls:
         logger.warning("controls are not followed where a place is redone")
     size = made.width or image.width, made.height or image.height
     regions = tuple(rescaled(one, size, image.size) for one in made.regions)
     found = _filled(place, regions, made.prompt, asked, image)
-    own = {"width": image.width, "height": image.height, "upscale": 1.0, "mask": None, "controls": (), "auto": False}
+    own = {"width": image.width, "height": image.height, "mask": None, "controls": (), "auto": False}
     return made.model_copy(update={**own, "regions": regions, "redo": found})
 
 

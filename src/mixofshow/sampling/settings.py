@@ -88,6 +88,14 @@ class SamplingSettings(Settings):
         """In how many of the first steps regions do not read each other."""
         return self.steps if self.isolate is True else int(self.isolate)
 
+    def require_steps(self, *, from_image: bool, called: str = "image_strength") -> None:
+        """Raise SettingsError where a strength, the first of which is `called` so, leaves no step to be done."""
+        passes = {called: from_image and self.image_strength, "upscale_strength": self.upscale > 1 and self.upscale_strength}
+        for name, share in passes.items():
+            if share and int(self.steps * share) < 1:
+                least = f"at least 1 of {self.steps} steps, {1 / self.steps:.2g}"
+                raise SettingsError(f"`{name}`: expected {least}, found {share:g}")
+
     def size(self, pipeline: Any, image: Any = None) -> tuple[int, int]:
         """(width, height): as given, else those of the picture to start from, else the base's. Raises SettingsError."""
         factor = pipeline.vae_scale_factor
@@ -271,7 +279,7 @@ class Composition(SamplingSettings):
     redo_margin: float = Field(
         0.25, ge=0, le=8, description="Beside a place that is redone, drawn with it: a share of its longer side."
     )
-    seed: int = Field(0, description="Of the first picture.")
+    seed: int = Field(0, ge=0, description="Of the first picture.")
     num: int = Field(1, ge=1, le=10_000, description="How many pictures; picture k has seed + k.")
     regional_lora: bool = Field(
         False,

@@ -252,6 +252,9 @@ def _changes(tensors: Mapping[str, Tensor], texts: Mapping[str, str], file: str,
     raise_if([cause] if problems and cause else problems, file)
     if cause:
         logger.warning("%s: it says that it was %s", file, cause)
+    if silent := [name for name, change in changes.items() if change.is_nothing]:
+        nothing = "%s: %d of %d layers change nothing, their alpha or their weights being 0, as %s"
+        logger.warning(nothing, file, len(silent), len(changes), shown(silent[0]))
     if passed:
         left_out = "%s: %d layers left out that no concept can change (biases, norms), as %s"
         logger.warning(left_out, file, len(passed), shown(passed[0]))
