@@ -425,6 +425,11 @@ def test_a_few_inputs(name, readers, tmp_path):
 
 
 @pytest.mark.slow
+def test_as_many_concept_files_as_ever(readers, tmp_path):
+    fuzz(readers["concept"], tmp_path / "input.safetensors", 846)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_many_inputs(name, readers, tmp_path):
     fuzz(readers[name], tmp_path / "input.safetensors", MANY)

@@ -83,7 +83,7 @@ def test_one_encoder_of_two(xl_pipeline):
 
 @pytest.mark.parametrize("skip", [-1, 3, 10**9, [0], [0, 1, 0]])
 def test_more_layers_than_there_are_cannot_be_skipped(xl_pipeline, skip):
-    with pytest.raises(BaseModelError, match="clip_skip: expected"):
+    with pytest.raises(BaseModelError, match="`clip_skip`: expected"):
         skip_text_layers(xl_pipeline, skip)
 
 
@@ -94,7 +94,7 @@ def test_a_saved_model_is_read_the_same(own, tmp_path):
     assert text_encoders(load_base(tmp_path / "anime", clip_skip=0))[0].skipped == 0
     config = tmp_path / "anime" / "text_encoder" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "clip_skip": "many"}))
-    with pytest.raises(BaseModelError, match="clip_skip: expected 0 to 2"):
+    with pytest.raises(BaseModelError, match="`clip_skip`: expected 0 to 2"):
         encode_prompts(load_base(tmp_path / "anime"), ["a dog"], Vocabulary())
 
 

@@ -1,12 +1,16 @@
 """What made a result is known from it, and the same made twice is the same, byte for byte.
 
-Covers F10 and G8.
+Covers F10, F28 and G8.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +46,26 @@ def test_a_second_fusion_from_recordings_writes_the_same_folder(golden_pipeline,
     assert _bytes(tmp_path / "a") == _bytes(tmp_path / "b")
     tokenizer = json.loads((tmp_path / "a" / "tokenizer" / "tokenizer.json").read_text("utf-8"))
     assert tokenizer["truncation"] is tokenizer["padding"] is None
+
+
+FUSED = """
+import sys
+from mixofshow import fuse, load_base
+from mixofshow.fusion.settings import FusionSettings
+from pathlib import Path
+base, out, *files = sys.argv[1:]
+fuse(files, load_base(Path(base)), FusionSettings(steps=1, prompts=("a {}",))).model.save(out)
+"""
+
+
+def test_neither_order_nor_the_seed_of_hashes_changes_a_byte(golden_concepts, tmp_path):
+    base, files = Path(__file__).parents[1] / "goldens" / "pipeline", [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for one, file in zip(golden_concepts, files, strict=True):
+        one.save(file)
+    for number, order in enumerate((files, files[::-1])):
+        arguments = [sys.executable, "-c", FUSED, base, tmp_path / str(number), *order]
+        subprocess.run(arguments, check=True, timeout=120, env={**os.environ, "PYTHONHASHSEED": str(number)})
+    assert _bytes(tmp_path / "0") == _bytes(tmp_path / "1")
 
 
 def test_how_many_threads_computed_is_written_down_and_mixing_is_said(

@@ -181,10 +181,11 @@ def test_an_owner_is_asked_once_and_only_what_is_typed_then_is_an_answer(capsys)
     assert capsys.readouterr().out.splitlines() == ["send it? [y/N]:", "and that? [y/N]:"]
 
 
-def test_a_closed_input_is_no_answer(monkeypatch, tmp_path):
+def test_a_question_that_nobody_can_answer_says_so(monkeypatch, tmp_path):
     with (tmp_path / "empty").open("w+") as empty:
         monkeypatch.setattr("sys.stdin", empty)
-        assert join.typed() is None
+        with pytest.raises(SettingsError, match="nobody can answer"):
+            join.typed()
 
 
 def test_a_client_whose_answer_came_too_late_is_told(tmp_path, monkeypatch, capsys):

@@ -153,7 +153,7 @@ def clip_skip_of(model: Any) -> int | None:
     found: int | None = getattr(model.config, "clip_skip", None)
     if found is not None and (not isinstance(found, int) or not 0 <= found < model.config.num_hidden_layers):
         raise BaseModelError(
-            f"clip_skip: expected 0 to {model.config.num_hidden_layers - 1}, as many layers as can be skipped, found "
+            f"`clip_skip`: expected 0 to {model.config.num_hidden_layers - 1}, as many layers as can be skipped, found "
             f"{found!r:.40}; what A1111 calls clip skip 2 is 1 here"
         )
     return found
@@ -170,7 +170,7 @@ def skip_text_layers(pipeline: Any, clip_skip: int | Sequence[int] | None) -> No
         return
     each = [clip_skip] * len(encoders) if isinstance(clip_skip, int) else list(clip_skip)
     if len(each) != len(encoders):
-        raise BaseModelError(f"clip_skip: expected one number, or {len(encoders)}, found {len(each)}")
+        raise BaseModelError(f"`clip_skip`: expected one number, or {len(encoders)}, found {len(each)}")
     for encoder, skip in zip(encoders, each, strict=True):
         encoder.model.config.clip_skip = skip
         clip_skip_of(encoder.model)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Final
 
-from mixofshow.errors import BadInputError, ResourceError, shown
+from mixofshow.errors import BadInputError, ResourceError, SettingsError, shown
 from mixofshow.federation.bundle import TRUSTED
 from mixofshow.federation.keys import make_node_key
 from mixofshow.federation.launch import (
@@ -145,7 +145,9 @@ def asker(read: Callable[[], str | None]) -> Callable[[str], bool | None]:
 
 
 def typed() -> str | None:
-    """A line that was typed at the terminal, if there is one."""
+    """A line that was typed at the terminal, if there is one. Raises SettingsError where nobody can type."""
     if sys.platform != "win32" and not select.select([sys.stdin], [], [], 0)[0]:  # there nobody can tell
         return None
-    return sys.stdin.readline() or None
+    if not (line := sys.stdin.readline()):
+        raise SettingsError("`approve` ask: nobody can answer, standard input is closed; always sends without asking")
+    return line
