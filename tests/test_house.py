@@ -72,6 +72,12 @@ def test_what_is_public_says_what_it_is(path: Path) -> None:
 
 
 @every_file
+def test_nothing_goes_past_the_output_that_forgives(path: Path) -> None:
+    """typer writes UTF-8 of its own into an output that is ASCII."""
+    assert "typer.echo(" not in path.read_text(encoding="utf-8")
+
+
+@every_file
 def test_strangers_bytes_are_never_run(path: Path) -> None:
     assert dangers(parse(path)) == []
 

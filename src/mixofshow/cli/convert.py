@@ -23,7 +23,7 @@ def inspect(file: Annotated[Path, typer.Argument(help="A concept file.")]) -> No
     concept = load_concept(file)
     table = concept.info.model_dump(mode="json")
     table |= {"hash": concept.hash, "placeholder": f"<{concept.info.name}>", "changed_layers": len(concept.deltas)}
-    typer.echo(json.dumps(table, indent=1))
+    print(json.dumps(table, indent=1))
 
 
 @app.command()

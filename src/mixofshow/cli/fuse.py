@@ -151,11 +151,11 @@ def _print_fused(out: Path | None, fused: Fused) -> None:
     if fused.recorded:
         name, worst = max(fused.layers.items(), key=lambda item: item[1].residual)
         line += f"; largest residual {worst.residual:.2g} in {name}"
-    typer.echo(line)
+    say(line)
     for name, verdict in fused.verdicts.items():
-        typer.echo(f"{'guard: ' if verdict.downweighted else ''}<{name}> {verdict.why}")
+        say(f"{'guard: ' if verdict.downweighted else ''}<{name}> {verdict.why}")
     if fused.verdicts and not fused.layers:
-        typer.echo("guard: nobody's changes are left; the model is the base with the concepts' words")
+        say("guard: nobody's changes are left; the model is the base with the concepts' words")
     for name, (before, after) in fused.refitted.items():
         say(f"<{name}> refitted: loss {before:.3g} -> {after:.3g}")
 

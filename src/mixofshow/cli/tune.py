@@ -45,13 +45,13 @@ def tune(
     from mixofshow.tuning.dataset import inputs_of
 
     if print_schema:
-        typer.echo(tuning.schema(), nl=False)
+        print(tuning.schema(), end="")
         return
     table = read_table(file) if file else {}
     several = tuning.several(table, given, source=str(file or "options"))
     if print_config:
         whole = [tuning.with_presets(one, one.base) for one in several]
-        typer.echo("---\n".join(map(tuning.printed, whole)), nl=False)
+        print("---\n".join(map(tuning.printed, whole)), end="")
         return
     names = [f"{settings.name}.safetensors" for settings in several]
     targets = [(out / name if out and "concepts" in table else out) or Path(name) for name in names]

@@ -21,7 +21,7 @@ def concepts(out: Annotated[Path, typer.Argument(help="Folder to write to, one s
 
     for name in ALL:
         write_concept(name, out / name)
-    typer.echo(f"{len(ALL)} concepts in {out}")
+    print(f"{len(ALL)} concepts in {out}")
 
 
 if __name__ == "__main__":
