@@ -129,8 +129,7 @@ def check_inputs(pipeline: Any, given: dict[str, Any]) -> Inputs:
     named = {name: value for name in chosen if (value := given.pop(name)) is not None}
     settings = SamplingSettings(**{ALSO.get(name, name): value for name, value in (named | more).items()})
     prompts, negatives = _texts(given["prompt"], given["negative_prompt"])
-    each = given["num_images_per_prompt"]
-    each = 1 if each is None else each
+    each = 1 if (asked := given["num_images_per_prompt"]) is None else asked
     require(isinstance(each, Integral) and int(each) >= 1, "num_images_per_prompt", each, "at least 1")
     require(given["output_type"] in OUTPUTS, "output_type", given["output_type"], "one of " + ", ".join(OUTPUTS))
     require(not settings.attend or settings.steps > 2, "`attend`", settings.attend, "0 with fewer than 3 steps")
