@@ -185,6 +185,8 @@ def _probe(path: Path) -> None:
     """Raise OSError unless there is room for something new of this name; nothing stays, not even its folder."""
     if "\0" in str(path):  # which some calls refuse, and others take for a name that is not there
         raise ValueError("its name holds a NUL character")
+    if any("\ud800" <= character <= "\udfff" for character in str(path)):  # what is no text here, libraries cannot write
+        raise ValueError("its name is not in this system's encoding")
     above = path.parent
     while not os.path.lexists(above):
         above = above.parent

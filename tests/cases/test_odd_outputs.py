@@ -53,6 +53,7 @@ def there(tmp_path, monkeypatch):
         ("/proc", "folders", "a disk is mounted there"),
         ("file", "shared", "exists and is not a folder"),
         ("file/new", "files", "cannot be written (Not a directory)"),
+        ("f\udce7", "folders", "its name is not in this system's encoding"),
         (f"{LONG}.safetensors", "files", "cannot be written (File name too long)"),
         (f"new/{LONG}yyyyyy/a.png", "files", "cannot be written (File name too long)"),
     ],

@@ -61,6 +61,13 @@ def test_boxes_lie_where_they_were_drawn_whatever_the_window(
     page.locator("#editor .region").nth(1).focus()
     page.keyboard.press("Delete")
     assert regions(served[1], 1) == [first]
+    page.keyboard.press("Control+z")
+    assert regions(served[1], 2) == [first, second]
+    for _ in range(2):  # until nothing is left that had the keys
+        page.keyboard.press("Control+z")
+    until(lambda: not canvas(served[1]).get("regions"))
+    page.keyboard.press("Control+Shift+z")
+    assert regions(served[1], 1) == [first]
 
 
 def test_polygons_and_painted_masks(open_page: Any, served: tuple[str, Workspace]) -> None:

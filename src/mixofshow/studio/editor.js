@@ -77,6 +77,11 @@ function travel(from, to) {
   selected = Math.min(selected, doc.regions.length - 1);
   hand();
   show();
+  if (document.activeElement === document.body) focusSelected();  // what had it is gone, and with it the keys
+}
+
+function focusSelected() {
+  (svg.querySelectorAll(".region")[selected] || find('[data-tool="box"]')).focus();
 }
 
 function select(index, { focus = false } = {}) {

@@ -126,7 +126,7 @@ function keyOnRegion(event, index) {
   } else if (event.key === "Delete" || event.key === "Backspace") {
     event.preventDefault();
     remove(index);
-    (svg.querySelectorAll(".region")[selected] || find('[data-tool="box"]')).focus();
+    focusSelected();
   } else if (event.key === "[" || event.key === "]") {
     reorder(index, event.key === "[" ? -1 : 1);
     svg.querySelectorAll(".region")[selected]?.focus();
