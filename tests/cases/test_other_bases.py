@@ -14,10 +14,10 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 
-from mixofshow.bases.families import skip_text_layers, text_encoders
+from mixofshow.bases.families import clip_skip_said, skip_text_layers, text_encoders
 from mixofshow.bases.loading import fingerprint, load_base
 from mixofshow.concepts import concept
-from mixofshow.concepts.concept import load_concept
+from mixofshow.concepts.concept import follow_clip_skip, load_concept
 from mixofshow.concepts.interchange.importing import open_concept
 from mixofshow.concepts.interchange.settings import ImportSettings
 from mixofshow.concepts.model import ConceptModel, with_concept
@@ -81,7 +81,24 @@ def test_one_encoder_of_two(xl_pipeline):
     assert not torch.allclose(one[..., width:], both[..., width:])
 
 
-@pytest.mark.parametrize("skip", [-1, 3, 10**9, [0], [0, 1, 0]])
+def test_that_of_one_encoder_is_told_and_followed(xl_pipeline, anime):
+    skip_text_layers(xl_pipeline, "0,1")
+    assert [one.clip_skip for one in text_encoders(xl_pipeline)] == [0, 1]
+    said = {"clip_skip": clip_skip_said(xl_pipeline)}
+    made_so = dataclasses.replace(anime, info=anime.info.model_copy(update={"settings": said}))
+    for one in text_encoders(xl_pipeline):
+        del one.model.config.clip_skip
+    follow_clip_skip(xl_pipeline, [made_so])
+    assert clip_skip_said(xl_pipeline) == said["clip_skip"] == "0,1"
+
+
+@pytest.mark.parametrize("skip", ["", "one", "0;1", "0,", "0.5"])
+def test_what_is_no_number_of_layers_is_refused_before_a_base_is_loaded(skip):
+    with pytest.raises(BaseModelError, match="expected a number, or one for each text encoder, as 0,1, found"):
+        load_base("nowhere", clip_skip=skip)
+
+
+@pytest.mark.parametrize("skip", [-1, 3, 10**9, [0], [0, 1, 0], "0,1,0", "-1", "0,3"])
 def test_more_layers_than_there_are_cannot_be_skipped(xl_pipeline, skip):
     with pytest.raises(BaseModelError, match="`clip_skip`: expected"):
         skip_text_layers(xl_pipeline, skip)
@@ -164,7 +181,7 @@ def test_a_concept_of_another_base_says_how_it_is_taken(golden_concepts, sister,
     golden_concepts[0].save(tmp_path / "dogx.safetensors")
     with pytest.raises(ConceptFileError, match=r"nothing was changed \(`allow_base` sister takes it all the same\)"):
         load_concept(tmp_path / "dogx.safetensors", load_base(sister))
-    with pytest.raises(SettingsError, match="allow_base: expected sister, found 'brother'"):
+    with pytest.raises(SettingsError, match="`allow_base`: expected sister, found 'brother'"):
         load_base(sister, allow_base="brother")
 
 

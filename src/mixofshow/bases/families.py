@@ -159,16 +159,36 @@ def clip_skip_of(model: Any) -> int | None:
     return found
 
 
-def skip_text_layers(pipeline: Any, clip_skip: int | Sequence[int] | None) -> None:
-    """Let the text be read before so many of the last layers of each text encoder, or of all; None: as it is now.
+def clip_skip_said(pipeline: Any) -> int | str:
+    """How many last layers the pipeline's text encoders skip: a number where all skip as many, else as "0,1". BaseModelError."""
+    each = [one.clip_skip for one in text_encoders(pipeline)]
+    return each[0] if len(set(each)) == 1 else ",".join(map(str, each))
 
-    Counted as diffusers does: what others call a clip skip of 2 is 1. It is written into the encoders' configurations,
-    so that a model saved from the pipeline is read the same. Raises BaseModelError.
+
+def clip_skips(given: int | str | Sequence[int] | None) -> int | Sequence[int] | None:
+    """The numbers of "1" or "0,1"; what is numbers stays as it is. Raises BaseModelError."""
+    if not isinstance(given, str):
+        return given
+    try:
+        numbers = [int(part) for part in given.split(",")]
+    except ValueError as error:
+        raise BaseModelError(
+            f"`clip_skip`: expected a number, or one for each text encoder, as 0,1, found '{shown(given, 20)}'"
+        ) from error
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def skip_text_layers(pipeline: Any, clip_skip: int | str | Sequence[int] | None) -> None:
+    """Let the text be read before so many of the last layers of all text encoders, or of each; None: as it is now.
+
+    One number, or one for each, also as "0,1". Counted as diffusers does: what others call a clip skip of 2 is 1. It is
+    written into the encoders' configurations, so that a model saved from the pipeline is read the same. Raises
+    BaseModelError.
     """
-    encoders = text_encoders(pipeline)
-    if clip_skip is None:
+    encoders, given = text_encoders(pipeline), clip_skips(clip_skip)
+    if given is None:
         return
-    each = [clip_skip] * len(encoders) if isinstance(clip_skip, int) else list(clip_skip)
+    each = [given] * len(encoders) if isinstance(given, int) else list(given)
     if len(each) != len(encoders):
         raise BaseModelError(f"`clip_skip`: expected one number, or {len(encoders)}, found {len(each)}")
     for encoder, skip in zip(encoders, each, strict=True):

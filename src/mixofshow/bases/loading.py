@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from mixofshow.bases.configs import check_configs
-from mixofshow.bases.families import family_of, skip_text_layers, takes_masks, text_encoders
+from mixofshow.bases.families import clip_skips, family_of, skip_text_layers, takes_masks, text_encoders
 from mixofshow.bases.originals import predict_as_told
 from mixofshow.bases.parts import exclusive, glimpse, own_tensors, plain
 from mixofshow.bases.strangers import quiet, strangers_model
@@ -55,7 +55,7 @@ def load_base(
     variant: str | None = None,
     config: str | Path | None = None,
     prediction: str | None = None,
-    clip_skip: int | Sequence[int] | None = None,
+    clip_skip: int | str | Sequence[int] | None = None,
     allow_base: str | None = None,
     download: bool = False,
 ) -> Any:
@@ -65,11 +65,13 @@ def load_base(
     `config` see `load_checkpoint`), or a hub id: one that is already in the local cache, unless `download` is asked for.
     `dtype` may also be a name: fp32, bf16 or fp16. `variant` is that of the weight files, such as fp16. `prediction` is
     what its UNet predicts, epsilon or v_prediction, where neither its configuration nor the file says so. `clip_skip`
-    leaves out as many of each text encoder's last layers. With `allow_base` "sister", concepts that were made for another
-    base of its family and shapes are taken, with a warning. Raises
-    BaseModelError, and SettingsError for an unknown dtype or device.
+    leaves out as many of the text encoders' last layers, or of each, as (0, 1). With `allow_base` "sister", concepts that
+    were made for another base of its family and shapes are taken, with a warning. Raises BaseModelError, and SettingsError
+    for an unknown dtype or device.
     """
-    dtype, device = _dtype(dtype), device_of(device)
+    dtype, device, clip_skip = _dtype(dtype), device_of(device), clip_skips(clip_skip)
+    if allow_base not in (None, SISTER):
+        raise SettingsError(f"`allow_base`: expected {SISTER}, found '{shown(allow_base)}'")
     name = named_in(Path(), name) if str(name).startswith("~") else name
     # bfloat16 has too few digits to tell base models apart: that is done with those of half precision.
     precise = torch.float16 if dtype == torch.bfloat16 else dtype
@@ -88,8 +90,6 @@ def load_base(
         part.register_to_config(_name_or_path=_public_name(name))
     for part in (pipeline.unet, pipeline.vae, *(one.model for one in text_encoders(pipeline))):
         part.requires_grad_(False).eval()
-    if allow_base not in (None, SISTER):
-        raise SettingsError(f"allow_base: expected {SISTER}, found '{shown(allow_base)}'")
     pipeline.unet.takes_sisters = allow_base == SISTER
     exact = fingerprint(pipeline) if precise != dtype else None
     pipeline = pipeline.to(device, dtype)

@@ -35,7 +35,11 @@ LOADING: Final[dict[str, tuple[Any, Any]]] = {
             str,
             "What its UNet predicts, where neither file nor configuration says so: epsilon or v_prediction.",
         ),
-        ("clip_skip", int, "How many of its text encoders' last layers to leave out: A1111's clip skip 2 is 1 here."),
+        (
+            "clip_skip",
+            str,
+            "How many of its text encoders' last layers to leave out, or of each, as 0,1: A1111's clip skip 2 is 1 here.",
+        ),
         ("allow_base", str, "'sister': also take concepts made for another base of the same family and shapes."),
         ("download", bool, "Fetch what is not in the local cache."),
     )

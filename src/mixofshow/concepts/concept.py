@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mixofshow.bases.families import (
     clip_skip_of,
+    clip_skip_said,
     family_of,
     of_encoders,
     skip_text_layers,
@@ -240,7 +241,7 @@ def fitted(concept: Concept, pipeline: Any, name: str, *, base: str | None = Non
         change = {"base": base_name(pipeline), "base_fingerprint": found, "settings": settings}
         concept = dataclasses.replace(concept, info=info.model_copy(update=change))
     check_fits(concept, pipeline, name, base=found)
-    said, own = info.settings.get(CLIP_SKIP, 0), text_encoders(pipeline)[0].clip_skip
+    said, own = info.settings.get(CLIP_SKIP, 0), clip_skip_said(pipeline)
     if said != own and not quiet:
         _say(f"concept <{info.name}>: made with clip skip {shown(said, 20)}, this base has {own}; `clip_skip` sets it")
     return concept
@@ -255,7 +256,8 @@ def _say(line: str) -> None:
 def follow_clip_skip(pipeline: Any, concepts: Iterable[Concept]) -> None:
     """Let the text be read as the concepts say, if they agree and the base itself says nothing. Raises BaseModelError."""
     said = {concept.info.settings.get(CLIP_SKIP, 0) for concept in concepts}
-    if len(said) == 1 and type(skip := said.pop()) is int and clip_skip_of(text_encoders(pipeline)[0].model) is None:
+    silent = all(clip_skip_of(one.model) is None for one in text_encoders(pipeline))
+    if silent and len(said) == 1 and isinstance(skip := said.pop(), int | str):
         skip_text_layers(pipeline, skip or None)
 
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 
-from mixofshow.bases.families import family_of, refuse_inpainting, text_encoders
+from mixofshow.bases.families import clip_skip_said, family_of, refuse_inpainting, text_encoders
 from mixofshow.bases.loading import DTYPES, base_name, fingerprint
 from mixofshow.bases.memory import recomputing
 from mixofshow.bases.parts import exclusive, refuse_adapters, refuse_hooks
@@ -149,7 +149,7 @@ def _describe(settings: TuningSettings, pipeline: Any, layers: int) -> ConceptIn
         method=settings.method,
         rank=settings.unet.rank,
         alpha=settings.unet.alpha,
-        settings=settings.for_file() | ({CLIP_SKIP: skip} if (skip := text_encoders(pipeline)[0].clip_skip) else {}),
+        settings=settings.for_file() | ({CLIP_SKIP: skip} if (skip := clip_skip_said(pipeline)) else {}),
         license=settings.license,
         author=settings.author,
     )
