@@ -9,7 +9,8 @@ Three concepts of Emojiland, two of which share a class word, are fused as examp
 every order of the three, every place the generator knows, fixed seeds, boxes alone.
 
 accuracy: a network of photographs, which had no part in anything here, looks at each region's crop alone and names the
-nearest of the fused concepts, by the world's own pictures of them in the same scene (`region_accuracy`; `confusion` has a
+nearest of the fused concepts, by the world's own pictures of them in the same scene (`region_accuracy`; `of_fourteen`: of
+fourteen, of which eleven are not in the model; `confusion` has a
 row for each concept asked for). `scene_accuracy` is how often Emojiland's judge names the place from what lies outside
 of the boxes. Beside it: concepts that start in the sixth step, after their class words have laid things out; one prompt
 for the whole picture; weight fusion; a background of its own for each region (`binding_accuracy`: of the four colours
@@ -46,7 +47,7 @@ from PIL import Image
 from torch import Tensor
 
 from emojiland.figures import rank_scenes
-from mixofshow.bases.emojiland.concepts import SUBJECTS, class_word
+from mixofshow.bases.emojiland.concepts import NEW_TO_THE_BASE, SUBJECTS, class_word
 from mixofshow.bases.emojiland.scenes import SCENES
 from mixofshow.bases.emojiland.world import SIZE, WIDE, compose
 from mixofshow.bases.emojiland.world import places as laid_out
@@ -63,6 +64,8 @@ from mixofshow.sampling.settings import Composition, Region
 
 EXAMPLE: Final = Path(__file__).parents[1] / "examples" / "fuse-three.yaml"
 NAMES: Final = ("clown", "steamtrain", "robot")
+FOURTEEN: Final = (*NAMES, *[name for name in NEW_TO_THE_BASE if name not in NAMES][:11])
+"""Among whom a crop is told too."""
 BOXES: Final = ((4, 6, 50, 62), (57, 6, 103, 62), (110, 6, 156, 62))
 """A thing and little around it, so that there is something beside them that only the global prompt decides."""
 BATCH: Final = 5
@@ -177,20 +180,26 @@ def renders(asked: Sequence[Wide]) -> list[Image.Image]:
 class Judges(places.Photographs):
     """The network of photographs tells who stands where, Emojiland's judge what is around them."""
 
+    def __init__(self) -> None:
+        super().__init__(NAMES)
+        self.fourteen = places.Photographs(FOURTEEN)
+
     def figures(self, images: Sequence[Image.Image], asked: Sequence[Wide]) -> dict[str, Any]:
         """Of pictures in the order in which they were asked for."""
         each = [wide for wide in asked for _ in range(wide.count)]
         wanted = torch.tensor([[NAMES.index(name) for name in wide.names] for wide in each])
-        judged, aligned, who = [], list[float](), []
+        judged, of_fourteen, aligned, who = [], [], list[float](), []
         for image, wide, numbers in zip(images, each, wanted.tolist(), strict=True):
             seen, there = self.look([image.crop(box) for box in BOXES]), self.known(wide.scene)
             judged.append(nearest_concept(seen, there))
+            of_fourteen.append(nearest_concept(seen, self.fourteen.known(wide.scene)))
             aligned += [image_alignment(row[None], there[number]) for row, number in zip(seen, numbers, strict=True)]
             who.append(identities(seen, there, numbers))
         identity = summarized([who], NAMES)
         outside = [ranked[0] for ranked in rank_scenes([around(image) for image in images])]
         found: dict[str, Any] = {
             "region_accuracy": rounded((torch.stack(judged) == wanted).double().mean()),
+            "of_fourteen": rounded((torch.stack(of_fourteen) == wanted).double().mean()),
             "image_alignment": rounded(sum(aligned) / len(aligned)),
             "identity_accuracy": rounded(identity["accuracy"]),
             "missing": identity["missing"],
@@ -361,7 +370,7 @@ def main() -> None:
     if "places" in chosen:
         chosen.remove("places")
         found_places(asked)
-    fused, judge = (models(asked.model, average="accuracy" in chosen), Judges(NAMES)) if chosen else ({}, None)
+    fused, judge = (models(asked.model, average="accuracy" in chosen), Judges()) if chosen else ({}, None)
     for part in chosen:
         measure, count = parts[part]
         result[part], pictures = measure(fused, judge, count)
