@@ -17,8 +17,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import httpx
 import pytest
+from flwr.app import Message
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore import sql_mixin
 from flwr.supercore.fab import Fab
+from flwr.supercore.inflatable import inflatable_utils
 from flwr.supernode.start_client_internal import _verify_fab
 
 from mixofshow.errors import BadInputError
@@ -156,6 +159,20 @@ def test_a_locked_database_is_waited_for_longer_than_flower_does(monkeypatch):
             sql_mixin._set_sqlite_pragmas(connection, None)
             found += connection.execute("PRAGMA busy_timeout").fetchone()
     assert found == [5000, 120_000]
+
+
+def test_an_app_gives_up_on_what_never_comes_of_its_message(monkeypatch):
+    pull, tries = inflatable_utils.pull_and_inflate_object_from_tree, []
+    monkeypatch.setattr(pull, "__kwdefaults__", {**pull.__kwdefaults__, "initial_backoff": 0.0})
+
+    def never(part):
+        tries.append(part)
+        raise inflatable_utils.ObjectUnavailableError("not here")
+
+    watched.give_up_on_what_never_comes()
+    with pytest.raises(inflatable_utils.ObjectPullError):
+        pull(ObjectTree(object_id="part"), never, lambda *_: None, return_type=Message)
+    assert len(tries) == watched.TRIES
 
 
 def test_flowers_programs_report_to_nobody_and_look_for_no_newer_version(tmp_path, monkeypatch):

@@ -39,6 +39,10 @@ if "flower-supernode" in sys.argv:
     from flwr.supernode import fleet_http_connection
 
     heartbeat.HEARTBEAT_DEFAULT_INTERVAL = fleet_http_connection.HEARTBEAT_DEFAULT_INTERVAL = 10
+if any("forkserver" in word for word in sys.orig_argv):
+    from flwr.supercore import constant
+
+    constant.PULL_MAX_TRIES_PER_OBJECT = 5
 """
 OF_ALICE = """\
 import platform

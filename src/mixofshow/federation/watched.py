@@ -21,6 +21,8 @@ EVERY: Final = 0.5
 """Seconds between looks."""
 LOCKED_FOR: Final = "120000"
 """Milliseconds that a database may be locked by another."""
+TRIES: Final = 30
+"""How often an app asks for a part of its message, the first ones after 1, 2, 4, 8 seconds, all others after 10."""
 APPS_IMPORT: Final = ("flwr.supernode.cli", "mixofshow.federation.rounds", "mixofshow.fusion.stages", "mixofshow.tuning.trainer")
 
 
@@ -60,7 +62,19 @@ def _app(command: Sequence[str]) -> None:
     for stream in (sys.stdout, sys.stderr):
         os.dup2(silence, stream.fileno())
     sys.argv = list(command)
+    give_up_on_what_never_comes()
     _run()
+
+
+def give_up_on_what_never_comes() -> None:
+    """Parts of a message whose center was killed never come; an app waits an hour for them, and all later messages for it.
+
+    (flwr 1.42.)
+    """
+    from flwr.supercore.inflatable import inflatable_utils
+
+    usual = inflatable_utils.pull_and_inflate_object_from_tree.__kwdefaults__
+    usual["max_tries_per_object"] = min(usual["max_tries_per_object"], TRIES)
 
 
 def be_patient_with_the_database() -> None:
