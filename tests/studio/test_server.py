@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -131,6 +132,15 @@ def test_a_port_that_is_taken_is_said_in_one_line(tmp_path: Path, monkeypatch: p
         taken.listen()
         with pytest.raises(SettingsError, match="give another port"):
             server.check_port("127.0.0.1", taken.getsockname()[1])
+
+
+def test_ctrl_c_is_that_of_any_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mixofshow", "studio", str(tmp_path / "studio"), "--port", str(free_port())]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout and "Ctrl-C ends it" in child.stdout.readline()
+        child.send_signal(signal.SIGINT)
+        said = child.communicate(timeout=90)
+        assert child.returncode == 130 and "Traceback" not in "".join(said), said
 
 
 def test_a_server_that_is_killed_in_the_middle_of_tuning_loses_little(tmp_path: Path) -> None:

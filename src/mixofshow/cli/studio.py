@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,6 +49,7 @@ def studio(
     page, behind, address = serve(place, host=host, port=port, token=token)
     say(f"{address} (workspace {workspace}); Ctrl-C ends it")
     try:
-        page.block_thread()
+        threading.Event().wait()  # Gradio's own way of waiting ends at Ctrl-C as if nothing had happened
     finally:
         behind.jobs.close()  # what is being tuned keeps what it has learned
+        page.close(verbose=False)
