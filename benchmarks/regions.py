@@ -10,12 +10,11 @@ every order of the three, every place the generator knows, fixed seeds, boxes al
 
 accuracy: a network of photographs, which had no part in anything here, looks at each region's crop alone and names the
 nearest of the fused concepts, by the world's own pictures of them in the same scene (`region_accuracy`; `of_fourteen`: of
-fourteen, of which eleven are not in the model; `confusion` has a
-row for each concept asked for). `scene_accuracy` is how often Emojiland's judge names the place from what lies outside
-of the boxes. Beside it: concepts that start in the sixth step, after their class words have laid things out; one prompt
-for the whole picture; weight fusion; a background of its own for each region (`binding_accuracy`: of the four colours
-Emojiland's judge names it in the region's crop); and `renders`, the world's own pictures of the same things, which tell
-what the judges themselves get wrong.
+fourteen, of which eleven are not in the model; `confusion` has a row for each concept asked for). `scene_accuracy` is how
+often Emojiland's judge names the place from what lies outside of the boxes. Beside it: concepts that start in the sixth
+step, after their class words have laid things out; one prompt for the whole picture; weight fusion; a background of its own
+for each region (`binding_accuracy`: of the four colours Emojiland's judge names it in the region's crop); and `renders`,
+the world's own pictures of the same things, which tell what the judges themselves get wrong.
 
 ways: four ways to draw several concepts, at equal seeds: their LoRAs added up, by one prompt; fused, by one prompt;
 fused, with regions; un-fused, each region by its own LoRA. `--model` is a fused folder of the three, for these.
@@ -65,7 +64,7 @@ from mixofshow.sampling.settings import Composition, Region
 EXAMPLE: Final = Path(__file__).parents[1] / "examples" / "fuse-three.yaml"
 NAMES: Final = ("clown", "steamtrain", "robot")
 FOURTEEN: Final = (*NAMES, *[name for name in NEW_TO_THE_BASE if name not in NAMES][:11])
-"""Among whom a crop is told too."""
+"""Among whom a crop is told too; those of the model come first."""
 BOXES: Final = ((4, 6, 50, 62), (57, 6, 103, 62), (110, 6, 156, 62))
 """A thing and little around it, so that there is something beside them that only the global prompt decides."""
 BATCH: Final = 5
@@ -181,8 +180,7 @@ class Judges(places.Photographs):
     """The network of photographs tells who stands where, Emojiland's judge what is around them."""
 
     def __init__(self) -> None:
-        super().__init__(NAMES)
-        self.fourteen = places.Photographs(FOURTEEN)
+        super().__init__(FOURTEEN)
 
     def figures(self, images: Sequence[Image.Image], asked: Sequence[Wide]) -> dict[str, Any]:
         """Of pictures in the order in which they were asked for."""
@@ -190,9 +188,10 @@ class Judges(places.Photographs):
         wanted = torch.tensor([[NAMES.index(name) for name in wide.names] for wide in each])
         judged, of_fourteen, aligned, who = [], [], list[float](), []
         for image, wide, numbers in zip(images, each, wanted.tolist(), strict=True):
-            seen, there = self.look([image.crop(box) for box in BOXES]), self.known(wide.scene)
+            seen, all_there = self.look([image.crop(box) for box in BOXES]), self.known(wide.scene)
+            there = all_there[: len(NAMES)]
             judged.append(nearest_concept(seen, there))
-            of_fourteen.append(nearest_concept(seen, self.fourteen.known(wide.scene)))
+            of_fourteen.append(nearest_concept(seen, all_there))
             aligned += [image_alignment(row[None], there[number]) for row, number in zip(seen, numbers, strict=True)]
             who.append(identities(seen, there, numbers))
         identity = summarized([who], NAMES)

@@ -29,6 +29,11 @@ def begin_app(folder: Path) -> None:
 
 
 def _end_at_once_with(parent: int) -> None:
+    outlive(parent)
+    os._exit(1)
+
+
+def outlive(parent: int) -> None:
+    """Wait until this process has lost its parent."""
     while os.getppid() == parent:
         time.sleep(EVERY)
-    os._exit(1)

@@ -17,8 +17,10 @@ from importlib.metadata import entry_points
 from types import SimpleNamespace
 from typing import Any, Final
 
-EVERY: Final = 0.5
-"""Seconds between looks."""
+from mixofshow.federation.apps import outlive
+
+LET_END: Final = 5.0
+"""Seconds that a command has to end by itself."""
 LOCKED_FOR: Final = "120000"
 """Milliseconds that a database may be locked by another."""
 TRIES: Final = 30
@@ -85,10 +87,9 @@ def be_patient_with_the_database() -> None:
 
 
 def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(EVERY)
+    outlive(parent)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(10 * EVERY)
+    time.sleep(LET_END)
     os._exit(1)
 
 
