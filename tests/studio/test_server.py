@@ -111,6 +111,15 @@ def test_the_page_names_nothing_to_fetch_from_elsewhere(address_and_workspace: t
     assert "fonts.googleapis" not in theme and "@import" not in theme
 
 
+def test_nothing_that_a_page_asks_waits_in_the_queue_that_may_forget_it(
+    address_and_workspace: tuple[str, Workspace],
+) -> None:
+    import httpx
+
+    asked = httpx.get(f"{address_and_workspace[0]}config").json()["dependencies"]
+    assert asked and not [one["id"] for one in asked if one["backend_fn"] and one["queue"]]
+
+
 def test_with_a_token_nobody_comes_in_without(open_studio: Any) -> None:
     import httpx
 

@@ -58,9 +58,16 @@ def serve(
         workspace.folder
     )  # from where Gradio may take what a page shows, and where the command lines are meant for
     page = make_page(studio)
-    page.queue(default_concurrency_limit=8)
+    past_the_queue(page)
     _, address, _ = page.launch(**_launching(host, port, token))
     return page, studio, address
+
+
+def past_the_queue(page: Any) -> None:
+    """Answer what a page asks at once. What takes long is a job of ours, and Gradio's queue loses some of the rest: it
+    forgets what a page has just asked when an earlier answer's connection is closed in that moment."""
+    for event in page.fns.values():
+        event.queue = False
 
 
 def reach_without_proxy(host: str) -> None:
