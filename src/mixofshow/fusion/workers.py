@@ -5,6 +5,7 @@ A concept is recorded by its own model alone, so that each is a task of its own 
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,7 +66,8 @@ def _by_ray(files: Sequence[Path], job: RecordingJob, workers: int) -> Iterator[
             f"workers: {workers} need Ray, which is not installed; pip install 'mixofshow[ray]'"
         ) from error
     cluster = "RAY_ADDRESS" in os.environ
-    with ray.init(num_cpus=None if cluster else workers, include_dashboard=False, log_to_driver=False):
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    with ray.init(num_cpus=None if cluster else workers, **quiet):
         there, own = needs(job, workers, gpus=int(ray.cluster_resources().get("GPU", 0)))
         start = ray.remote(**own)(_Worker).remote
         pool = ActorPool([start(there) for _ in range(workers)])
