@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -22,6 +24,20 @@ def _wait_for_parent() -> None:
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
+
+
+@contextlib.contextmanager
+def deaf_children() -> Iterator[None]:
+    """Children that are started inside do not hear Ctrl-C, which would end their imports in a traceback, until they
+    listen to it themselves."""
+    if threading.current_thread() is not threading.main_thread():  # no other may say so
+        yield
+        return
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, heard)
 
 
 def limit_memory(most: int) -> None:

@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -16,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.stages import fuse
 from mixofshow.fusion.store import Store
 from mixofshow.outputs import write_text
-from mixofshow.processes import end_with_parent
+from mixofshow.processes import deaf_children, end_with_parent
 from mixofshow.sampling import regions
 from mixofshow.sampling.composition import compose
 from mixofshow.sampling.pipeline import MixOfShowPipeline
@@ -182,10 +184,12 @@ def process_pool(workers: int) -> Iterator[Each]:
         return
     # Forked processes would share locks of torch's threads, and hang.
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start, initargs=(workers,))
+    stopped = spawn.Event()
+    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start, initargs=(workers, stopped))
 
     def each(function: Callable[[Any], None], tasks: Sequence[Any]) -> Iterator[Any]:
-        running = {pool.submit(function, task): task for task in tasks}
+        with deaf_children():
+            running = {pool.submit(_run, function, task): task for task in tasks}
         for future in as_completed(running):
             future.result()
             yield running[future]
@@ -194,6 +198,9 @@ def process_pool(workers: int) -> Iterator[Each]:
         yield each
     except BrokenProcessPool as error:
         raise ResourceError("a worker was killed, probably for want of memory; run again with fewer workers") from error
+    except KeyboardInterrupt:
+        stopped.set()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -204,7 +211,23 @@ def _one_by_one(function: Callable[[Any], None], tasks: Sequence[Any]) -> Iterat
         yield task
 
 
-def _start(workers: int) -> None:
+def _start(workers: int, stopped: Event) -> None:
+    _stops.append(stopped)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     torch.set_flush_denormal(True)
     end_with_parent()
+
+
+_stops: list[Event] = []
+"""Of a worker: what is set when no more of the tasks that it was sent are to be begun."""
+
+
+def _run(function: Callable[[Any], None], task: Any) -> None:
+    """The task in a worker, where Ctrl-C ends what is at work as it would without workers."""
+    if any(stop.is_set() for stop in _stops):
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        function(task)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

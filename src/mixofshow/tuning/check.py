@@ -16,7 +16,7 @@ from mixofshow.concepts.syntax import ANY_WORD
 from mixofshow.errors import DatasetError, ResourceError, shown
 from mixofshow.images import label
 from mixofshow.outputs import write_text
-from mixofshow.processes import end_with_parent, limit_memory
+from mixofshow.processes import deaf_children, end_with_parent, limit_memory
 from mixofshow.terminal import as_options, print_table, say
 from mixofshow.tuning.dataset import Beside, FolderOptions, Reading, read_one, readings
 from mixofshow.tuning.folder import Finding
@@ -82,7 +82,9 @@ def _started(memory: int) -> ProcessPoolExecutor:
     """A child that has imported this module and keeps to its limit. Raises ResourceError."""
     child = ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
     try:
-        child.submit(_prepare, memory).result()
+        with deaf_children():
+            ready = child.submit(_prepare, memory)
+        ready.result()
     except (BrokenProcessPool, OSError) as error:
         raise ResourceError(f"no process can be started to decode pictures in ({shown(error)})") from error
     return child
