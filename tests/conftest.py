@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ from mixofshow.concepts.model import ConceptModel
 
 GOLDENS = Path(__file__).parent / "goldens"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+# A shell lets what it starts in the background ignore Ctrl-C, and so would the commands that tests send it to.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ PAGES = sorted(
     for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "emojiland/*.md", "src/mixofshow/bases/emojiland/**/*.md")
     for path in ROOT.glob(pattern)
 )
-QUICK = ("README.md", "docs/tour.md")
+QUICK = ("README.md",)
 """Pages that are run every time; the others are slow."""
 KINDS = {"sh", "python", "yaml", "json", "text"}
 REASON = re.compile(r"<!-- not run: (\S.{8,}) -->\s*")
