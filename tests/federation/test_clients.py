@@ -14,12 +14,12 @@ import torch
 from flwr.app import Message
 from PIL import Image
 
-from mixofshow.errors import BadInputError, ResourceError, SettingsError
+from mixofshow.errors import BadInputError, DatasetError, ResourceError, SettingsError
 from mixofshow.evaluation.scorers import Scorer
 from mixofshow.federation import join, judging, messages
 from mixofshow.federation.center import ROUNDS, STATE, run_round, state_of
 from mixofshow.federation.join import supernode
-from mixofshow.federation.owner import ClientSettings, own_concept
+from mixofshow.federation.owner import ClientSettings, own_concept, save_settings
 from mixofshow.federation.plan import Plan
 from mixofshow.outputs import holding
 from mixofshow.tuning import run
@@ -241,3 +241,33 @@ def test_a_yes_to_recordings_is_no_yes_to_the_file(tmp_path, monkeypatch):
         with pytest.raises(client.Declined):
             handler(None, tmp_path, offer)
     assert len(asked) == len(set(asked)) == 2
+
+
+def test_what_goes_wrong_at_a_client_is_told_at_its_terminal_and_in_few_words_to_its_center(tmp_path, monkeypatch, capsys):
+    from flwr.app import RecordDict
+
+    from mixofshow.federation import client
+    from mixofshow.federation.messages import REFUSED
+
+    offer = ClientSettings(name="dog", class_word="dog", data=tmp_path / "pictures of alice")
+    save_settings(tmp_path, offer)
+    codes = iter([None, None, 1])
+
+    def handler(*_):
+        raise DatasetError(f"{offer.data}: no pictures")
+
+    def asked():
+        context = SimpleNamespace(node_config={"folder": str(tmp_path)})
+        return client.answering(handler)(Message(RecordDict(), dst_node_id=1, message_type="query"), context)
+
+    @contextlib.contextmanager
+    def start():
+        reply = asked()
+        assert REFUSED in str(reply.content) and "alice" not in str(reply.content)
+        yield SimpleNamespace(poll=lambda: next(codes))
+
+    monkeypatch.setattr(join, "LOOKS_EVERY", 0.0)
+    with pytest.raises(ResourceError):
+        join.attend(start, tmp_path, lambda _: True)
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "did not get" in line]
+    assert "pictures of alice: no pictures; " in said

@@ -26,7 +26,15 @@ from mixofshow.federation.messages import (
     file_of,
     values_of,
 )
-from mixofshow.federation.owner import ClientSettings, Declined, approved, approved_before, own_concept, read_settings
+from mixofshow.federation.owner import (
+    ClientSettings,
+    Declined,
+    approved,
+    approved_before,
+    note_wrong,
+    own_concept,
+    read_settings,
+)
 
 logger = logging.getLogger(__name__)
 FAILED: Final = "could not do it; the client's own log says why"
@@ -49,9 +57,11 @@ def answering(handler: Handler) -> Callable[[Message, Context], Message]:
             values, files = handler(message, folder, read_settings(folder))
         except Declined as error:
             logger.warning("declined: %s", error)
+            note_wrong(folder, error)
             values, files = {REFUSED: str(error)}, {}
-        except Exception:
+        except Exception as error:
             logger.exception("a message could not be answered")
+            note_wrong(folder, error)
             values, files = {REFUSED: FAILED}, {}
         return Message(content_of(values, files), reply_to=message)
 
@@ -169,6 +179,7 @@ def sums(message: Message, context: Context) -> Message:
         return masked(message, context, lambda asked: _limbs(asked, folder, read_settings(folder)))
     except Exception as error:
         logger.exception("a step of secure aggregation failed")
+        note_wrong(folder, error)
         raise RuntimeError(FAILED) from error  # Flower sends its text
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from mixofshow.errors import BadInputError, ResourceError, SettingsError, shown
+from mixofshow.federation.apps import APPS_LOG
 from mixofshow.federation.bundle import TRUSTED
 from mixofshow.federation.keys import make_node_key
 from mixofshow.federation.launch import (
@@ -26,7 +27,7 @@ from mixofshow.federation.launch import (
     require_flower,
     running,
 )
-from mixofshow.federation.owner import KEY, ClientSettings, answer, open_questions, save_settings
+from mixofshow.federation.owner import KEY, ClientSettings, answer, open_questions, save_settings, went_wrong
 from mixofshow.outputs import holding
 from mixofshow.terminal import say
 
@@ -85,6 +86,7 @@ def attend(start: SuperNode, folder: Path, ask: Callable[[str], bool | None]) ->
     Raises BadInputError for a client that the center wants no more, ResourceError for any other end.
     """
     told = turned_away = False
+    went_wrong(folder)  # at an earlier start, which said so
     (folder / LOG).touch()
     with (folder / LOG).open(errors="replace") as log:
         while True:
@@ -118,6 +120,8 @@ def _listen(
         for content, question in open_questions(folder).items():
             if (yes := ask(question)) is not None:
                 answer(folder, content, yes=yes)
+        if wrong := went_wrong(folder):
+            say(f"the center did not get what it asked for: {wrong}; {folder / APPS_LOG} says more")
         time.sleep(LOOKS_EVERY)
         new = log.read()
         if TOO_LATE in new:

@@ -5,7 +5,8 @@ All of it is in a folder of the client's own, which Flower's processes read; not
     key           the client's key; only its public half leaves      tuned/       tuned concepts, and their checkpoints
     client.json   what is offered                                   recordings/  what was recorded of them
     asked/ said/  questions to the owner, and answers, by hash       fused.safetensors  the model, where it is wanted
-    apps.log      what went wrong, in full                          supernode.log  Flower's own
+    apps.log      what went wrong, in full; the last of it, in      supernode.log  Flower's own
+                  a line, in wrong until it is told at the terminal
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, Final, Literal
 
 from pydantic import Field, model_validator
 
-from mixofshow.errors import BadInputError, SettingsError
+from mixofshow.errors import BadInputError, SettingsError, ours, printable
 from mixofshow.outputs import holding, write_text
 from mixofshow.reading import parse_json, read_bytes
 from mixofshow.tables import Settings
@@ -29,6 +30,7 @@ SETTINGS: Final = "client.json"
 KEY: Final = "key"
 ASKED: Final = "asked"
 SAID: Final = "said"
+WRONG: Final = "wrong"
 YES: Final = "yes"
 NO: Final = "no"
 LOOKS_EVERY: Final = 0.5
@@ -103,6 +105,22 @@ def answer(folder: Path, content: str, *, yes: bool) -> None:
     """Note the owner's answer for good."""
     (folder / SAID).mkdir(exist_ok=True)
     write_text(folder / SAID / content, (YES if yes else NO) + "\n")
+
+
+def note_wrong(folder: Path, error: Exception) -> None:
+    """Leave what went wrong, in a line, for whoever sits at the client's terminal."""
+    known = ours(error)
+    write_text(folder / WRONG, printable(str(known) if known else f"a fault of the program, {type(error).__name__}") + "\n")
+
+
+def went_wrong(folder: Path) -> str:
+    """What went wrong since one asked last, in a line; empty where nothing did."""
+    try:
+        said = (folder / WRONG).read_text("utf-8").strip()
+        (folder / WRONG).unlink()
+    except FileNotFoundError:
+        return ""
+    return said
 
 
 def own_concept(folder: Path, settings: ClientSettings, pipeline: Any, tuning: dict[str, Any]) -> Path:
