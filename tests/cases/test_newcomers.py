@@ -118,7 +118,7 @@ def test_numbers_of_numpy_are_numbers(draw, golden_concepts):
 def test_regional_lora_without_concepts_says_so(draw, caplog):
     with caplog.at_level(logging.WARNING):
         draw("a castle", regional_lora=True, regions=[Region("a cat", (0, 0, 64, 48))], **QUICK)
-    assert "regional_lora changes nothing without concepts" in caplog.text
+    assert "`regional_lora` changes nothing without concepts" in caplog.text
 
 
 def test_schedulers_of_other_models_are_refused(draw):

@@ -16,7 +16,7 @@ from mixofshow import MixOfShowPipeline, redo
 from mixofshow.concepts.concept import vocabulary
 from mixofshow.concepts.model import ConceptModel, with_concept
 from mixofshow.errors import BadInputError, RegionError, SettingsError, TokenError
-from mixofshow.sampling.composition import make_composition
+from mixofshow.sampling.composition import compose, make_composition
 from mixofshow.sampling.drawing import draw_pictures
 from mixofshow.sampling.inset import RAMP, faded, pixels_covered, window_of
 from mixofshow.sampling.redo import from_redo_options, redo_composition
@@ -226,8 +226,10 @@ def test_the_strength_is_how_far_it_goes(draw, picture):
             redo(draw, picture, 2, image_strength=strength)
 
 
-def test_it_is_replayed_to_the_same_bytes_and_may_be_redone_again(draw, picture, tmp_path):
-    wanted = from_redo_options(picture, None, {**ASKED, "regions": ["1"], "num": 2, "seed": "8"})
+@pytest.mark.parametrize("kind", ["number", "mask"])
+def test_it_is_replayed_to_the_same_bytes_and_may_be_redone_again(kind, draw, picture, mask, tmp_path):
+    place = {"regions": ["1"]} if kind == "number" else {"mask": mask}
+    wanted = from_redo_options(picture, None, {**ASKED, **place, "num": 2, "seed": "8"})
     targets = [tmp_path / "0.png", tmp_path / "1.png"]
     draw_pictures(draw, wanted, targets, layout=tmp_path / "layout.png")
     assert targets[0].read_bytes() != targets[1].read_bytes()
@@ -276,9 +278,15 @@ def test_controls_are_not_followed_and_that_is_said(picture, caplog):
     assert "controls are not followed" in caplog.text and found.controls == ()
 
 
-def test_no_places_are_found_where_one_is_redone(picture):
-    before = composition_of(picture).model_copy(update={"auto": True})
-    assert not redo_composition(picture, 1, before=before).auto
+def test_what_only_a_whole_picture_has_is_left_out(picture):
+    whole = {"auto": True, "first_pass": 0.3, "isolate": 2, "upscale_strength": 0.3}
+    found = redo_composition(picture, 1, before=composition_of(picture).model_copy(update=whole))
+    assert not found.auto and found.changed.isdisjoint(whole)
+
+
+def test_a_margin_of_no_place_is_said(draw, caplog):
+    compose(draw, make_composition(TABLE | {"redo_margin": 0.5, "steps": 1, "regions": []}))
+    assert "`redo_margin` changes nothing without `redo`" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -290,8 +298,10 @@ def test_no_places_are_found_where_one_is_redone(picture):
         ({"regions": ["0"]}, RegionError, "region 0: expected a number from 1 to 2"),
         ({"regions": ["0,0,2000,64"]}, RegionError, "lies outside the picture of 96 x 64 pixels"),
         ({"regions": ["1.2,1.2,1.4,1.4"]}, RegionError, "covers no pixel of the picture of 96 x 64"),
-        ({"regions": ["1"], "size": "64x64"}, SettingsError, "size: expected none with redo: the picture keeps its own"),
-        ({"regions": ["1"], "image": "a.png"}, SettingsError, "image: expected none with redo"),
+        ({"regions": ["1"], "size": "64x64"}, SettingsError, "`size`: expected none with redo: the picture keeps its own"),
+        ({"regions": ["1"], "image": "a.png"}, SettingsError, "`image`: expected none with redo"),
+        ({"regions": ["1"], "upscale": "2"}, SettingsError, "`upscale`: expected none with redo"),
+        ({"regions": ["1"], "isolate": "2"}, SettingsError, "`isolate`: expected none with redo"),
         ({"regions": ["1"], "redo_margin": "-1"}, SettingsError, "'redo_margin'"),
         ({"mask": "none.png"}, BadInputError, "none.png: cannot be read"),
     ],

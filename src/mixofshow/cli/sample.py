@@ -98,7 +98,8 @@ def sample(
     wanted, read = _wanted(composition, redo, given | {key: value for key, value in typed.items() if value})
     concepts, wanted = drawn_together(concept or [], wanted)
     model, base = _named(model, base)
-    targets = picture_paths(out, wanted.num) if grid is None else _grid(grid, wanted, vary)
+    _check_grid(grid, wanted, vary=vary, show_layout=show_layout, save_regions=save_regions)
+    targets = picture_paths(out, wanted.num) if grid is None else [grid]
     files = {"PNG": [*targets, show_layout, *beside(save_regions)], "YAML": [save_regions]}
     check_outputs(files=files, inputs=[*read, *bases(model, base), *concepts])
     how: dict[str, Any] = {"regional_lora": wanted.regional_lora, "composition": wanted, "device": device, **loading}
@@ -164,9 +165,13 @@ def _auto(regions: str | None) -> bool:
     return regions == AUTO
 
 
-def _grid(grid: Path, wanted: Composition, vary: str | None) -> list[Path]:
-    """Where the grid goes. Raises SettingsError for rows that it cannot have, before any model is loaded."""
+def _check_grid(grid: Path | None, wanted: Composition, *, vary: str | None, **alone: Path | None) -> None:
+    """Raise SettingsError for rows that a grid cannot have, or what goes with it only or never, before a model is loaded."""
     from mixofshow.sampling.drawing import grid_rows
 
+    if grid is None and vary is not None:
+        raise SettingsError("`vary`: expected `grid` beside it, which shows a row for each value")
+    for name, path in alone.items():
+        if grid is not None and path is not None:
+            raise SettingsError(f"`{name}`: expected none with `grid`: it is of a picture that is written by itself")
     grid_rows(wanted, vary)
-    return [grid]

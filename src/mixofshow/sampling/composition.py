@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -20,8 +21,10 @@ from mixofshow.sampling.inputs import Callback
 from mixofshow.sampling.inset import draw_inset
 from mixofshow.sampling.pictures import PictureSource, embedded, is_embedded, read_picture
 from mixofshow.sampling.pipeline import MixOfShowPipeline, PipelineOutput, joined
-from mixofshow.sampling.settings import AUTO, ENTRIES, Composition, Region
+from mixofshow.sampling.settings import AUTO, ENTRIES, FINDING, Composition, Region
 from mixofshow.sampling.steering import open_controls, with_known_controls
+
+logger = logging.getLogger(__name__)
 
 _SIZE: Final = re.compile(r"([0-9]{1,5})[xX]([0-9]{1,5})")
 _LORA: Final = re.compile(r"<lora:([\w.-]{1,64}?)(?::(-?[0-9]*\.?[0-9]+))?>")
@@ -35,12 +38,12 @@ def make_composition(table: Mapping[str, Any], source: str = "composition", fold
     Without a folder no file is read: then the pictures must be part of it already. Raises SettingsError naming the
     field and the nearest known one, RegionError, BadInputError for a picture.
     """
-    made = _with_pictures(Composition.of(table, source), source, folder)
+    made = with_pictures(Composition.of(table, source), source, folder)
     made.require_steps(from_image=made.image is not None)
     return with_known_controls(made, source, folder)
 
 
-def _with_pictures(composition: Composition, source: str, folder: Path | None) -> Composition:
+def with_pictures(composition: Composition, source: str, folder: Path | None) -> Composition:
     """The composition with the pictures that it names in the place of their names."""
 
     def read(given: PictureSource | None, mode: str) -> Any:
@@ -148,6 +151,8 @@ def compose(
     fit, is quicker. `step_end` is diffusers' `callback_on_step_end`. Of places that are found, the output has the
     `layouts`. Raises BadInputError.
     """
+    if composition.redo is None and "redo_margin" in composition.changed:
+        logger.warning("`redo_margin` changes nothing without `redo`")
     if composition.redo is not None:
         count = composition.num
         seeds = [composition.model_copy(update={"seed": composition.seed + number}) for number in range(count)]
@@ -190,7 +195,13 @@ def settled(composition: Composition, layout: Layout | None) -> Composition:
     """The composition whose regions have the places that were found; it draws the same picture."""
     if layout is None:
         return composition
-    return composition.model_copy(update={"prompt": layout.prompt, "regions": layout.regions, "auto": False})
+    found = {"prompt": layout.prompt, "regions": layout.regions}
+    return composition.model_copy(update=found | usual("auto", *FINDING))
+
+
+def usual(*names: str) -> dict[str, Any]:
+    """The defaults of settings of a composition."""
+    return {name: Composition.model_fields[name].default for name in names}
 
 
 def as_part(progress: Progress, number: int, count: int) -> Progress:

@@ -20,7 +20,7 @@ from mixofshow.errors import RegionError, SettingsError, shown
 from mixofshow.progress import Progress
 from mixofshow.sampling.controls import require_all_fit
 from mixofshow.sampling.denoising import Control
-from mixofshow.sampling.settings import ALSO, AUTO, Composition, Region, SamplingSettings, without_auto
+from mixofshow.sampling.settings import ALSO, AUTO, FINDING, Composition, Region, SamplingSettings, without_auto
 
 logger = logging.getLogger(__name__)
 
@@ -257,16 +257,22 @@ def _say_unused(inputs: Inputs, concepts: Sequence[Concept]) -> None:
     known = concepts if inputs.regional_lora is True else inputs.regional_lora
     alone = not inputs.regions and not inputs.auto
     idle = "without regions" if alone else "without concepts" if not known else ""
+    unguided = "" if inputs.guided else "without guidance (`guidance_scale` 1)"
     unused = {
-        "negative_prompt": any(inputs.negatives) and not inputs.guided and "without guidance (guidance_scale 1)",
-        "guidance_rescale": settings.guidance_rescale and not inputs.guided and "without guidance (guidance_scale 1)",
-        "isolate": settings.isolate and len(inputs.regions) < 2 and not inputs.auto and "with fewer than two regions",
-        "attend": settings.attend and alone and "without regions",
+        "negative_prompt": any(inputs.negatives) and unguided,
         "regional_lora": inputs.regional_lora is not False and idle,
     }
-    for name, where in unused.items():
+    needed = {
+        "guidance_rescale": unguided,
+        "isolate": len(inputs.regions) < 2 and not inputs.auto and "with fewer than two regions",
+        "attend": alone and "without regions",
+        "image_strength": not inputs.images and "without a picture to start from (`image`)",
+        "upscale_strength": settings.upscale == 1 and "without `upscale`",
+        **dict.fromkeys(FINDING, not inputs.finds_places and "where no places are found (`regions` auto)"),
+    }
+    for name, where in (unused | {name: name in settings.changed and where for name, where in needed.items()}).items():
         if where:
-            logger.warning("%s changes nothing %s", name, where)
+            logger.warning("`%s` changes nothing %s", name, where)
     own = [text for one in inputs.regions for text in (one.prompt, one.negative_prompt or "")]
     tell_of_marks([*inputs.prompts, *inputs.negatives, *own], settings.prompt_syntax)
 

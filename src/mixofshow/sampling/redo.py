@@ -15,24 +15,31 @@ from PIL import Image
 from mixofshow.errors import RegionError, SettingsError, shown
 from mixofshow.progress import Progress, silent
 from mixofshow.sampling.attention import visible
-from mixofshow.sampling.composition import compose, from_options, make_composition, region_entry
+from mixofshow.sampling.composition import compose, from_options, make_composition, region_entry, usual, with_pictures
 from mixofshow.sampling.inset import pixels_covered
 from mixofshow.sampling.pictures import PictureSource, embedded, read_picture
 from mixofshow.sampling.pipeline import MixOfShowPipeline
 from mixofshow.sampling.regions import rescaled
 from mixofshow.sampling.replay import carried
-from mixofshow.sampling.settings import Composition, Region
+from mixofshow.sampling.settings import FINDING, Composition, Region
 
 logger = logging.getLogger(__name__)
 
 _NUMBER: Final = re.compile(r"\s*([0-9]{1,4})\s*(?::\s*(.*))?", re.DOTALL)
-_OTHERS: Final = {
-    "size": "the picture keeps its own",
-    "image": "it is the picture that is redone",
+_IDLE: Final = {
+    **dict.fromkeys(("upscale", "upscale_strength"), "the picture keeps its own size"),
+    **dict.fromkeys(("mask", "auto", *FINDING), "the place is given"),
     "controls": "a place is redone without them",
-    "auto": "the place is given",
+    "isolate": "the place alone is drawn",
 }
-"""Options that a picture cannot be redone with, and why."""
+"""Settings of a composition that a picture cannot be redone with, and why."""
+_OTHERS: Final = {
+    **dict.fromkeys(("size", "width", "height"), "the picture keeps its own"),
+    "regions": "the place is given",
+    "image": "it is the picture that is redone",
+    **_IDLE,
+}
+"""What else cannot be asked for: of these a picture that is redone has its own."""
 _BROUGHT: Final = ("prompt", "negative_prompt", "strength", "concept_from", "adapters")
 """What a place has of the region that it lies in."""
 
@@ -66,17 +73,22 @@ def redo_composition(
     region brings its prompts, adapters and its concepts' strength; a place without a prompt has those of the region that
     it shares most with, else the prompt of the whole. Raises as `redo` does.
     """
-    given, image, before = dict(settings or {}), read_picture(picture, "RGB"), before or carried(picture)
+    given = dict(settings or {})
+    for name, why in _OTHERS.items():
+        if name in given:
+            raise SettingsError(f"`{name}`: expected none with redo: {why}")
+    image, before = read_picture(picture, "RGB"), before or carried(picture)
     asked = {key: given.pop(key) for key in ("prompt", "negative_prompt") if given.get(key)}
-    whole = before.model_dump() if before else {"prompt": "", **asked}
-    made = make_composition(whole | given | {"image": embedded(image), "redo": None, "upscale": 1.0}, "redo")
-    if made.controls:
+    if before and before.controls:
         logger.warning("controls are not followed where a place is redone")
+    whole = before.model_dump() | usual("redo", *_IDLE) if before else {"prompt": "", **asked}
+    made = make_composition(whole | given | {"image": embedded(image)}, "redo")
     size = made.width or image.width, made.height or image.height
     regions = tuple(rescaled(one, size, image.size) for one in made.regions)
     found = _filled(place, regions, made.prompt, asked, image)
-    own = {"width": image.width, "height": image.height, "mask": None, "controls": (), "auto": False}
-    return made.model_copy(update={**own, "regions": regions, "redo": found})
+    own = {"width": image.width, "height": image.height, "regions": regions, "redo": found}
+    redone = made.model_copy(update=own)
+    return with_pictures(redone, "redo", Path())
 
 
 def from_redo_options(picture: Path, path: Path | None, options: Mapping[str, Any]) -> Composition:
@@ -86,9 +98,6 @@ def from_redo_options(picture: Path, path: Path | None, options: Mapping[str, An
     file. Raises as `redo` does.
     """
     settings = dict(options)
-    for name, why in _OTHERS.items():
-        if name in settings:
-            raise SettingsError(f"{name}: expected none with redo: {why}")
     places, mask = settings.pop("regions", []), settings.pop("mask", None)
     if (count := len(places) + (mask is not None)) != 1:
         ways = "`region` NUMBER, `region` left,top,right,bottom or `mask` FILE"

@@ -42,6 +42,8 @@ AUTO: Final = "auto"
 MAX_PIXELS: Final = 2**24
 MAX_WEIGHT: Final = 1e6
 _REGION: Final = re.compile(r"\s*([^:]*?)\s*:\s*(.*)", re.DOTALL)
+FINDING: Final = ("first_pass", "smallest_place", "largest_place")
+"""Settings of how places are found."""
 ALSO: Final = {"num_inference_steps": "steps", "strength": "image_strength"}
 """What diffusers' pipelines call some of the settings."""
 
@@ -82,6 +84,11 @@ class SamplingSettings(Settings):
         """The keys, and what diffusers calls some of them; in a list, those of its entries."""
         keys = [*cls.model_fields, *ALSO]
         return ENTRIES.get(problem["loc"][0], keys) if len(problem["loc"]) > 1 else keys
+
+    @property
+    def changed(self) -> set[str]:
+        """The settings that are not at their defaults."""
+        return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
 
     @property
     def isolated_steps(self) -> int:
@@ -294,6 +301,12 @@ class Composition(SamplingSettings):
             return table
         regions, auto = without_auto(table.get("regions", ()))
         return {**table, "regions": regions, "auto": True} if auto else table
+
+    @model_validator(mode="after")
+    def _masks_an_image(self) -> Self:
+        if self.mask is not None and self.image is None:
+            raise SettingsError("`mask`: expected `image` beside it, of which it keeps what is black")
+        return self
 
     @property
     def texts(self) -> list[str]:
