@@ -151,13 +151,10 @@ def compose(
     fit, is quicker. `step_end` is diffusers' `callback_on_step_end`. Of places that are found, the output has the
     `layouts`. Raises BadInputError.
     """
-    if composition.redo is None and "redo_margin" in composition.changed:
-        logger.warning("`redo_margin` changes nothing without `redo`")
     if composition.redo is not None:
-        count = composition.num
-        seeds = [composition.model_copy(update={"seed": composition.seed + number}) for number in range(count)]
-        parts = [as_part(progress, number, count) for number in range(count)]
-        return PipelineOutput([draw_inset(pipeline, one, progress=part) for one, part in zip(seeds, parts, strict=True)])
+        return PipelineOutput(_redone(pipeline, composition, progress))
+    if "redo_margin" in composition.changed:
+        logger.warning("`redo_margin` changes nothing without `redo`")
     start = read_picture(composition.image, "RGB") if composition.image else None
     size = composition.size(pipeline, start)
     controls = open_controls(composition, pipeline, size)
@@ -189,6 +186,13 @@ def compose(
             for number, first in enumerate(starts)
         ]
     )
+
+
+def _redone(pipeline: MixOfShowPipeline, composition: Composition, progress: Progress) -> list[Image.Image]:
+    """The picture whose place is drawn over, from each of the seeds."""
+    count = composition.num
+    seeds = [composition.model_copy(update={"seed": composition.seed + number}) for number in range(count)]
+    return [draw_inset(pipeline, one, progress=as_part(progress, number, count)) for number, one in enumerate(seeds)]
 
 
 def settled(composition: Composition, layout: Layout | None) -> Composition:
