@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,17 +21,21 @@ from mixofshow.concepts import concept
 from mixofshow.concepts.concept import follow_clip_skip, load_concept
 from mixofshow.concepts.interchange.importing import open_concept
 from mixofshow.concepts.interchange.settings import ImportSettings
-from mixofshow.concepts.model import ConceptModel, with_concept
+from mixofshow.concepts.model import ConceptModel, load_model, load_unfused, with_concept
 from mixofshow.concepts.prompts import encode_prompts
 from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import BaseModelError, ConceptFileError, SettingsError
+from mixofshow.evaluation.fusion_report import write_fusion_report
 from mixofshow.fusion.jobs import make_job
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.stages import fuse
-from mixofshow.sampling.drawing import open_pipeline
+from mixofshow.sampling.composition import make_composition
+from mixofshow.sampling.drawing import draw_pictures, open_pipeline
 from mixofshow.sampling.pipeline import MixOfShowPipeline
-from mixofshow.sampling.replay import model_hash
+from mixofshow.sampling.replay import model_hash, read_note
 
+GOLDEN_BASE = Path(__file__).parents[1] / "goldens" / "pipeline"
+ASKED = {"prompt": "a <dogx>", "width": 64, "height": 48, "steps": 1}
 TO_K = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 QUICK = FusionSettings(method="average", refine=0, steps=2)
 
@@ -198,6 +203,17 @@ def test_a_sister_is_taken_and_the_result_says_so(golden_concepts, sister, tmp_p
     assert with_concept(base, golden_concepts[0]).concepts[0].info.settings["made_for"].startswith("golden")
     fused = fuse(golden_concepts, base, QUICK).model
     assert all(one.info.settings["made_for"].startswith("golden") for one in fused.concepts)
+    fused.save(tmp_path / "fused")
+    fused.save_delta(tmp_path / "delta.safetensors")
+    draw_pictures(MixOfShowPipeline.of(fused), make_composition(ASKED), [tmp_path / "a.png"])
+    for path in ("fused", "delta.safetensors"):
+        saved = load_model(tmp_path / path, base=None if path == "fused" else sister)
+        assert [one.made_for[:6] for one in saved.manifest.concepts] == ["golden", "golden"]
+    assert [one[:6] for one in read_note(tmp_path / "a.png")[1].made_for.values()] == ["golden", "golden"]
+    again = load_unfused(tmp_path / "fused", base=GOLDEN_BASE, allow_base="sister")
+    assert [one.made_for[:6] for one in again.manifest.concepts] == ["golden", "golden"]
+    write_fusion_report(tmp_path / "fused.html", fuse(golden_concepts, base, QUICK))
+    assert "&lt;dogx&gt; was made for" in (tmp_path / "fused.html").read_text()
     assert open_concept(tmp_path / "dogx.safetensors", base).info.base == "realistic"
 
 

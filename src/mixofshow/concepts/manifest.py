@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mixofshow.concepts.concept import Concept, load_concept
+from mixofshow.concepts.concept import MADE_FOR, Concept, load_concept
 from mixofshow.errors import ConceptFileError, field_problem
 from mixofshow.outputs import restore
 from mixofshow.reading import parse_json, read_bytes
@@ -20,7 +20,10 @@ SUFFIX: Final = ".safetensors"
 
 
 class Entry(BaseModel):
-    """A concept in a model; one of an older version does not say its words and class word."""
+    """A concept in a model; one of an older version does not say its words and class word.
+
+    `made_for` is the base that a concept was made for which was taken for a sister of this one.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -28,12 +31,16 @@ class Entry(BaseModel):
     hash: str = ""
     words: tuple[str, ...] = ()
     class_word: str = ""
+    made_for: str = ""
 
     @classmethod
     def of(cls, concept: Concept) -> Self:
         """What there is to say of a concept."""
         info = concept.info
-        return cls(name=info.name, hash=concept.hash, words=info.words, class_word=info.class_word)
+        made_for = str(info.settings.get(MADE_FOR) or "")
+        return cls(
+            name=info.name, hash=concept.hash, words=info.words, class_word=info.class_word, made_for=made_for
+        )
 
 
 class Manifest(BaseModel):
@@ -57,6 +64,11 @@ class Manifest(BaseModel):
     def hashes(self) -> dict[str, str]:
         """The content hash of each concept, by name."""
         return {one.name: one.hash for one in self.concepts}
+
+    def of_concepts(self, concepts: Iterable[Concept]) -> Self:
+        """The same with what its concepts say now, which they may be of another base."""
+        entries = {one.info.name: Entry.of(one) for one in concepts}
+        return self.model_copy(update={"concepts": tuple(entries[one.name] for one in self.concepts)})
 
 
 def make_manifest(table: Any, name: str) -> Manifest:

@@ -266,13 +266,15 @@ def load_unfused(name: str | Path, *, base: str | Path | None = None, **options:
     changed, layers = dict.fromkeys(key for one in read for key in one.deltas), tunable_layers(fused.pipeline)
     # Taken out of it, so that the rest makes room before the base is loaded.
     apart = {key: matrix(layers[key]).clone() for key in changed if key in layers}
-    stored, words, base_of = fused.stored, fused.vocabulary, fused.manifest.base
+    stored, words, base_of = fused.manifest, fused.vocabulary, fused.manifest.base
     del fused, layers
     pipeline = load_named_base(base_of, base, str(name), **options)
     concepts = tuple(fitted(one, pipeline, f"{name}: concept <{one.info.name}>") for one in read)
     weights = {key: weight.to(pipeline.device) for key, weight in apart.items()}
     vectors = {word: vector.to(pipeline.device) for word, vector in words.embeddings.items()}
-    return ConceptModel(pipeline, replace(words, embeddings=vectors), weights, concepts, stored=stored)
+    return ConceptModel(
+        pipeline, replace(words, embeddings=vectors), weights, concepts, stored=stored.of_concepts(concepts)
+    )
 
 
 def _require_finite(pipeline: Any, name: str) -> None:

@@ -26,6 +26,8 @@ UNTOUCHED: Final = "rgb(236 236 236)"
 
 def write_fusion_report(path: Path, fused: Fused) -> None:
     """Everything that a fusion tells about itself, as one page."""
+    said = fused.model.manifest
+    taken = [(f"<{one.name}> was made for", one.made_for) for one in said.concepts if one.made_for]
     worst = sorted(fused.layers.items(), key=lambda item: -item[1].residual)[:WORST]
 
     def row(name: str, one: LayerReport) -> tuple[str, ...]:
@@ -40,7 +42,7 @@ def write_fusion_report(path: Path, fused: Fused) -> None:
         stages={STAGE_NAMES[stage]: part for stage, part in _by_stage(fused.layers).items()},
         shade=shade,
         worst=[row(name, one) for name, one in worst] if fused.recorded else [],
-        settings=[(key.replace("_", " "), _shown(value)) for key, value in fused.model.manifest.settings.items()],
+        settings=[*((key.replace("_", " "), _shown(value)) for key, value in said.settings.items()), *taken],
     )
 
 

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 
 from mixofshow.bases.families import family_of, text_encoders
@@ -39,11 +40,15 @@ PACKAGES: Final = ("mixofshow", "torch", "diffusers", "transformers")
 
 
 class Maker(Settings):
-    """What drew a picture. There is no place in it for a path, a host or a user."""
+    """What drew a picture. There is no place in it for a path, a host or a user.
+
+    Of each concept it has the hash, and of those taken from a sister base what they were made for.
+    """
 
     base: str
     hash: str
     concepts: dict[str, str]
+    made_for: dict[str, str] = Field({})
     versions: dict[str, str]
     device: str
     threads: int
@@ -56,6 +61,7 @@ def maker_of(pipeline: MixOfShowPipeline, known: str | None = None) -> Maker:
         base=model.base,
         hash=known or model_hash(pipeline),
         concepts=model.concept_hashes,
+        made_for={one.name: one.made_for for one in model.listed if one.made_for},
         versions={package: version(package) for package in PACKAGES},
         device=pipeline.device.type,
         threads=torch.get_num_threads(),
@@ -104,7 +110,7 @@ def save_picture(image: Image.Image, path: Path, composition: Composition, maker
     All of its values are written, so that later defaults do not matter; see `resolved`.
     """
     alone = composition.model_copy(update={"seed": composition.seed + number, "num": 1})
-    about = {"composition": alone.model_dump(mode="json"), "maker": maker.model_dump()}
+    about = {"composition": alone.model_dump(mode="json"), "maker": maker.model_dump(exclude_defaults=True)}
     write_picture(image, path, json.dumps(about))
 
 
