@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import difflib
 import errno
-import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
@@ -104,10 +103,6 @@ def ours(error: BaseException) -> MixOfShowError | None:
     return None
 
 
-_NAME: Final = re.compile(re.escape("^[a-z0-9][a-z0-9_-]{0,") + r"(\d+)" + re.escape("}$"))
-"""The pattern of names, of which messages say in words what it lets through."""
-
-
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known word most like this one, or an empty string."""
     close = difflib.get_close_matches(word[:LONGEST_SHOWN], list(known), n=1, cutoff=0.5)
@@ -119,10 +114,7 @@ def field_problem(error: Mapping[str, Any], known: Iterable[str]) -> str:
     field = ".".join(map(str, error["loc"]))
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key '{shown(field)}'{nearest(field, known) or nearest(str(error['loc'][-1]), known)}"
-    said = shown(error["msg"].lower(), 200)
-    if error["type"] == "string_pattern_mismatch" and (name := _NAME.fullmatch(error["ctx"]["pattern"])):
-        said = f"expected at most {int(name[1]) + 1} of a-z, 0-9, _ and -, of which the first is a letter or digit"
-    return f"'{shown(field)}': {said}, found {shown(error.get('input'))}"
+    return f"'{shown(field)}': {shown(error['msg'].lower(), 200)}, found {shown(error.get('input'))}"
 
 
 def listed(problems: Sequence[str]) -> str:

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import CoreSchema, core_schema
 
 from mixofshow.errors import SettingsError, field_problem, listed, shown
 from mixofshow.reading import MAX_NUMBER
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Named:
+    """Of a text in a table: it names a concept. What is none is told in words, not by a pattern."""
+
+    longest: int
+
+    def __get_pydantic_core_schema__(self, kind: Any, handler: Any) -> CoreSchema:
+        return core_schema.custom_error_schema(
+            core_schema.str_schema(pattern=rf"^[a-z0-9][a-z0-9_-]{{0,{self.longest - 1}}}$"),
+            "name",
+            custom_error_message=f"expected at most {self.longest} of a-z, 0-9, _ and -, of which the first is a letter or digit",
+        )
 
 
 class Group(BaseModel):

@@ -160,7 +160,7 @@ def _no_base(*_, **__):
         ("sample --concept dogx.safetensors --prompt <dogx>! --negative-prompt <manx>", "unknown concept '<manx>'"),
         ("sample --concept dogx.safetensors scene.yaml", "unknown concept '<dgx>'"),
         ("sample --model fused scene.yaml", "unknown concept '<dgx>'"),
-        ("sample --prompt <dogx>", "unknown concept '<dogx>' in the prompt; no concept is loaded"),
+        ("sample --prompt <dogx>", "unknown concept '<dogx>' in the prompt; no concept is loaded: give its file as --concept"),
         ("sample --prompt a --grid grid.png --vary num=1,2", "vary: a column is a seed"),
         ("sample --prompt a --grid grid.png --vary stpes=1,2", "did you mean 'steps'"),
         ("sample --prompt a --vary steps=1,2", "--vary: expected --grid beside it"),

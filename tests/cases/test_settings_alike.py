@@ -25,7 +25,7 @@ NEEDED = {"name": "cat", "data": "pictures", "class_word": "cat"}
         (TuningSettings, {**NEEDED, "name": "a b"}, "'name': expected at most 31 of a-z, 0-9, _ and -, .*found a b"),
         (ConvertSettings, {"name": "A"}, "'name': expected at most 30 of a-z, 0-9, _ and -, of which the first is a letter"),
         (FusionSettings, {"stepz": 3}, "unknown key 'stepz'; did you mean 'steps'"),
-        (FusionSettings, {"method": "nonsense"}, "unknown fusion method 'nonsense'"),
+        (FusionSettings, {"method": "nonsense"}, "unknown fusion method 'nonsense'; known are gradient, "),
         (FusionSettings, {"method": "averge"}, "did you mean 'average'"),
         (RecordingSettings, {"steps": 0}, "'steps': .*found 0"),
         (SamplingSettings, {"num_inference_stepz": 3}, "did you mean 'num_inference_steps'"),

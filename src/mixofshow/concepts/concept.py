@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -41,6 +41,7 @@ from mixofshow.concepts.words import Vocabulary, check_word
 from mixofshow.errors import ConceptFileError, TokenError, field_problem, listed, shown
 from mixofshow.files import raw, read_tensors, write_tensors
 from mixofshow.reading import parse_json
+from mixofshow.tables import Named
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class ConceptInfo(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     format_version: int = Field(1, ge=1, le=FORMAT_VERSION)
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")
+    name: Annotated[str, Named(32)]
     words: tuple[str, ...] = Field(min_length=1, max_length=75)
     class_word: str = Field(max_length=64)
     initializers: tuple[str, ...]

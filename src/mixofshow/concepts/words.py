@@ -84,7 +84,8 @@ class Vocabulary:
             raise TokenError(
                 f"'{shown(word)}' in the prompt loads nothing here; `mixofshow convert` makes a LoRA a concept"
             )
-        hint = nearest(word, known) or (f"; known are {', '.join(known)}" if known else "; no concept is loaded")
+        none = "; no concept is loaded: give its file as `concept`, or a fused `model`"
+        hint = nearest(word, known) or (f"; known are {', '.join(known)}" if known else none)
         raise TokenError(f"unknown concept '{shown(word)}' in the prompt{hint}")
 
     def without(self, words: Iterable[str]) -> Vocabulary:

@@ -20,7 +20,7 @@ from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.solving import check_method, check_weights
 from mixofshow.reading import named_in, parse_table, read_table
 from mixofshow.sampling.settings import STEPS
-from mixofshow.tables import Group
+from mixofshow.tables import Group, Named
 from mixofshow.tuning.adapters import METHODS
 from mixofshow.tuning.settings import TuningSettings, make_settings, merged, nested
 
@@ -57,7 +57,7 @@ File = Annotated[Path, AfterValidator(_beside_the_file)]
 class ConceptEntry(Group):
     """A concept: one of Emojiland's own by its name alone, or a folder with `train` and `reference` pictures."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")
+    name: Annotated[str, Named(32)]
     kind: Literal["character", "object", "scene"]
     class_word: str = Field(min_length=1, max_length=64)
     folder: File | None = Field(None, description="Pictures in train/ and reference/; default: Emojiland's own.")

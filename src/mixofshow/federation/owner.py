@@ -17,14 +17,14 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, model_validator
 
 from mixofshow.errors import BadInputError, SettingsError, ours, printable
 from mixofshow.outputs import holding, write_text
 from mixofshow.reading import parse_json, read_bytes
-from mixofshow.tables import Settings
+from mixofshow.tables import Named, Settings
 
 SETTINGS: Final = "client.json"
 KEY: Final = "key"
@@ -43,7 +43,7 @@ class Declined(BadInputError):
 class ClientSettings(Settings):
     """What a client offers, and how."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$", description="The concept's name.")
+    name: Annotated[str, Named(32)] = Field(description="The concept's name.")
     class_word: str = Field("", max_length=64, description="Its class word, as for tune.")
     data: Path | None = Field(None, description="Folder of pictures to tune on.")
     concept: Path | None = Field(None, description="Or a concept file that is there already.")

@@ -332,7 +332,8 @@ def solve_ridge(moments: Tensor, rhs: Tensor, ridge: float) -> Tensor:
 def require_known(name: str) -> None:
     """Raise SettingsError unless there is a method of this name."""
     if name not in METHODS:
-        raise SettingsError(f"unknown fusion method '{shown(name)}'{nearest(name, METHODS)}")
+        hint = nearest(name, METHODS) or f"; known are {', '.join(METHODS)}"
+        raise SettingsError(f"unknown fusion method '{shown(name)}'{hint}")
 
 
 def method_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, Field
 
 from mixofshow.errors import SettingsError, shown
 from mixofshow.reading import named_in
-from mixofshow.tables import Group, Settings
+from mixofshow.tables import Group, Named, Settings
 
 DataPath = Annotated[Path, AfterValidator(partial(named_in, Path()))]
 """A path as it is named from the working folder."""
@@ -158,7 +158,7 @@ class PriorSettings(Group):
 class TuningSettings(Settings):
     """Settings of one concept. The defaults are the reference's for Stable Diffusion 1.x (Mix-of-Show §4.1)."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,30}$", description="The concept; prompts call it <name>.")
+    name: Annotated[str, Named(31)] = Field(description="The concept; prompts call it <name>.")
     class_word: str = Field(max_length=64, description="An ordinary word for what it is.")
     data: DataPath = Field(
         description="Folder of pictures, captions in .txt or .caption files beside them, metadata.jsonl or metadata.csv."

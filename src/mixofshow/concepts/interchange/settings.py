@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mixofshow.tables import Settings
+from mixofshow.tables import Named, Settings
 
 
 class ImportSettings(Settings):
     """What a file of another tool does not say, or what is to be different."""
 
-    name: str | None = Field(
+    name: Annotated[str, Named(30)] | None = Field(
         None,
-        pattern=r"^[a-z0-9][a-z0-9_-]{0,29}$",
         description="What to call the concept; its words become <name>, or <name1> <name2> … Default: as in the file.",
     )
     words: str | None = Field(
