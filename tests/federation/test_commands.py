@@ -1,10 +1,15 @@
 """What the commands say before anything is started."""
 
+import contextlib
+from unittest.mock import Mock
+
 import pytest
 
 from mixofshow.cli import main
+from mixofshow.federation import center
 from mixofshow.federation.center import CenterState
 from mixofshow.federation.keys import admit, make_node_key
+from mixofshow.federation.plan import Plan
 
 KEY = "expected a key as `mixofshow join` prints it"
 
@@ -40,3 +45,20 @@ def test_a_round_does_not_wait_for_whom_nobody_admitted(capsys, monkeypatch, tmp
     admit(tmp_path, "bob", make_node_key(tmp_path / "key"))
     code, said = told(["federate", str(tmp_path / "round.yaml"), "--folder", str(tmp_path)], capsys, monkeypatch)
     assert code == 2 and "'bbo' is not admitted; did you mean 'bob'?" in said
+
+
+@pytest.mark.parametrize("signal", [KeyboardInterrupt, SystemExit], ids=["Ctrl-C", "SIGTERM"])
+def test_a_round_that_is_broken_off_is_stopped_at_the_center_too(signal, monkeypatch, tmp_path):
+    """After SIGTERM its clients went on to tune."""
+    pytest.importorskip("flwr")
+    (tmp_path / "center.json").write_text(CenterState(base="emojiland").model_dump_json())
+    stopped = []
+    monkeypatch.setattr(center, "control", lambda *_: contextlib.nullcontext("client"))
+    monkeypatch.setattr(center, "start_run", lambda *_: 7)
+    for name in ("register_members", "stop_all_runs"):
+        monkeypatch.setattr(center, name, lambda *_: None)
+    monkeypatch.setattr(center, "stop_run", lambda _, number: stopped.append(number))
+    monkeypatch.setattr(center, "_ended", Mock(side_effect=signal))
+    with pytest.raises(signal):
+        center.run_round(tmp_path, Plan())
+    assert stopped == [7]

@@ -151,6 +151,12 @@ def test_other_texts_are_no_regions(written):
         Region.parse(written)
 
 
+@pytest.mark.parametrize("strength", [10.5, -11, 1e30, float("nan")])
+def test_a_lora_is_no_stronger_than_concepts_may_be(strength):
+    with pytest.raises(RegionError, match="'adapters.alice': input should be"):
+        Region("a girl", (0, 0, 64, 64), adapters={"alice": strength})
+
+
 @pytest.mark.parametrize(
     ("box", "reason"),
     [

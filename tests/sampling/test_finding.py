@@ -152,6 +152,11 @@ def test_with_a_picture_to_start_from_and_enlarged(draw):
             RegionError,
             "does not name <manx>, so that its place cannot be found",
         ),
+        (
+            {"regions": [Region("a <dogx>", auto=True, last_step=2)], "first_pass": 0.4},
+            RegionError,
+            "last_step: expected a step from 3 to 5, which are done, found 2",
+        ),
         ({"regions": "auto", "first_pass": 0.95}, SettingsError, "first_pass: expected less than all of the 5 steps"),
         ({"regions": "auto", "first_pass": 1.5}, SettingsError, "first_pass"),
         ({"regions": "auto", "smallest_place": 0.5}, SettingsError, "smallest_place: expected at most largest_place"),

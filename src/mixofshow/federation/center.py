@@ -157,7 +157,7 @@ def _run(folder: Path, plan: Plan, state: CenterState) -> dict[str, Any]:
     try:
         while (wrong := _ended(folder, state.inner, number)) is None:
             time.sleep(LOOKS_EVERY)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # the latter is SIGTERM
         with control(folder, state.inner) as client:
             stop_run(client, number)
         raise

@@ -109,6 +109,8 @@ class PlaceFinder:
         first, last = inputs.steps
         _require_sizes(inputs.settings)
         self.begin = first + _steps_before(inputs.settings, last - first + 1)
+        for one in self._sought:
+            one.require_its_steps(self.begin, last)
         placed = {name for one in inputs.regions for name in concepts_in(model, one.prompt)}
         self._whole = [name for name in concepts_in(model, inputs.prompts[0]) if name not in placed]
         self.prompt = without_concepts(model, inputs.prompts[0], self._whole)

@@ -35,6 +35,8 @@ Step = Annotated[int, Field(ge=1)]
 MAX_STRENGTH: Final = 10.0
 ControlStrength = Annotated[float, Field(ge=0, le=MAX_STRENGTH)]
 """Of a control."""
+AdapterStrength = Annotated[FiniteFloat, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
+"""Of a LoRA in a region; below 0 it draws the contrary."""
 
 STEPS: Final = 25
 AUTO: Final = "auto"
@@ -158,7 +160,7 @@ class Region:
     concept_from: Step | None = None
     feather: Annotated[FiniteFloat, Field(ge=0)] = 0.0
     units: Units | None = None
-    adapters: Mapping[str, FiniteFloat] | None = None
+    adapters: Mapping[str, AdapterStrength] | None = None
     auto: bool = False
 
     @model_validator(mode="wrap")
