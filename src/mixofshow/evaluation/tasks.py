@@ -229,5 +229,9 @@ def _run(function: Callable[[Any], None], task: Any) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         function(task)
+    except KeyboardInterrupt:
+        for stop in _stops:  # before the parent may have come to it
+            stop.set()
+        raise
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
