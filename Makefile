@@ -34,11 +34,10 @@ screenshots: $(INSTALLED) ## pictures of the studio's tabs, into out/screenshots
 	MIXOFSHOW_SCREENSHOTS=out/screenshots $(BIN)/python -m pytest -n0 -q -s tests/studio/test_screenshots.py
 	cp out/screenshots/studio.png out/screenshots/studio-concepts.png out/screenshots/studio-tune.png out/screenshots/studio-measure.png docs/images/
 
-# A file stays in one process, so that what it makes once for its tests is made once; in their order, since files of few
-# tests, which would come last, are the longest. One thread for each, or they and the commands that they start would be in
-# each other's way.
+# A file stays in one process, so that what it makes once for its tests is made once; one thread for each, or they
+# and the commands that they start would be in each other's way.
 test: $(INSTALLED) ## run the tests, without those marked slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 25 --durations-min 10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 25 --durations-min 10
 
 check: $(INSTALLED) ## lint, types, and who may import whom
 	$(BIN)/ruff check

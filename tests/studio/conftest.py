@@ -83,7 +83,7 @@ def open_page(browser: Any, served: tuple[str, Workspace]) -> Iterator[Callable[
         return page
 
     yield opened
-    for page in pages:  # pytest shows it where a test failed
+    for page in (one for one in pages if not one.is_closed()):  # pytest shows what they say where a test failed
         print(f"{page.url} says:", *page.locator(".line:visible").all_inner_texts(), sep="\n  ")
         page.close()
     assert [url for url in asked if not url.startswith((served[0], "data:", "blob:", "about:"))] == []
