@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
@@ -109,12 +110,19 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{shown(close[0])}'?" if close else ""
 
 
+KINDS: Final = ((re.compile("a valid (?:tuple|list)"), "a list"), (re.compile(r"a valid dictionary(?: or \S.*)?"), "a table"))
+"""Python's words for what a YAML file holds, in whose place stands what its readers call it."""
+
+
 def field_problem(error: Mapping[str, Any], known: Iterable[str]) -> str:
     """What pydantic found wrong with a field, in one line; for a key that nobody knows, the nearest of the known."""
     field = ".".join(map(str, error["loc"]))
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key '{shown(field)}'{nearest(field, known) or nearest(str(error['loc'][-1]), known)}"
-    return f"'{shown(field)}': {shown(error['msg'].lower(), 200)}, found {shown(error.get('input'))}"
+    said = error["msg"].lower()
+    for kind, in_words in KINDS:
+        said = kind.sub(in_words, said)
+    return f"'{shown(field)}': {shown(said, 200)}, found {shown(error.get('input'))}"
 
 
 def listed(problems: Sequence[str]) -> str:

@@ -30,9 +30,8 @@ from PIL.PngImagePlugin import PngInfo
 from mixofshow import cli
 from mixofshow.bases.loading import load_base
 from mixofshow.cli.options import assignments
+from mixofshow.concepts.concept import DELTA_KEY, Concept, load_concept
 from mixofshow.concepts.concept import METADATA_KEY as CONCEPT_KEY
-from mixofshow.concepts.concept import Concept, load_concept
-from mixofshow.concepts.delta import METADATA_KEY as DELTA_KEY
 from mixofshow.concepts.interchange.importing import open_concept
 from mixofshow.concepts.interchange.settings import ImportSettings
 from mixofshow.concepts.manifest import MANIFEST

@@ -11,8 +11,9 @@ import safetensors.torch
 import torch
 
 from mixofshow.bases.layers import layer, matrix
-from mixofshow.concepts.delta import METADATA_KEY, compressed
+from mixofshow.concepts.concept import DELTA_KEY, load_concept
 from mixofshow.concepts.delta import _digest as digest
+from mixofshow.concepts.delta import compressed
 from mixofshow.concepts.model import load_model, with_concept
 from mixofshow.errors import BaseModelError, ConceptFileError, MixOfShowError, SettingsError, TokenError
 from mixofshow.sampling.pipeline import MixOfShowPipeline
@@ -158,7 +159,7 @@ def test_hostile_metadata(name, file, tmp_path):
 
 @pytest.mark.parametrize("text", ["", "x", "[]", "null", "1", "[" * 10_000])
 def test_metadata_that_is_no_table(text, tmp_path):
-    safetensors.torch.save_file({}, tmp_path / "evil.safetensors", {METADATA_KEY: text})
+    safetensors.torch.save_file({}, tmp_path / "evil.safetensors", {DELTA_KEY: text})
     _refused(tmp_path / "evil.safetensors", ConceptFileError, "metadata")
 
 
@@ -167,6 +168,11 @@ def test_it_can_name_no_folder_of_this_machine(base, file, tmp_path):
     _changed(file, tmp_path / "evil.safetensors", {}, {"base": base})
     with pytest.raises(BaseModelError, match="give its folder as the base"):
         load_model(tmp_path / "evil.safetensors")
+
+
+def test_a_delta_is_no_concept(file):
+    with pytest.raises(ConceptFileError, match="a fused model's delta, not a concept"):
+        load_concept(file)
 
 
 def test_a_concept_is_no_model(golden_concepts, tmp_path):
@@ -179,8 +185,8 @@ def _changed(file: Path, path: Path, tensors: dict[str, torch.Tensor | None], in
     found = {**safetensors.torch.load_file(file), **tensors}
     kept = {name: tensor for name, tensor in found.items() if tensor is not None}
     with safetensors.safe_open(file, "pt") as opened:
-        text = json.dumps(json.loads(opened.metadata()[METADATA_KEY]) | info)
-    safetensors.torch.save_file(kept, path, {"format": "pt", METADATA_KEY: text, "sha256": digest(kept, text)})
+        text = json.dumps(json.loads(opened.metadata()[DELTA_KEY]) | info)
+    safetensors.torch.save_file(kept, path, {"format": "pt", DELTA_KEY: text, "sha256": digest(kept, text)})
 
 
 def _refused(path: Path, error: type[MixOfShowError], message: str) -> None:

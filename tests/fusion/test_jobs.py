@@ -102,7 +102,7 @@ def test_the_reference_implementations_list(folder, golden_pipeline, golden_conc
         ("[", "not valid JSON"),
         ("[" * 20_000, "not valid JSON"),
         ("[]", "at least 1"),
-        ("{}", "valid list"),
+        ("{}", "should be a list"),
         ('[{"lora_path": 3}]', "'0.lora_path'"),
         ('[{"lora_path": "a", "unet_alpha": NaN}]', "NaN is no number"),
         ('[{"lora_path": "a", "unet_alpa": 1}]', "unknown key '0.unet_alpa'"),

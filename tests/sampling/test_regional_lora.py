@@ -383,7 +383,7 @@ def test_regions_that_meet_inside_a_cell_cover_it_together():
         (lambda pipe, one: pipe.set_concepts(["dogx", "dogx"]), "each name once"),
         (lambda pipe, one: pipe(**ASKED, regional_lora=one), "regional_lora: expected True, False, or a list"),
         (lambda pipe, one: Region("a", LEFT, adapters={"a": "x"}), "'adapters.a': input should be a valid number"),
-        (lambda pipe, one: Region("a", LEFT, adapters=["a"]), "'adapters': input should be a valid dictionary"),
+        (lambda pipe, one: Region("a", LEFT, adapters=["a"]), "'adapters': input should be a table"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_one_line(call, message, golden_pipeline, concepts):

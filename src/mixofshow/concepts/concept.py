@@ -50,6 +50,8 @@ FORMAT_VERSION: Final = 2
 FIRST_WORDS: Final = 8
 """As many as version 1 has room for."""
 METADATA_KEY: Final = "mixofshow"
+DELTA_KEY: Final = "mixofshow_delta"
+"""In its place, in the file of a fused model's delta."""
 DIGEST_KEY: Final = "sha256"
 MAX_METADATA_BYTES: Final = 16 * 2**10
 EMBEDDINGS: Final = "lora_embeddings"
@@ -169,6 +171,8 @@ def read_concept(tensors: dict[str, Tensor], metadata: Mapping[str, str], name: 
 def _read_info(metadata: Mapping[str, str], name: str) -> ConceptInfo:
     text = metadata.get(METADATA_KEY)
     if text is None:
+        if DELTA_KEY in metadata:
+            raise ConceptFileError(f"{name}: a fused model's delta, not a concept; `sample` draws with it as its model")
         raise ConceptFileError(f"{name}: not a mixofshow concept, its metadata has no '{METADATA_KEY}'")
     if len(text) > MAX_METADATA_BYTES:
         raise ConceptFileError(f"{name}: metadata of {len(text)} characters, at most {MAX_METADATA_BYTES} are read")

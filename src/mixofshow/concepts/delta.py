@@ -20,14 +20,13 @@ from mixofshow.bases.layers import layer, matrix
 from mixofshow.bases.loading import fingerprint
 from mixofshow.bases.parts import exclusive
 from mixofshow.concepts.changes import Change, Full, LowRank, layer_problems, read_changes
+from mixofshow.concepts.concept import DELTA_KEY, raise_if, value_problems
 from mixofshow.concepts.concept import METADATA_KEY as CONCEPT_KEY
-from mixofshow.concepts.concept import raise_if, value_problems
 from mixofshow.errors import ConceptFileError, SettingsError, field_problem, shown
 from mixofshow.files import raw, read_tensors, write_tensors
 from mixofshow.reading import parse_json
 
 FORMAT_VERSION: Final = 1
-METADATA_KEY: Final = "mixofshow_delta"
 DIGEST_KEY: Final = "sha256"
 WORD: Final = "word:"
 
@@ -60,7 +59,7 @@ class Delta:
             named |= change.tensors(name)
         tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in named.items()}
         text = self.info.model_dump_json()
-        metadata = {"format": "pt", METADATA_KEY: text, DIGEST_KEY: _digest(tensors, text)}
+        metadata = {"format": "pt", DELTA_KEY: text, DIGEST_KEY: _digest(tensors, text)}
         _read(dict(tensors), metadata, f"{path}: not written")
         write_tensors(path, tensors, metadata)
 
@@ -140,7 +139,7 @@ def load_delta(path: Path) -> Delta:
 def _read(tensors: dict[str, Tensor], metadata: Mapping[str, str], name: str) -> Delta:
     info = _read_info(metadata, name)
     raise_if(value_problems(tensors), name)
-    if metadata.get(DIGEST_KEY) != _digest(tensors, metadata[METADATA_KEY]):
+    if metadata.get(DIGEST_KEY) != _digest(tensors, metadata[DELTA_KEY]):
         raise ConceptFileError(f"{name}: damaged: its content does not match the digest written in it")
     vectors = {name.removeprefix(WORD): tensors.pop(name) for name in list(tensors) if name.startswith(WORD)}
     changes, problems = read_changes(tensors)
@@ -149,11 +148,11 @@ def _read(tensors: dict[str, Tensor], metadata: Mapping[str, str], name: str) ->
 
 
 def _read_info(metadata: Mapping[str, str], name: str) -> DeltaInfo:
-    text = metadata.get(METADATA_KEY)
+    text = metadata.get(DELTA_KEY)
     if text is None and CONCEPT_KEY in metadata:
         raise ConceptFileError(f"{name}: a concept, not a model; draw it on a base, as its `concept`, or fuse it")
     if text is None:
-        raise ConceptFileError(f"{name}: not a delta file, its metadata has no '{METADATA_KEY}'")
+        raise ConceptFileError(f"{name}: not a delta file, its metadata has no '{DELTA_KEY}'")
     try:
         return DeltaInfo.model_validate(parse_json(text, f"{name}: metadata", ConceptFileError))
     except ValidationError as error:
