@@ -110,7 +110,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{shown(close[0])}'?" if close else ""
 
 
-KINDS: Final = ((re.compile("a valid (?:tuple|list)"), "a list"), (re.compile(r"a valid dictionary(?: or \S.*)?"), "a table"))
+_IN_WORDS: Final = ((re.compile("a valid (?:tuple|list)"), "a list"), (re.compile(r"a valid dictionary(?: or \S.*)?"), "a table"))
 """Python's words for what a YAML file holds, in whose place stands what its readers call it."""
 
 
@@ -120,7 +120,7 @@ def field_problem(error: Mapping[str, Any], known: Iterable[str]) -> str:
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key '{shown(field)}'{nearest(field, known) or nearest(str(error['loc'][-1]), known)}"
     said = error["msg"].lower()
-    for kind, in_words in KINDS:
+    for kind, in_words in _IN_WORDS:
         said = kind.sub(in_words, said)
     return f"'{shown(field)}': {shown(said, 200)}, found {shown(error.get('input'))}"
 

@@ -20,14 +20,13 @@ from mixofshow.bases.layers import layer, matrix
 from mixofshow.bases.loading import fingerprint
 from mixofshow.bases.parts import exclusive
 from mixofshow.concepts.changes import Change, Full, LowRank, layer_problems, read_changes
-from mixofshow.concepts.concept import DELTA_KEY, raise_if, value_problems
+from mixofshow.concepts.concept import DELTA_KEY, DIGEST_KEY, raise_if, value_problems
 from mixofshow.concepts.concept import METADATA_KEY as CONCEPT_KEY
 from mixofshow.errors import ConceptFileError, SettingsError, field_problem, shown
 from mixofshow.files import raw, read_tensors, write_tensors
 from mixofshow.reading import parse_json
 
 FORMAT_VERSION: Final = 1
-DIGEST_KEY: Final = "sha256"
 WORD: Final = "word:"
 
 

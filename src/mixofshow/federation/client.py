@@ -50,22 +50,27 @@ def answering(handler: Handler) -> Callable[[Message, Context], Message]:
     """The handler as Flower calls it: whatever it raises becomes a reply that gives nothing of the owner's away."""
 
     def handle(message: Message, context: Context) -> Message:
+        """The reply to a message."""
         values: Mapping[str, Value]
         folder = Path(str(context.node_config["folder"]))
         begin_app(folder)
         try:
             values, files = handler(message, folder, read_settings(folder))
-        except Declined as error:
-            logger.warning("declined: %s", error)
-            note_wrong(folder, error)
-            values, files = {REFUSED: str(error)}, {}
         except Exception as error:
-            logger.exception("a message could not be answered")
-            note_wrong(folder, error)
-            values, files = {REFUSED: FAILED}, {}
+            values, files = {REFUSED: _refusal(folder, error)}, {}
         return Message(content_of(values, files), reply_to=message)
 
     return handle
+
+
+def _refusal(folder: Path, error: Exception) -> str:
+    """Tell the owner what went wrong, in the log and at the terminal; returns what the center may know of it."""
+    note_wrong(folder, error)
+    if isinstance(error, Declined):
+        logger.warning("declined: %s", error)
+        return str(error)
+    logger.error("a message could not be answered", exc_info=error)
+    return FAILED
 
 
 def hello(message: Message, folder: Path, settings: ClientSettings) -> Reply:
