@@ -33,9 +33,32 @@ if __name__ == "__main__":
         print("ready", flush=True)
         time.sleep(600)
 """
+APP = """
+import sys
+import time
+from pathlib import Path
+from flwr.supercore.superexec.executor import subprocess_executor
+from mixofshow.federation import watched
+
+def run():
+    Path(sys.argv[1]).touch()
+    time.sleep(600)
+
+watched._run = run  # in the app too, which imports this file
+watched.APPS_IMPORT = ()
+
+if __name__ == "__main__":
+    watched.fork_apps()
+    begun = Path(__file__).with_name("begun")
+    subprocess_executor.subprocess.Popen(["flwr-clientapp", str(begun)])
+    while not begun.exists():
+        time.sleep(0.1)
+    print("ready", flush=True)
+    time.sleep(600)
+"""
 
 
-@pytest.mark.parametrize("script", [SUITE, DECODER], ids=["suite", "decoder"])
+@pytest.mark.parametrize("script", [SUITE, DECODER, APP], ids=["suite", "decoder", "app"])
 def test_children_end_when_their_parent_is_killed(script, tmp_path):
     (tmp_path / "parent.py").write_text(script)
     with subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE) as parent:

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 from mixofshow.federation.apps import outlive
+from mixofshow.processes import end_with_parent
 
 LET_END: Final = 5.0
 """Seconds that a command has to end by itself."""
@@ -60,6 +61,7 @@ def fork_apps() -> None:
 
 
 def _app(command: Sequence[str]) -> None:
+    end_with_parent()  # which is what starts apps; the process that this one was forked from lives as long as any fork
     silence = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(silence, stream.fileno())
