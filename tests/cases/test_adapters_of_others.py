@@ -24,7 +24,7 @@ from mixofshow.concepts.interchange.settings import ImportSettings
 from mixofshow.errors import ConceptFileError
 
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
-TO_Q, CONV = f"unet.{BLOCK}.attn1.to_q", "unet.down_blocks.0.resnets.0.conv1"
+TO_Q, TO_K, CONV = f"unet.{BLOCK}.attn1.to_q", f"unet.{BLOCK}.attn2.to_k", "unet.down_blocks.0.resnets.0.conv1"
 FED, SHORTCUT = f"unet.{BLOCK}.ff.net.2", "unet.up_blocks.1.resnets.0.conv_shortcut"
 TARGETS = [name.removeprefix("unet.") for name in (TO_Q, FED, CONV, SHORTCUT)]
 DOG = ImportSettings(words="dog", name="dog")
@@ -78,6 +78,15 @@ def test_a_pattern_that_is_more_than_a_name_is_refused(golden_pipeline, tmp_path
     unet.peft_config["default"].alpha_pattern = {"(a+)+b": 2}
     unet.save_pretrained(tmp_path)
     with pytest.raises(ConceptFileError, match="is a regular expression"):
+        open_concept(tmp_path, golden_pipeline, DOG)
+
+
+@pytest.mark.parametrize("begun", ["pissa", "olora"])
+def test_factors_that_began_as_parts_of_the_base_are_refused(golden_pipeline, tmp_path, begun):
+    """Untrained, they change nothing; they were read as a change of two thirds of the weight, or twice."""
+    config = peft.LoraConfig(r=4, init_lora_weights=begun, target_modules=TARGETS[:1])
+    peft.get_peft_model(copy.deepcopy(golden_pipeline.unet), config).save_pretrained(tmp_path)
+    with pytest.raises(ConceptFileError, match=f"began as parts of the base \\({begun}\\)"):
         open_concept(tmp_path, golden_pipeline, DOG)
 
 
@@ -388,6 +397,31 @@ def test_a_layer_is_of_one_kind(golden_pipeline, tmp_path, more):
     change = torch.ones(layer(golden_pipeline, TO_Q).weight.shape)
     save_file(lora(golden_pipeline) | {f"{kohya(TO_Q)}.{more}": change}, tmp_path / "x.safetensors")
     with pytest.raises(ConceptFileError, match="parts of several kinds of adapter at once: .*LoRA"):
+        open_concept(tmp_path / "x.safetensors", golden_pipeline, DOG)
+
+
+def test_a_layer_stands_under_one_name(golden_pipeline, tmp_path):
+    """Of a layer under diffusers' and the original code's name, the first change was dropped without a word."""
+    again = {key.replace("mid_block_attentions_0", "middle_block_1"): one for key, one in lora(golden_pipeline).items()}
+    save_file(lora(golden_pipeline) | again, tmp_path / "x.safetensors")
+    with pytest.raises(ConceptFileError, match="middle_block_1_.* is there twice, under two names"):
+        open_concept(tmp_path / "x.safetensors", golden_pipeline, DOG)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"lokr_w1": (4, 2), "lokr_w2": (8, 12)}, r"expected \(out, in\) = \(24, 32\), found \(32, 24\)"),
+        ({"hada_w1_a": (32, 9), "hada_w1_b": (9, 24), "hada_w2_a": (32, 9), "hada_w2_b": (9, 24)}, r"found \(32, 24\)"),
+        ({"hada_w1_a": (24, 2), "hada_w1_b": (), "hada_w2_a": (24, 2), "hada_w2_b": (2, 32)}, r"found hada_w1_b \(\)"),
+        ({"lora_down.weight": (24,), "lora_up.weight": (24, 2)}, r"found down \(24,\)"),
+    ],
+)
+def test_parts_make_a_change_of_the_layers_shape(golden_pipeline, tmp_path, parts, message):
+    """That of another shape was read in rows of this one's length; parts without two dimensions were tracebacks."""
+    named = {f"{kohya(TO_K)}.{key}": torch.ones(shape) for key, shape in parts.items()}
+    save_file(named, tmp_path / "x.safetensors")
+    with pytest.raises(ConceptFileError, match=message):
         open_concept(tmp_path / "x.safetensors", golden_pipeline, DOG)
 
 

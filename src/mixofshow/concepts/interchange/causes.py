@@ -64,5 +64,6 @@ def _named_kind(layers: Mapping[str, Parts]) -> str | None:
 
 
 def _wide_kind(layers: Mapping[str, Parts]) -> str | None:
-    widths = {parts["down"].shape[1] for name, parts in layers.items() if _KEYS.search(name) and "down" in parts}
+    lower = (parts["down"] for name, parts in layers.items() if _KEYS.search(name) and "down" in parts)
+    widths = {down.shape[1] for down in lower if down.ndim > 1}
     return _WIDTHS.get(widths.pop()) if len(widths) == 1 else None

@@ -31,7 +31,7 @@ from mixofshow.concepts.concept import (
     read_concept,
     value_problems,
 )
-from mixofshow.concepts.interchange.adapter_keys import NO_WEIGHTS, layer_names, other_kind, split_key
+from mixofshow.concepts.interchange.adapter_keys import NO_WEIGHTS, LayerNames, layer_names, other_kind, split_key
 from mixofshow.concepts.interchange.causes import other_base, other_prediction
 from mixofshow.concepts.interchange.embeddings import Words, file_words, named, trigger_words
 from mixofshow.concepts.interchange.kinds import change_of
@@ -230,7 +230,7 @@ def _changes(tensors: Mapping[str, Tensor], texts: Mapping[str, str], file: str,
     Raises ConceptFileError for what fits nowhere, with the cause where there is one.
     """
     names, scales = layer_names(pipeline), scales_of(file, texts)
-    layers, problems = _by_layer(tensors)
+    layers, problems = _by_layer(tensors, names)
     changes: dict[str, Change] = {}
     passed = []
     for name, parts in layers.items():
@@ -261,14 +261,17 @@ def _changes(tensors: Mapping[str, Tensor], texts: Mapping[str, str], file: str,
     return changes
 
 
-def _by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+def _by_layer(tensors: Mapping[str, Tensor], names: LayerNames) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """The tensors of each layer, which is called by the first of its names in the file, and what is there twice."""
     layers: dict[str, dict[str, Tensor]] = {}
+    called: dict[str, str] = {}
     problems = []
     for key, tensor in tensors.items():
         found = split_key(key)
         if found is None:
             continue
         name, part = found
+        name = called.setdefault(names.find(name) or name, name)
         if part in layers.setdefault(name, {}):
             problems.append(f"tensor '{shown(key)}' is there twice, under two names")
         layers[name][part] = tensor

@@ -51,6 +51,8 @@ def _plain(parts: Parts, scale: Scale, weight: Tensor) -> Change:
     kinds = {kind for name in parts for kind, names in _TELLING.items() if names.fullmatch(name)}
     if len(kinds) > 1:
         raise ValueError(f"parts of several kinds of adapter at once: {', '.join(sorted(kinds))}")
+    if flat := [f"{name} {tuple(tensor.shape)}" for name, tensor in parts.items() if tensor.ndim < 2]:
+        raise ValueError(f"expected at least 2 dimensions of each part, found {flat[0]}")
     try:
         if "diff" in parts:
             return Full.of(parts["diff"])
@@ -96,7 +98,7 @@ def _loha(parts: Parts, scale: Scale, weight: Tensor) -> Change:
         up = torch.einsum("or,os->ors", parts["hada_w1_a"], parts["hada_w2_a"]).flatten(1)
         return _balanced(LowRank.of(down, scale(rank) * up))
     one, two = (_product(parts, f"hada_w{number}", f"hada_t{number}") for number in (1, 2))
-    return Full.of(scale(rank) * (one * two).reshape(weight.shape))
+    return _in_full(scale(rank) * one * two, weight)
 
 
 def _lokr(parts: Parts, scale: Scale, weight: Tensor) -> Change:
@@ -104,9 +106,15 @@ def _lokr(parts: Parts, scale: Scale, weight: Tensor) -> Change:
     two = parts["lokr_w2"] if "lokr_w2" in parts else _product(parts, "lokr_w2", "lokr_t2")
     ranks = [len(parts[name]) for name in ("lokr_w2_b", "lokr_w1_b") if name in parts]
     one = one[(..., *[None] * (two.ndim - one.ndim))]
-    return Full.of(
-        scale(ranks[0] if ranks else None) * torch.kron(one.contiguous(), two.contiguous()).reshape(weight.shape)
-    )
+    return _in_full(scale(ranks[0] if ranks else None) * torch.kron(one.contiguous(), two.contiguous()), weight)
+
+
+def _in_full(change: Tensor, weight: Tensor) -> Full:
+    """The change of a convolution may have its kernel laid flat. Raises ValueError for that of another layer's shape."""
+    expected = tuple(weight.flatten(1).shape)
+    if (found := tuple(change.flatten(1).shape)) != expected:
+        raise ValueError(f"expected (out, in) = {expected}, found {found}")
+    return Full.of(change.reshape(weight.shape))
 
 
 def _product(parts: Parts, name: str, core: str = "") -> Tensor:

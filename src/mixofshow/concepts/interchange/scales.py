@@ -19,6 +19,8 @@ METADATA: Final = "lora_adapter_metadata"
 WEIGHTS, BESIDE = "adapter_model", "adapter_config.json"
 """What peft calls a folder's weights and the configuration beside them."""
 LARGEST: Final = 1e6
+_MOVES_THE_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to begin (`init_lora_weights`) that also take from the base what the factors begin with, as it is in no file."""
 _LITERAL: Final = re.compile(r"\^?((?:[\w-]|\\?\.)+)\$?")
 
 
@@ -51,6 +53,18 @@ class Scales:
 
 def scales_of(file: str, texts: Mapping[str, str]) -> Scales:
     """From a file's metadata, or for peft's own files from the configuration beside it. Raises ConceptFileError."""
+    scales = _read_scales(file, texts)
+    for config in scales.configs.values():
+        begun = config.get("init_lora_weights")
+        if isinstance(begun, str) and begun.startswith(_MOVES_THE_BASE):
+            raise ConceptFileError(
+                f"{file}: its factors began as parts of the base ({shown(begun)}), which they change less than they say; have "
+                "peft save it with `path_initial_model_for_weight_conversion`, as a LoRA for any base"
+            )
+    return scales
+
+
+def _read_scales(file: str, texts: Mapping[str, str]) -> Scales:
     if METADATA in texts:
         table = parse_json(texts[METADATA], f"{file}: metadata '{METADATA}'", ConceptFileError)
         configs: dict[str, dict[str, Any]] = {}
