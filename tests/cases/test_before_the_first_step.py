@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -138,10 +139,17 @@ def small(golden_pipeline, golden_concepts, tmp_path, monkeypatch):
     for file, name, more in (("suite", "dogx", "fuse: {weights: {dogy: 2}}"), ("named", "dogy", "")):
         methods = "methods: [ed-lora+gradient]"
         Path(f"{file}.yaml").write_text("\n".join([suite.replace("NAME", name), methods, more]))
+    for name, grey in (("00", 200), ("black", 0)):
+        Image.new("L", (64, 48), grey).save(f"{name}.png")
+    late = "prompt: a\nsteps: 4\nregions: [{box: [0, 0, 32, 48], prompt: b, KEY}]"
+    Path("late.yaml").write_text(late.replace("KEY", "first_step: 5"))
+    early = late.replace("KEY", "last_step: 2")
+    Path("early.yaml").write_text(f"{early}\nimage: 00.png\nimage_strength: 0.5")
     Path("scene.yaml").write_text("prompt: a <dogx>\nregions: [{box: [0, 0, 32, 48], prompt: a <dgx>}]")
-    for place in ("bases.loading", "concepts.model", "fusion.jobs", "fusion.workers", "evaluation.requests"):
+    places = ("bases.loading", "concepts.model", "fusion.jobs", "fusion.workers", "evaluation.requests")
+    for module in [import_module(f"mixofshow.{place}") for place in places]:  # all, before one takes what is set here
         for name in ("load_base", "load_named_base"):
-            monkeypatch.setattr(f"mixofshow.{place}.{name}", _no_base, raising=False)
+            monkeypatch.setattr(module, name, _no_base, raising=False)
 
 
 def _no_base(*_, **__):
@@ -167,6 +175,12 @@ def _no_base(*_, **__):
         ("sample --prompt a --grid grid.png --show-layout l.png", "--show-layout: expected none with --grid"),
         ("sample --prompt a --grid grid.png --save-regions l.yaml", "--save-regions: expected none with --grid"),
         ("sample --prompt a --mask 00.png", "--mask: expected --image beside it"),
+        ("sample --prompt a --image 00.png --mask black.png", "--mask: expected white where the picture is drawn anew, found black"),
+        ("sample --prompt a --image 00.png --mask 00.png --upscale 2", "--upscale: expected 1 with a mask, found 2"),
+        ("sample --prompt a --attend 0.1 --steps 2", "--attend: expected 0 with fewer than 3 steps"),
+        ("sample --prompt a --regions auto --smallest-place 0.5", "--smallest-place: expected at most --largest-place, 0.3"),
+        ("sample late.yaml", "first_step: expected a step from 1 to 4, which are done, found 5"),
+        ("sample early.yaml", "last_step: expected a step from 3 to 4, which are done, found 2"),
         ("fuse dogx.safetensors damaged.safetensors --out out", "damaged.safetensors: damaged"),
         ("fuse list.yaml --out out", "damaged.safetensors: damaged"),
         ("fuse list.json --out out", "gone.safetensors: cannot be read"),

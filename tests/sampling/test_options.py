@@ -52,6 +52,12 @@ def test_class_words_stand_for_concepts(prompt, plain, names, model):
     assert concepts_in(model, prompt) == names
 
 
+def test_a_concept_that_is_kept_is_called_by_its_short_name(model):
+    """As it was written; `--save-regions` wrote the words that it stands for."""
+    assert without_concepts(model, "a <dogx> and a <manx>", ["manx"]) == "a object and a <manx>"
+    assert without_concepts(model, "<manx2> by <manx1> <manx2>", ["manx"]) == "<manx2> by <manx>"
+
+
 def test_a_saved_model_knows_its_class_words(model, golden_concepts, golden_pipeline, tmp_path):
     fused = fuse(golden_concepts, golden_pipeline, FusionSettings.of({"method": "average"})).model
     fused.save(tmp_path / "model")

@@ -88,6 +88,12 @@ class Vocabulary:
         hint = nearest(word, known) or (f"; known are {', '.join(known)}" if known else none)
         raise TokenError(f"unknown concept '{shown(word)}' in the prompt{hint}")
 
+    def shortened(self, prompt: str) -> str:
+        """The prompt with each alias in the place of the words that it stands for, as people write it; it reads the same."""
+        for alias, words in self.aliases.items():
+            prompt = prompt.replace(" ".join(words), alias)
+        return prompt
+
     def without(self, words: Iterable[str]) -> Vocabulary:
         """The vocabulary less some words."""
         gone = set(words)

@@ -39,7 +39,7 @@ def make_composition(table: Mapping[str, Any], source: str = "composition", fold
     field and the nearest known one, RegionError, BadInputError for a picture.
     """
     made = with_pictures(Composition.of(table, source), source, folder)
-    made.require_steps(from_image=made.image is not None)
+    made.require_drawable()
     return with_known_controls(made, source, folder)
 
 
@@ -104,7 +104,10 @@ def from_options(path: Path | None, options: Mapping[str, Any]) -> Composition:
     `size` is "WIDTHxHEIGHT", `regions` and `controls` are texts, `image` and `mask` are files from here. Raises
     SettingsError, RegionError.
     """
-    return make_composition(_table(path, options), str(path or "options"), path.parent if path else Path())
+    made = make_composition(_table(path, options), str(path or "options"), path.parent if path else Path())
+    for region in made.regions:
+        region.require_its_steps(*made.steps_done(from_image=made.image is not None))
+    return made
 
 
 def inputs_of(path: Path | None, options: Mapping[str, Any]) -> list[Path]:

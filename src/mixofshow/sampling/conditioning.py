@@ -153,7 +153,7 @@ def without_concepts(model: ConceptModel, prompt: str, keep: Collection[str] = (
         elif name != before:
             found.append((f" {class_word} ", weight))
         before = name
-    return " ".join(write_prompt(found, model.vocabulary.syntax).split())
+    return model.vocabulary.shortened(" ".join(write_prompt(found, model.vocabulary.syntax).split()))
 
 
 def concept_places(model: ConceptModel, prompt: str) -> tuple[int, ...]:

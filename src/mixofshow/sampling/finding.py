@@ -107,7 +107,7 @@ class PlaceFinder:
         """For inputs of one prompt, whose regions are those of `with_wanted`."""
         self.pipeline, self.model, self.inputs, self.own = pipeline, model, inputs, own
         first, last = inputs.steps
-        _require_sizes(inputs.settings)
+        inputs.settings.require_sizes()
         self.begin = first + _steps_before(inputs.settings, last - first + 1)
         for one in self._sought:
             one.require_its_steps(self.begin, last)
@@ -193,13 +193,6 @@ def _steps_before(settings: SamplingSettings, done: int) -> int:
             f"first_pass: expected less than all of the {done} steps that are done, found {settings.first_pass}"
         )
     return after
-
-
-def _require_sizes(settings: SamplingSettings) -> None:
-    if settings.smallest_place > settings.largest_place:
-        raise SettingsError(
-            f"smallest_place: expected at most largest_place, {settings.largest_place}, found {settings.smallest_place}"
-        )
 
 
 def coarse(maps: Tensor) -> Tensor:

@@ -76,10 +76,8 @@ class Inputs:
 
     @property
     def steps(self) -> tuple[int, int]:
-        """The first and last step that are done, from 1: those from a picture begin later."""
-        steps = self.settings.steps
-        share = self.settings.image_strength if self.images else 1.0
-        return min(steps - min(int(steps * share), steps) + 1, steps), steps
+        """The first and last step that are done."""
+        return self.settings.steps_done(from_image=bool(self.images))
 
     @property
     def regional(self) -> bool:
@@ -132,7 +130,6 @@ def check_inputs(pipeline: Any, given: dict[str, Any]) -> Inputs:
     each = 1 if (asked := given["num_images_per_prompt"]) is None else asked
     require(isinstance(each, Integral) and int(each) >= 1, "num_images_per_prompt", each, "at least 1")
     require(given["output_type"] in OUTPUTS, "output_type", given["output_type"], "one of " + ", ".join(OUTPUTS))
-    require(not settings.attend or settings.steps > 2, "`attend`", settings.attend, "0 with fewer than 3 steps")
     kind = type(pipeline.scheduler).__name__
     fits = hasattr(pipeline.scheduler, "init_noise_sigma")  # which schedulers of flow matching lack
     require(fits, "scheduler", kind, "one for Stable Diffusion, such as DPMSolverMultistepScheduler")
@@ -141,8 +138,8 @@ def check_inputs(pipeline: Any, given: dict[str, Any]) -> Inputs:
     images = _pictures(given["image"], count)
     width, height = settings.size(pipeline, images[0] if images else None)
     mask = _mask(given["mask_image"], images, (width, height))
-    require(mask is None or settings.upscale == 1, "`upscale`", settings.upscale, "1 with a mask")
-    settings.require_steps(from_image=bool(images), called="image_strength" if "image_strength" in more else "strength")
+    called = "image_strength" if "image_strength" in more else "strength"
+    settings.require_possible(from_image=bool(images), masked=mask is not None, called=called)
     require(not images or given["latents"] is None, "latents", "latents and an image", "one of the two")
     inputs = Inputs(
         prompts=prompts,

@@ -20,7 +20,7 @@ from pydantic_core import ArgsKwargs
 
 from mixofshow.concepts.syntax import Syntax
 from mixofshow.errors import RegionError, SettingsError, field_problem, shown
-from mixofshow.sampling.pictures import PictureSource
+from mixofshow.sampling.pictures import PictureSource, read_picture
 from mixofshow.tables import Group, Settings
 
 Box = tuple[float, float, float, float]
@@ -97,13 +97,31 @@ class SamplingSettings(Settings):
         """In how many of the first steps regions do not read each other."""
         return self.steps if self.isolate is True else int(self.isolate)
 
-    def require_steps(self, *, from_image: bool, called: str = "image_strength") -> None:
-        """Raise SettingsError where a strength, the first of which is `called` so, leaves no step to be done."""
+    def steps_done(self, *, from_image: bool) -> tuple[int, int]:
+        """The first and last step that are done, from 1: those from a picture begin later."""
+        share = self.image_strength if from_image else 1.0
+        return min(self.steps - min(int(self.steps * share), self.steps) + 1, self.steps), self.steps
+
+    def require_possible(self, *, from_image: bool, masked: bool, called: str = "image_strength") -> None:
+        """Raise SettingsError for settings that exclude each other, and where a strength leaves no step to be done.
+
+        The first of the strengths is `called` so.
+        """
         passes = {called: from_image and self.image_strength, "upscale_strength": self.upscale > 1 and self.upscale_strength}
         for name, share in passes.items():
             if share and int(self.steps * share) < 1:
                 least = f"at least 1 of {self.steps} steps, {1 / self.steps:.2g}"
                 raise SettingsError(f"`{name}`: expected {least}, found {share:g}")
+        if self.attend and self.steps < 3:
+            raise SettingsError(f"`attend`: expected 0 with fewer than 3 steps, found {self.attend:g}")
+        if masked and self.upscale != 1:
+            raise SettingsError(f"`upscale`: expected 1 with a mask, found {self.upscale:g}")
+
+    def require_sizes(self) -> None:
+        """Raise SettingsError unless a place that is found can have a size."""
+        if self.smallest_place > self.largest_place:
+            largest = f"at most `largest_place`, {self.largest_place:g}"
+            raise SettingsError(f"`smallest_place`: expected {largest}, found {self.smallest_place:g}")
 
     def size(self, pipeline: Any, image: Any = None) -> tuple[int, int]:
         """(width, height): as given, else those of the picture to start from, else the base's. Raises SettingsError."""
@@ -309,6 +327,14 @@ class Composition(SamplingSettings):
         if self.mask is not None and self.image is None:
             raise SettingsError("`mask`: expected `image` beside it, of which it keeps what is black")
         return self
+
+    def require_drawable(self) -> None:
+        """Raise SettingsError for what no base can draw. The mask, if any, is the picture itself."""
+        self.require_possible(from_image=self.image is not None, masked=self.mask is not None)
+        if self.mask and read_picture(self.mask, "L").getbbox() is None:
+            raise SettingsError("`mask`: expected white where the picture is drawn anew, found black everywhere")
+        if self.auto or any(region.auto for region in self.regions):
+            self.require_sizes()
 
     @property
     def texts(self) -> list[str]:
