@@ -12,7 +12,7 @@ from PIL import Image
 
 from mixofshow.evaluation import charts
 from mixofshow.evaluation.requests import ImageRequest
-from mixofshow.evaluation.results import FOOTNOTE, SuiteRun, alignment_table, identity_table, measures
+from mixofshow.evaluation.results import FOOTNOTE, SuiteRun, alignment_table, identity_table, measures, of_sisters
 from mixofshow.evaluation.suite_settings import GROUPS, MEAN
 from mixofshow.outputs import write_text
 from mixofshow.sampling.pictures import embedded
@@ -86,6 +86,7 @@ def write_suite_report(path: Path, run: SuiteRun) -> None:
         identities=identity_table(run.results),
         identity_rows=identity_rows,
         footnote=FOOTNOTE,
+        of_sisters=of_sisters(run.results),
         charts=_charts(run.results) if charts.can_draw() else None,
     )
 

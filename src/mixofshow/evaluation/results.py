@@ -18,6 +18,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from mixofshow.errors import shown
 from mixofshow.evaluation import metrics
 from mixofshow.evaluation.identities import identities, summarized
 from mixofshow.evaluation.metrics import interval
@@ -319,6 +320,12 @@ def identity_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str
     return ["several in a picture", "concept", "identity accuracy", "missing", "doubled"], rows
 
 
+def of_sisters(results: Mapping[str, Any]) -> list[str]:
+    """A line for each concept that was made for another base than the one it is measured on."""
+    taken = ((key, *one) for key, row in results["made_for"].items() for one in row.items())
+    return [f"{key}: <{name}> was made for {shown(base, 160)}" for key, name, base in taken]
+
+
 def print_alignments(results: Mapping[str, Any]) -> None:
     """The tables of alignments by all judges, and of identities, on the terminal."""
     for measure in measures(results):
@@ -328,6 +335,7 @@ def print_alignments(results: Mapping[str, Any]) -> None:
         say(FOOTNOTE)
     if results["identity"]:
         print_table(*identity_table(results))
+    say(*of_sisters(results))
 
 
 def summary(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -349,7 +357,8 @@ def summary(results: Mapping[str, Any]) -> dict[str, Any]:
         for model in ("lower_bound", "single", *methods)
     }
     means = {measure: row(measure, MEAN, lambda it: it) for measure in measures(results)}
-    return {**means, "concepts": concepts, "drawn_by_the_base": results["drawn_by_the_base"]}
+    kept = {key: results[key] for key in ("drawn_by_the_base", "made_for")}
+    return {**means, "concepts": concepts, **kept}
 
 
 def write_results(results: Mapping[str, Any], folder: Path) -> None:

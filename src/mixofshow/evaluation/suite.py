@@ -23,6 +23,7 @@ from mixofshow.bases.emojiland.concepts import write_concept
 from mixofshow.bases.loading import fingerprint, scheduler_settings
 from mixofshow.concepts.concept import Concept, load_concept
 from mixofshow.concepts.delta import load_delta
+from mixofshow.concepts.manifest import Entry, make_manifest
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.errors import BadInputError, SettingsError, shown
 from mixofshow.evaluation.report import write_suite_report
@@ -100,7 +101,7 @@ def perform(
             for measure, tower in towers.items()
         }
         results = results_of(suite, plan, judges)
-    results |= {"cost": run.costs(files), "machine": _machine(workers, device)}
+    results |= {"made_for": run.made_for, "cost": run.costs(files), "machine": _machine(workers, device)}
     write_results(results, out)
     write_index(plan, run.pictures, folders["reference"], out)
     made = SuiteRun(suite, results, plan, run.pictures, references)
@@ -164,7 +165,10 @@ def _machine(workers: int, device: str) -> dict[str, Any]:
 
 @dataclass
 class _Run:
-    """A run under way: what it is of, and where things are kept. `fingerprint` is of all of the base that draws."""
+    """A run under way: what it is of, and where things are kept. `fingerprint` is of all of the base that draws.
+
+    `made_for` has, by method, the concepts taken from a sister of the base, and what they were made for.
+    """
 
     suite: Suite
     cache: Path
@@ -173,6 +177,7 @@ class _Run:
     bars: Bars
     hashes: dict[Path, str] = field(default_factory=dict)
     fusions: dict[str, Path] = field(default_factory=dict)
+    made_for: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         pipeline = self.base.load()
@@ -221,19 +226,24 @@ class _Run:
 
     def _check(self, files: Files) -> None:
         """Read all files once, so that a bad one is named before anything is fused or drawn."""
-        pipeline = self.base.load()
+        pipeline, entries = self.base.load(), dict[Path, Entry]()
         for name, path in ((name, path) for row in files.values() for name, path in row.items()):
-            if path not in self.hashes:
+            if path not in entries:
                 concept = load_concept(path, pipeline)
                 _require_name(concept, name, path)
-                self.hashes[path] = concept.hash
+                entries[path] = Entry.of(concept)
+        self.hashes = {path: entry.hash for path, entry in entries.items()}
         for method in self.suite.methods:
+            used = [entries[path] for path in files[method.key].values()]
             if method.fused:
                 delta = load_delta(method.fused)
                 delta.check_fits(pipeline, str(method.fused))
                 known = {*delta.info.words, *delta.info.aliases}
                 if missing := [one.noun for one in self.suite.concepts if one.noun not in known]:
                     raise SettingsError(f"{method.fused}: expected a model of all concepts, it knows no {missing[0]}")
+                used += make_manifest(delta.info.manifest, str(method.fused)).concepts
+            if taken := {one.name: one.made_for for one in used if one.made_for}:
+                self.made_for[method.key] = taken
 
     def plan(self, files: Files) -> RequestPlan:
         """All pictures, once the models that draw them are known; fuses what is not fused."""

@@ -16,10 +16,10 @@ from mixofshow import cli
 from mixofshow.bases.loading import load_base
 from mixofshow.concepts.concept import Concept, load_concept
 from mixofshow.concepts.model import with_concept
-from mixofshow.errors import BadInputError, SettingsError
+from mixofshow.errors import BadInputError, ConceptFileError, SettingsError
 from mixofshow.evaluation import tasks
 from mixofshow.evaluation.requests import BaseSource, DrawnBy
-from mixofshow.evaluation.results import alignment_table, summary
+from mixofshow.evaluation.results import alignment_table, print_alignments, summary
 from mixofshow.evaluation.study import read_index
 from mixofshow.evaluation.suite import make_suite, read_suite, run_suite
 from mixofshow.evaluation.tasks import process_pool
@@ -95,6 +95,25 @@ def test_a_run_that_was_broken_off_goes_on_and_a_finished_one_draws_nothing(tmp_
     unbroken = run_suite(suite, tmp_path / "b")
     assert _pictures(tmp_path / "b").items() <= _pictures(tmp_path / "a").items()
     assert {**unbroken, "cost": 0} == {**first, "cost": 0}
+
+
+def test_concepts_of_a_sister_base_are_told_in_the_results(tmp_path, capsys):
+    """Numbers, report and table were those of concepts that had been made for this base."""
+    concept = load_concept(SHIPPED / "clown.safetensors")
+    info = concept.info.model_copy(update={"base": "another", "base_fingerprint": "0123456789abcdef"})
+    replace(concept, info=info).save(tmp_path / "clown.safetensors")
+    few = {"words_only": [], "prior_prompts": [], "images_per_prompt": 1, "compositions": {}}
+    few["prompts"] = {"subject": {"context": ["a {} on the beach"]}}
+    taken = {"name": "clown", "files": {"ed-lora": str(tmp_path / "clown.safetensors")}}
+    suite = make_suite({**TABLE, **few, "concepts": [taken]})
+    with pytest.raises(ConceptFileError, match="made for base 'another'"):
+        run_suite(suite, tmp_path / "out")
+    results = run_suite(suite, tmp_path / "out", loading={"allow_base": "sister"})
+    assert results["made_for"] == summary(results)["made_for"]
+    assert results["made_for"] == {"ed-lora+average": {"clown": "another (0123456789abcdef)"}}
+    assert "&lt;clown&gt; was made for another (0123456789abcdef)" in (tmp_path / "out" / "report.html").read_text()
+    print_alignments(results)
+    assert "ed-lora+average: <clown> was made for another (0123456789abcdef)" in capsys.readouterr().out
 
 
 def _check_results(results, out):
