@@ -182,6 +182,7 @@ def _no_base(*_, **__):
         ("sample late.yaml", "first_step: expected a step from 1 to 4, which are done, found 5"),
         ("sample early.yaml", "last_step: expected a step from 3 to 4, which are done, found 2"),
         ("fuse dogx.safetensors damaged.safetensors --out out", "damaged.safetensors: damaged"),
+        ("fuse dogx.safetensors --out out --rank 4", "--rank: expected --as-delta beside it"),
         ("fuse list.yaml --out out", "damaged.safetensors: damaged"),
         ("fuse list.json --out out", "gone.safetensors: cannot be read"),
         ("fuse --model fused --add gone.safetensors", "gone.safetensors: cannot be read"),

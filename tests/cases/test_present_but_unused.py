@@ -46,6 +46,11 @@ def test_a_strength_without_concepts_is_said(caplog):
     assert "`strength` changes nothing without concepts; how far to go from a picture is `image_strength`" in caplog.text
 
 
+def test_a_base_beside_a_whole_model_is_said(caplog):
+    open_pipeline(GOLDEN_BASE, base="emojiland")
+    assert "`base` changes nothing: " in caplog.text and "is a whole model, and no delta file" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["01.txt", "01.caption", "01.TXT"])
 def test_captions_of_kohyas_scripts_are_read(folder, name):
     (folder / name).write_text("a <mydog> in the snow")

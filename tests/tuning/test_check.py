@@ -101,6 +101,12 @@ TROUBLES = {
     "encoding": (lambda p: (p / "good1.txt").write_bytes(b"s\xfc\xdf"), "good1.txt", "error", "not UTF-8 at byte 1"),
     "empty caption": (lambda p: (p / "good1.txt").write_bytes(b" "), "good1.txt", "warning", "good1.png is empty"),
     "nul": (lambda p: (p / "good1.txt").write_bytes(b"a\0<cat>"), "good1.txt", "note", "NUL characters"),
+    "several lines": (
+        lambda p: (p / "good1.txt").write_bytes(b"a <cat>\r\n\r\n a cat\n"),
+        "good1.txt",
+        "warning",
+        "its 2 lines are one caption; other tools take one of them",
+    ),
     "metadata": (_bad_metadata, "metadata.jsonl", "error", "line 2: no picture 'y.png' in the folder"),
     "duplicate": (
         lambda p: Image.new("RGB", SIZE, "red").save(p / "x.webp", lossless=True),

@@ -106,6 +106,8 @@ def fuse(
     out = out or model
     if not (out or as_delta):
         raise SettingsError("nowhere to write to: give --out FOLDER, --as-delta FILE, or both")
+    if rank and not as_delta:
+        raise SettingsError("`rank`: expected `as_delta` beside it, the file whose layers are cut")
     read = [*inputs_of(files or [], model=model, out=out), *(add or []), *bases(base)]
     outputs = {"safetensors": [as_delta], "HTML": [report]}
     check_outputs(files=outputs, folders=[out], shared=[statistics], inputs=read)

@@ -172,7 +172,7 @@ def _read_info(metadata: Mapping[str, str], name: str) -> ConceptInfo:
     text = metadata.get(METADATA_KEY)
     if text is None:
         if DELTA_KEY in metadata:
-            raise ConceptFileError(f"{name}: a fused model's delta, not a concept; `sample` draws with it as its model")
+            raise ConceptFileError(f"{name}: a fused model's delta, not a concept; `mixofshow sample` draws with it as its `model`")
         raise ConceptFileError(f"{name}: not a mixofshow concept, its metadata has no '{METADATA_KEY}'")
     if len(text) > MAX_METADATA_BYTES:
         raise ConceptFileError(f"{name}: metadata of {len(text)} characters, at most {MAX_METADATA_BYTES} are read")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -47,6 +48,8 @@ from mixofshow.errors import BadInputError, BaseModelError, ConceptFileError, sh
 from mixofshow.files import parse_tensors, write_tensors
 from mixofshow.outputs import restore, write_text, writing_folder
 from mixofshow.reading import read_bytes
+
+logger = logging.getLogger(__name__)
 
 VECTORS: Final = "concepts.safetensors"
 
@@ -234,6 +237,8 @@ def load_model(name: str | Path, *, base: str | Path | None = None, **options: A
     if (os.path.isfile(path) or path.suffix == SUFFIX) and not is_checkpoint(path):
         delta = load_delta(path)
         return delta_model(delta, load_named_base(delta.info.base, base, str(name), **options), str(name))
+    if base is not None:
+        logger.warning("`base` changes nothing: %s is a whole model, and no delta file", shown(path, 100))
     if str(name) in EMBEDDED or not os.path.isfile(path / MANIFEST):
         return ConceptModel(load_base(name, **options))
     manifest = read_manifest(path)

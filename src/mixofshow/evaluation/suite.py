@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from PIL import Image
 
 from mixofshow.bases.emojiland.concepts import write_concept
 from mixofshow.bases.loading import fingerprint, scheduler_settings
@@ -36,6 +38,8 @@ from mixofshow.evaluation.tasks import DrawTask, Each, FuseTask, Task, TuneTask,
 from mixofshow.outputs import check_outputs, refusals
 from mixofshow.progress import Progress, silent
 from mixofshow.tuning.settings import with_presets
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Suite", "SuiteRun", "make_suite", "perform", "read_suite", "run_suite", "suite_of_files"]
 
@@ -85,6 +89,7 @@ def perform(
         references, training = (
             {name: references_of(folder) for name, folder in folders[part].items()} for part in folders
         )
+        tell_of_shared(references, training)
         files = run.tuned(folders["train"])
         plan = run.plan(files)
         run.draw(plan)
@@ -139,6 +144,21 @@ def _folders(suite: Suite, cache: Path, part: str) -> dict[str, Path]:
                 write_concept(one.name, folder)
             found[one.name] = folder / part
     return found
+
+
+def tell_of_shared(references: Mapping[str, list[Image.Image]], training: Mapping[str, list[Image.Image]]) -> None:
+    """Warn of held-out pictures that are not held out, or are of two concepts: they make a concept seem well learned."""
+    held, taught = ({name: set(map(_pixels, images)) for name, images in one.items()} for one in (references, training))
+    for name, own in held.items():
+        places = {f"the pictures that <{one}> is tuned on": pixels for one, pixels in taught.items()}
+        places |= {f"those of <{one}>": pixels for one, pixels in held.items() if one != name}
+        for place, pixels in places.items():
+            if shared := len(own & pixels):
+                logger.warning("<%s>: %d of %d held-out pictures are among %s", name, shared, len(own), place)
+
+
+def _pixels(image: Image.Image) -> str:
+    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
 
 
 def _check_files(suite: Suite) -> None:

@@ -81,8 +81,8 @@ class Naming:
         )
 
 
-def read_caption(path: Path) -> tuple[str, list[str]]:
-    """A text file's caption in one line, and notes. Raises DatasetError."""
+def read_caption(path: Path) -> tuple[str, list[str], list[str]]:
+    """A text file's caption in one line, with what was done to it, and what else it may mean. Raises DatasetError."""
     name = label(path)
     if not path.is_file():
         raise DatasetError(f"{name}: not a file")
@@ -97,7 +97,9 @@ def read_caption(path: Path) -> tuple[str, list[str]]:
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or 3 * data.count(0) > len(data):
         raise DatasetError(f"{name}: not UTF-8 at byte 0, it looks like UTF-16; save the caption as UTF-8")
     text = _decoded(data.removeprefix(BOM), f"{name}: not UTF-8 at byte", "caption")
-    return _in_one_line(text), ["its NUL characters count as spaces"] if "\0" in text else []
+    lines = sum(not line.isspace() for line in text.splitlines() if line)
+    several = [f"its {lines} lines are one caption; other tools take one of them"] if lines > 1 else []
+    return _in_one_line(text), ["its NUL characters count as spaces"] if "\0" in text else [], several
 
 
 def _in_one_line(text: str) -> str:

@@ -197,8 +197,9 @@ def _caption(path: Path, beside: Beside, found: list[Finding]) -> str:
     file, text = path, beside.caption
     if beside.texts:
         file, *others = beside.texts
-        text, notes = read_caption(file)
+        text, notes, doubts = read_caption(file)
         found += [Finding(label(file), "note", note) for note in notes]
+        found += [Finding(label(file), "warning", doubt) for doubt in doubts]
         what = f"not read: {label(file)} is the caption of {label(path)}"
         found += [Finding(label(other), "warning", what) for other in others]
         if beside.caption is not None:

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from PIL import Image
 
 from mixofshow.bases.emojiland.concepts import SUBJECTS, concept_pictures
 from mixofshow.bases.emojiland.judge import image_features, text_features
@@ -18,7 +19,7 @@ from mixofshow.evaluation.charts import matrix_chart, value_chart
 from mixofshow.evaluation.metrics import interval
 from mixofshow.evaluation.requests import BaseSource, DrawnBy, ImageRequest, PromptRequest, WideRequest, columns
 from mixofshow.evaluation.results import Judge, alignments, confusions, per_seed, region_hits, slices
-from mixofshow.evaluation.suite import make_suite
+from mixofshow.evaluation.suite import make_suite, tell_of_shared
 from mixofshow.sampling.settings import Composition
 
 THREE = ("clown", "steamtrain", "robot")
@@ -115,6 +116,18 @@ def test_pictures_with_other_things_in_them_do_not_count_as_confused(tmp_path, r
     trains = _kept(tmp_path, "trains", [one.image for one in concept_pictures("steamtrain", 4, seed=7)])
     arm = {"clown": (PromptRequest("context", "", clowns), PromptRequest("interaction", "", trains))}
     assert confusions(arm, Judge(image_features, text_features, tmp_path, references))[0].tolist() == [1, 0, 0]
+
+
+def test_pictures_that_are_not_held_out_are_said(caplog):
+    red, blue, green = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green"))
+    tell_of_shared({"a": [red], "b": [blue]}, {"a": [green]})
+    assert not caplog.text
+    tell_of_shared({"a": [red, blue], "b": [blue.copy()]}, {"a": [red, green]})
+    assert [one.getMessage() for one in caplog.records] == [
+        "<a>: 1 of 2 held-out pictures are among the pictures that <a> is tuned on",
+        "<a>: 1 of 2 held-out pictures are among those of <b>",
+        "<b>: 1 of 1 held-out pictures are among those of <a>",
+    ]
 
 
 def test_boxes_stand_side_by_side_and_are_the_demos():
