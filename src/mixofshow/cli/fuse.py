@@ -104,10 +104,7 @@ def fuse(
     from mixofshow.outputs import check_outputs
 
     out = out or model
-    if not (out or as_delta):
-        raise SettingsError("nowhere to write to: give --out FOLDER, --as-delta FILE, or both")
-    if rank and not as_delta:
-        raise SettingsError("`rank`: expected `as_delta` beside it, the file whose layers are cut")
+    _require_a_place(out, as_delta, rank)
     read = [*inputs_of(files or [], model=model, out=out), *(add or []), *bases(base)]
     outputs = {"safetensors": [as_delta], "HTML": [report]}
     check_outputs(files=outputs, folders=[out], shared=[statistics], inputs=read)
@@ -118,6 +115,14 @@ def fuse(
     with terminal_bar("fusing") as progress:
         fused = run(job.concepts, job.pipeline, job.settings, store=store, progress=progress)
     _write_fused(fused, out, as_delta, rank, report)
+
+
+def _require_a_place(out: Path | None, as_delta: Path | None, rank: int | None) -> None:
+    """Raise SettingsError where nothing is written, or what is to be cut is not."""
+    if not (out or as_delta):
+        raise SettingsError("nowhere to write to: give --out FOLDER, --as-delta FILE, or both")
+    if rank and not as_delta:
+        raise SettingsError("`rank`: expected `as_delta` beside it, the file whose layers are cut")
 
 
 def _write_fused(fused: Fused, out: Path | None, as_delta: Path | None, rank: int | None, report: Path | None) -> None:
