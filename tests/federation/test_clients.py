@@ -19,7 +19,15 @@ from mixofshow.evaluation.scorers import Scorer
 from mixofshow.federation import join, judging, messages
 from mixofshow.federation.center import ROUNDS, STATE, run_round, state_of
 from mixofshow.federation.join import supernode
-from mixofshow.federation.owner import ClientSettings, own_concept, save_settings
+from mixofshow.federation.owner import (
+    ASKED,
+    ClientSettings,
+    approved_before,
+    open_questions,
+    own_concept,
+    read_settings,
+    save_settings,
+)
 from mixofshow.federation.plan import Plan
 from mixofshow.outputs import holding
 from mixofshow.tuning import run
@@ -69,6 +77,17 @@ def test_who_changes_the_pictures_has_another_concept_and_no_broken_off_tuning_i
     monkeypatch.setattr(run, "save", save)
     Image.new("RGB", (16, 16), "green").save(tmp_path / "data" / "0.png")
     assert own_concept(tmp_path, offer, golden_pipeline, FEW).read_bytes() != first.read_bytes()
+
+
+def test_what_counts_of_a_folder_is_what_tuning_reads(tmp_path, golden_pipeline):
+    """Masks lie beside the pictures; what a file manager leaves among them is none."""
+    offer = ClientSettings(name="thing", class_word="man", data=pictures(tmp_path / "data"))
+    first = own_concept(tmp_path, offer, golden_pipeline, FEW)
+    (tmp_path / "data" / ".DS_Store").write_bytes(b"x")
+    assert own_concept(tmp_path, offer, golden_pipeline, FEW) == first
+    (tmp_path / "masks").mkdir()
+    Image.new("L", (16, 16), 255).save(tmp_path / "masks" / "0.png")
+    assert own_concept(tmp_path, offer, golden_pipeline, FEW) != first
 
 
 def test_a_client_judges_by_its_own_pictures_and_sends_three_numbers(federation, monkeypatch, tmp_path):
@@ -129,6 +148,18 @@ def test_a_round_without_a_center_says_how_to_start_one(tmp_path):
 
 
 
+def test_a_second_client_in_a_folder_is_refused_and_leaves_the_first_ones_settings(tmp_path):
+    first, second = (ClientSettings(name="dog", concept=tmp_path / "dog", approve=how) for how in ("ask", "always"))
+    save_settings(tmp_path, first)
+    with (
+        holding(tmp_path),
+        pytest.raises(BadInputError, match="another client runs there"),
+        join.running_client(tmp_path, "center:1", tmp_path, second),
+    ):
+        pass
+    assert read_settings(tmp_path) == first
+
+
 def test_a_second_round_at_a_time_is_refused(tmp_path):
     (tmp_path / STATE).write_text('{"base": "emojiland"}')
     (tmp_path / ROUNDS).mkdir()
@@ -179,6 +210,24 @@ def test_an_owner_is_asked_once_and_only_what_is_typed_then_is_an_answer(capsys)
     assert [ask("send it?") for _ in range(4)] == [None, None, None, True]
     assert [ask("and that?") for _ in range(2)] == [None, False]
     assert capsys.readouterr().out.splitlines() == ["send it? [y/N]:", "and that? [y/N]:"]
+
+
+def test_of_several_questions_each_is_put_when_the_one_before_is_answered(tmp_path, monkeypatch, capsys):
+    """Of a round that was broken off, and of the next: both were put in turns for ever, and none took an answer."""
+    monkeypatch.setattr(join, "LOOKS_EVERY", 0.0)
+    (tmp_path / ASKED).mkdir()
+    for content in "ab":
+        (tmp_path / ASKED / content).write_text(f"send {content}?")
+    lines, codes = iter(["", "y\n", "", "n\n"]), iter([None] * 4 + [1])
+
+    @contextlib.contextmanager
+    def start():
+        yield SimpleNamespace(poll=lambda: next(codes))
+
+    with pytest.raises(ResourceError):
+        join.attend(start, tmp_path, join.asker(lambda: next(lines)))
+    assert capsys.readouterr().out.splitlines() == ["send a? [y/N]:", "send b? [y/N]:"]
+    assert [approved_before(tmp_path, content) for content in "ab"] == [True, False] and not open_questions(tmp_path)
 
 
 def test_a_question_that_nobody_can_answer_says_so(monkeypatch, tmp_path):
@@ -271,3 +320,27 @@ def test_what_goes_wrong_at_a_client_is_told_at_its_terminal_and_in_few_words_to
         join.attend(start, tmp_path, lambda _: True)
     (said,) = [line for line in capsys.readouterr().out.splitlines() if "did not get" in line]
     assert "pictures of alice: no pictures; " in said
+
+
+def test_a_client_whose_disk_is_full_tells_its_center_no_more_than_another(tmp_path, monkeypatch):
+    """Flower sends the text of what an app raises: here the note for the owner could not be written, and said where."""
+    from flwr.app import RecordDict
+
+    from mixofshow.federation import client
+
+    def full(folder, error):
+        raise ResourceError(f"{folder}: no room left")
+
+    def handler(*_):
+        raise DatasetError("no pictures")
+
+    monkeypatch.setattr(client, "note_wrong", full)
+    monkeypatch.setattr(client, "read_settings", lambda _: None)
+    context = SimpleNamespace(node_config={"folder": str(tmp_path)})
+    asked = Message(RecordDict(), dst_node_id=1, message_type="query")
+    reply = client.answering(handler)(asked, context)
+    assert reply.content[messages.TABLE][messages.REFUSED] == client.FAILED
+    monkeypatch.setattr("mixofshow.federation.secure.masked", handler)
+    with pytest.raises(RuntimeError) as sent:
+        client.sums(asked, context)
+    assert str(sent.value) == client.FAILED

@@ -6,9 +6,13 @@ from unittest.mock import Mock
 import pytest
 
 from mixofshow.cli import main
+from mixofshow.errors import BadInputError
 from mixofshow.federation import center
 from mixofshow.federation.center import CenterState
-from mixofshow.federation.keys import admit, make_node_key
+from mixofshow.federation.door import open_door
+from mixofshow.federation.join import look_for
+from mixofshow.federation.keys import admit, make_node_key, make_tls
+from mixofshow.federation.launch import free_port
 from mixofshow.federation.plan import Plan
 
 KEY = "expected a key as `mixofshow join` prints it"
@@ -36,6 +40,45 @@ def test_what_is_missing_is_named(words, said, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     code, found = told(words, capsys, monkeypatch)
     assert code == 2 and said in found
+
+
+@pytest.mark.parametrize("name", ["münchen.example", "center.example:8000", "http://center.example", "my center", ""])
+def test_a_certificate_is_for_names_that_machines_may_have(name, tmp_path):
+    """For others it is good for nothing, which was found out at the clients."""
+    with pytest.raises(BadInputError, match="expected a name or address of a machine, without a port"):
+        make_tls(tmp_path, [name])
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("center.example", "the center's address and port"),
+        ("127.0.0.1:70000", "the center's address and port"),
+        ("http://127.0.0.1:80", "name or address of a machine"),
+    ],
+)
+def test_what_is_no_address_of_a_center_is_refused(address, said, tmp_path):
+    with pytest.raises(BadInputError, match=said):
+        look_for(address, tmp_path)
+
+
+def test_a_client_is_told_where_nobody_answers_yet_and_of_another_center_and_of_what_is_no_certificate(tmp_path, capsys):
+    """All three were tried again and again in silence."""
+    pytest.importorskip("uvicorn")
+    for whose in ("ours", "theirs"):
+        make_tls(tmp_path / whose, [])
+    ours, theirs = (tmp_path / whose / "tls" / "ca.pem" for whose in ("ours", "theirs"))
+    address = f"127.0.0.1:{free_port()}"
+    look_for(address, ours)
+    assert f"nobody answers at {address} yet" in capsys.readouterr().out
+    with open_door(tmp_path / "ours", "127.0.0.1", int(address.partition(":")[2]), "127.0.0.1:1"):
+        look_for(address, ours)
+        assert not capsys.readouterr().out
+        with pytest.raises(BadInputError, match="not the center of"):
+            look_for(address, theirs)
+    with pytest.raises(BadInputError, match="not the center's certificate"):
+        look_for(address, tmp_path / "ours" / "tls" / "server.key")
 
 
 def test_a_round_does_not_wait_for_whom_nobody_admitted(capsys, monkeypatch, tmp_path):

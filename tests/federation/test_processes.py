@@ -150,6 +150,30 @@ def test_the_door_hides_what_the_superlink_shows_on_its_loopback(town):
         client.ListNodes(ListNodesRequest())
 
 
+def test_who_was_expelled_may_be_admitted_again_and_by_another_name(town):
+    """Flower takes no key twice: one that was struck off once ended every round, and the center's start."""
+    from flwr.proto.control_pb2 import ListNodesRequest
+
+    key = make_node_key(town.place / "guest")
+    with control(town.center, state_of(town.center).inner) as client:
+
+        def listed():
+            register_members(client, town.center)
+            nodes = client.ListNodes(ListNodesRequest()).nodes_info
+            return {node.name for node in nodes if node.status != "unregistered"} - set(ALL)
+
+        for name in ("guest", "guest", "visitor"):
+            admit(town.center, name, key)
+            assert listed() == listed() == {name}
+            expel(town.center, name)
+            if name == "guest":  # the visitor is known by another name at once
+                assert listed() == set()
+        admit(town.center, "guest", key)
+        assert listed() == {"guest"}
+        expel(town.center, "guest")
+        assert listed() == set()
+
+
 @pytest.mark.slow
 def test_a_client_that_is_expelled_ends_and_says_so(town):
     admit(town.center, "stranger", make_node_key(town.place / "stranger" / "key"))

@@ -99,10 +99,11 @@ def join(
     device: Device = "cpu",
 ) -> None:
     """Join a center as a client, until Ctrl-C: tune on your own pictures, or offer a file, when a round asks for it."""
-    from mixofshow.federation.join import asker, attend, running_client, typed
+    from mixofshow.federation.join import asker, attend, look_for, running_client, typed
     from mixofshow.federation.keys import make_node_key
     from mixofshow.federation.launch import require_flower
     from mixofshow.federation.owner import KEY, ClientSettings
+    from mixofshow.outputs import check_outputs
 
     require_flower()
     name = name or _name_of(concept)
@@ -113,7 +114,9 @@ def join(
     for path in (ca, *(one for one in paths.values() if one)):
         if not path.exists():
             raise SettingsError(f"{path}: is not there")
+    look_for(address, ca)
     place = folder or Path(f"{name}-client")
+    check_outputs(shared=[place], inputs=[data])
     say(f"this client's key, for the center's operator: {make_node_key(place / KEY)}")
     with running_client(place, address, ca, settings) as supernode:
         say(f"joining {address} with <{name}>; what goes wrong stands in {place}/apps.log; Ctrl-C ends it")

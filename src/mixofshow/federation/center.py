@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mixofshow.errors import BadInputError, ResourceError, nearest, shown
 from mixofshow.federation.apps import APPS_LOG
 from mixofshow.federation.control import (
+    DATABASE,
     Busy,
     control,
     register_members,
@@ -73,7 +74,7 @@ def running_center(folder: Path, base: str, *, hosts: list[str], host: str, port
     with holding(folder) as held:
         if held is False:
             raise BadInputError(f"{folder}: another center runs there")
-        store_app(folder / "superlink.db")
+        store_app(folder / DATABASE)
         inner = f"127.0.0.1:{free_port()}"
         env = environment(folder, **{FOLDER_VARIABLE: str(folder.absolute())})
         with running(_superlink(folder, inner), env, folder / LOG) as process:
@@ -93,7 +94,7 @@ def _superlink(folder: Path, inner: str) -> list[str]:
     place = folder.absolute() / TLS
     tls = {"--ssl-ca-certfile": AUTHORITY, "--ssl-certfile": "server.pem", "--ssl-keyfile": "server.key"}
     options = [text for option, name in tls.items() for text in (option, str(place / name))]
-    state = ["--database", f"{folder.absolute()}/superlink.db", "--isolation", "process"]
+    state = ["--database", str(folder.absolute() / DATABASE), "--isolation", "process"]
     more = ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
     return ["flower-superlink", "--host", host, "--port", port, *state, *options, *more]
 

@@ -6,6 +6,7 @@ text may hold a path, a caption or a host name, and Flower would send it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -53,8 +54,8 @@ def answering(handler: Handler) -> Callable[[Message, Context], Message]:
         """The reply to a message."""
         values: Mapping[str, Value]
         folder = Path(str(context.node_config["folder"]))
-        begin_app(folder)
         try:
+            begin_app(folder)
             values, files = handler(message, folder, read_settings(folder))
         except Exception as error:
             values, files = {REFUSED: _refusal(folder, error)}, {}
@@ -65,7 +66,8 @@ def answering(handler: Handler) -> Callable[[Message, Context], Message]:
 
 def _refusal(folder: Path, error: Exception) -> str:
     """Tell the owner what went wrong, in the log and at the terminal; returns what the center may know of it."""
-    note_wrong(folder, error)
+    with contextlib.suppress(Exception):  # on a disk that is full; what is raised here Flower sends, paths and all
+        note_wrong(folder, error)
     if isinstance(error, Declined):
         logger.warning("declined: %s", error)
         return str(error)
@@ -179,13 +181,11 @@ def sums(message: Message, context: Context) -> Message:
     from mixofshow.federation.secure import masked
 
     folder = Path(str(context.node_config["folder"]))
-    begin_app(folder)
     try:
+        begin_app(folder)
         return masked(message, context, lambda asked: _limbs(asked, folder, read_settings(folder)))
     except Exception as error:
-        logger.exception("a step of secure aggregation failed")
-        note_wrong(folder, error)
-        raise RuntimeError(FAILED) from error  # Flower sends its text
+        raise RuntimeError(_refusal(folder, error)) from error  # Flower sends its text
 
 
 def _limbs(message: Message, folder: Path, settings: ClientSettings) -> list[Any]:

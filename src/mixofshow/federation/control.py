@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+import sqlite3
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +13,10 @@ from mixofshow.errors import BadInputError, ResourceError, shown
 from mixofshow.federation.bundle import APP_ID, signed_app
 from mixofshow.federation.keys import AUTHORITY, TLS, members
 
+DATABASE: Final = "superlink.db"
+STRUCK_OFF: Final = "unregistered"
+LOCKED_FOR: Final = 120.0
+"""Seconds that Flower's database may be locked by itself."""
 RUNS: Final = {"completed": "", "failed": "its app failed", "stopped": "it was stopped"}
 """How Flower says that a run has ended (`SubStatus`), and what is wrong then."""
 
@@ -52,14 +57,25 @@ def register_members(client: Any, folder: Path) -> None:
     """Let those on the list join, and no others. Raises BadInputError for a key that is none."""
     from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
 
-    listed = members(folder)
-    there = {one.public_key: one for one in client.ListNodes(ListNodesRequest()).nodes_info}
-    for key, node in there.items():
-        if node.status != "unregistered" and (node.name, key) not in listed.items():
+    listed, known, there = members(folder), set[bytes](), set[tuple[str, bytes]]()
+    for node in client.ListNodes(ListNodesRequest()).nodes_info:
+        known.add(node.public_key)
+        if node.status == STRUCK_OFF:
+            continue
+        if (node.name, node.public_key) in listed.items():
+            there.add((node.name, node.public_key))
+        else:
             client.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
-    for name, key in listed.items():
-        if key not in there or there[key].status == "unregistered":
-            client.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
+    new = listed.items() - there
+    _forget(folder, known & {key for _, key in new})
+    for name, key in sorted(new):
+        client.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
+
+
+def _forget(folder: Path, keys: Collection[bytes]) -> None:
+    """Keys that were struck off may be entered again, which Flower, who keeps them, never allows (flwr 1.42)."""
+    with contextlib.closing(sqlite3.connect(folder / DATABASE, timeout=LOCKED_FOR)) as state, state:
+        state.executemany("DELETE FROM node WHERE public_key = ? AND status = ?", [(key, STRUCK_OFF) for key in keys])
 
 
 def store_app(database: Path) -> None:

@@ -7,6 +7,8 @@ import functools
 import json
 import os
 import select
+import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -17,7 +19,7 @@ from typing import IO, Final
 from mixofshow.errors import BadInputError, ResourceError, SettingsError, shown
 from mixofshow.federation.apps import APPS_LOG
 from mixofshow.federation.bundle import TRUSTED
-from mixofshow.federation.keys import make_node_key
+from mixofshow.federation.keys import AUTHORITY, MAX_KEY_BYTES, checked_host, make_node_key
 from mixofshow.federation.launch import (
     always_running,
     app_starter,
@@ -29,6 +31,7 @@ from mixofshow.federation.launch import (
 )
 from mixofshow.federation.owner import KEY, ClientSettings, answer, open_questions, save_settings, went_wrong
 from mixofshow.outputs import holding
+from mixofshow.reading import read_bytes
 from mixofshow.terminal import say
 
 LOG: Final = "supernode.log"
@@ -46,20 +49,46 @@ but does nothing any more."""
 TOO_LATE: Final = "is not in `RUNNING` status. Ignoring reply"
 """What it says where a round ended before its answer was there."""
 AGAIN_AFTER: Final = 20.0
+ANSWERS_WITHIN: Final = 10.0
+LAST_PORT: Final = 65_535
 KEPT: Final = 4000
 """Characters of what it said last that are looked at."""
 SuperNode = Callable[[], contextlib.AbstractContextManager[subprocess.Popen[bytes]]]
+
+
+def look_for(center: str, authority: Path) -> None:
+    """Say where nobody answers at the center's address yet; its SuperNode would ask on in silence (flwr 1.42).
+
+    Raises BadInputError for what is no address or no certificate, and where another center answers.
+    """
+    name, _, port = center.rpartition(":")
+    if not name or not port.isdecimal() or not 0 < int(port) <= LAST_PORT:
+        raise BadInputError(f"'{shown(center)}': expected the center's address and port, as center.example:8000")
+    host = checked_host(name.strip("[]"))
+    try:
+        trust = ssl.create_default_context(cadata=read_bytes(authority, MAX_KEY_BYTES, BadInputError).decode("ascii", "replace"))
+    except ssl.SSLError as error:
+        raise BadInputError(f"{authority}: not the center's certificate; its operator has it, as tls/{AUTHORITY}") from error
+    try:
+        with socket.create_connection((host, int(port)), ANSWERS_WITHIN) as line:
+            trust.wrap_socket(line, server_hostname=host).close()
+    except ssl.SSLCertVerificationError as error:
+        why = shown(error.verify_message)
+        raise BadInputError(f"{center}: not the center of {authority}, or known by another name ({why})") from error
+    except OSError as error:
+        say(f"nobody answers at {center} yet ({shown(error.strerror or error)}); asking again and again")
 
 
 @contextlib.contextmanager
 def running_client(folder: Path, center: str, authority: Path, settings: ClientSettings) -> Iterator[SuperNode]:
     """A client's folder is held while the block lasts; yields what starts its SuperNode. Raises BadInputError."""
     require_flower()
-    save_settings(folder, settings)
-    make_node_key(folder / KEY)
+    folder.mkdir(parents=True, exist_ok=True)
     with holding(folder) as held:
         if held is False:
             raise BadInputError(f"{folder}: another client runs there")
+        save_settings(folder, settings)
+        make_node_key(folder / KEY)
         port, env, log = free_port(), environment(folder), folder / LOG
         with always_running(app_starter(f"127.0.0.1:{port}", "--insecure"), env, log):
             yield functools.partial(running, supernode(folder, center, authority, port), env, log)
@@ -117,7 +146,7 @@ def _listen(
     """What a SuperNode said at last, and its exit code, or None where it lives on in vain."""
     said, was_in = "", False
     while (code := process.poll()) is None and GAVE_UP not in said:
-        for content, question in open_questions(folder).items():
+        for content, question in list(open_questions(folder).items())[:1]:  # one after another
             if (yes := ask(question)) is not None:
                 answer(folder, content, yes=yes)
         if wrong := went_wrong(folder):

@@ -6,6 +6,7 @@ of their keys. Private halves are never sent. Keys are in OpenSSH's format, as F
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import ipaddress
 import re
@@ -22,6 +23,7 @@ AUTHORITY: Final = "ca.pem"
 YEARS: Final = 10
 MAX_KEY_BYTES: Final = 16_384
 NODE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+HOST_NAME: Final = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9])?)*")
 LOCAL: Final = ("localhost", "127.0.0.1")
 """Names under which the center's own programs reach it."""
 
@@ -29,10 +31,10 @@ LOCAL: Final = ("localhost", "127.0.0.1")
 def make_tls(folder: Path, hosts: list[str]) -> None:
     """Make an authority and the center's certificate for these host names and addresses, in `folder`/tls.
 
-    What is there stays: clients have that authority. Raises BadInputError where it is there for other hosts,
-    ResourceError.
+    What is there stays: clients have that authority. Raises BadInputError where it is there for other hosts, or for
+    what is none, ResourceError.
     """
-    place, wanted = folder / TLS, sorted({*hosts, *LOCAL})
+    place, wanted = folder / TLS, sorted({*map(checked_host, hosts), *LOCAL})
     if (place / "server.pem").exists():
         if missing := sorted(set(wanted) - set(_hosts_of(place / "server.pem"))):
             raise BadInputError(
@@ -166,6 +168,17 @@ def _usage(*, authority: bool) -> Any:
     kinds = ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only")
     none = dict.fromkeys((*kinds, "decipher_only"), False)
     return x509.KeyUsage(digital_signature=True, key_cert_sign=authority, crl_sign=authority, **none)
+
+
+def checked_host(name: str) -> str:
+    """A host name or address. Raises BadInputError for what is none."""
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(name))
+    if not HOST_NAME.fullmatch(name):
+        raise BadInputError(
+            f"'{shown(name)}': expected a name or address of a machine, without a port: center.example or 192.168.1.20"
+        )
+    return name
 
 
 def _host(name: str) -> Any:

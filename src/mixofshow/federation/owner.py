@@ -135,10 +135,10 @@ def own_concept(folder: Path, settings: ClientSettings, pipeline: Any, tuning: d
     from mixofshow.bases.loading import fingerprint
     from mixofshow.tuning.checkpoints import FOLDER, any_in
     from mixofshow.tuning.settings import make_settings
-    from mixofshow.tuning.trainer import tune
+    from mixofshow.tuning.trainer import digests, examples_of, tune
 
     table = {**tuning, "name": settings.name, "class_word": settings.class_word, "data": str(settings.data)}
-    same = {**table, "base": fingerprint(pipeline), "pictures": _contents(Path(str(settings.data)))}
+    same = {**table, "base": fingerprint(pipeline), "pictures": digests(examples_of(make_settings(table)))}
     key = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
     target = folder / "tuned" / f"{settings.name}-{key}.safetensors"
     with _alone_in(target.parent):
@@ -153,12 +153,6 @@ def own_concept(folder: Path, settings: ClientSettings, pipeline: Any, tuning: d
                 finished=lambda concept: concept.save(target),
             )
     return target
-
-
-def _contents(folder: Path) -> dict[str, str]:
-    """Digests of all files of a folder, by name."""
-    files = sorted(one for one in folder.rglob("*") if one.is_file())
-    return {str(one.relative_to(folder)): hashlib.sha256(one.read_bytes()).hexdigest() for one in files}
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +26,7 @@ from mixofshow.tuning.adapters import METHODS, initial_words, initializers, word
 from mixofshow.tuning.batches import make_batches, naming_for
 from mixofshow.tuning.checkpoints import Identity, working_in
 from mixofshow.tuning.conflicts import idle, refuse_impossible, slow_precision, tracker_of
-from mixofshow.tuning.dataset import inputs_of, read_folder
+from mixofshow.tuning.dataset import Example, inputs_of, read_folder
 from mixofshow.tuning.losses import TrainingLoss, recorded_attention
 from mixofshow.tuning.run import Callbacks, Finished, Preview, Run
 from mixofshow.tuning.settings import TuningSettings, make_settings, with_presets
@@ -87,6 +87,24 @@ def _asked(first: Any, second: Any, keys: Mapping[str, Any]) -> tuple[TuningSett
     return first, second
 
 
+def examples_of(settings: TuningSettings) -> list[Example]:
+    """What a run learns: pictures with their captions and masks. Raises DatasetError, SettingsError."""
+    return read_folder(
+        settings.data,
+        instance_prompt=settings.instance_prompt or f"a photo of a {settings.placeholder}",
+        skip_bad=settings.skip_bad,
+        masks=settings.masks,
+        alpha=settings.pictures.alpha,
+        background=settings.pictures.background,
+        naming=naming_for(settings),
+    )
+
+
+def digests(examples: Iterable[Example]) -> dict[str, str]:
+    """By picture, what tells it apart, its caption and mask too."""
+    return {one.name: one.digest for one in examples}
+
+
 def _tune(
     settings: TuningSettings,
     pipeline: Any,
@@ -96,15 +114,7 @@ def _tune(
     *,
     resume: bool,
 ) -> Concept:
-    examples = read_folder(
-        settings.data,
-        instance_prompt=settings.instance_prompt or f"a photo of a {settings.placeholder}",
-        skip_bad=settings.skip_bad,
-        masks=settings.masks,
-        alpha=settings.pictures.alpha,
-        background=settings.pictures.background,
-        naming=naming_for(settings),
-    )
+    examples = examples_of(settings)
     if settings.loss.attention_weight and not any(one.mask for one in examples):
         logger.warning("loss.attention_weight does nothing: no picture has a mask")
     words = initial_words(pipeline, settings, torch.Generator().manual_seed(settings.seed))
@@ -130,8 +140,7 @@ def _tune(
             )
         run = Run(settings, loss, batches, accelerator, callbacks, info=info, total=total)
         if folder:
-            pictures = {one.name: one.digest for one in examples}
-            run.keep(folder, _identity(settings, pictures, info.base_fingerprint), resume=resume)
+            run.keep(folder, _identity(settings, digests(examples), info.base_fingerprint), resume=resume)
         run.to_the_end()
         return run.handed_over()
 
