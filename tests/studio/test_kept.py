@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from mixofshow.errors import BadInputError, MixOfShowError, SettingsError
+from mixofshow.reading import read_table
 from mixofshow.sampling.composition import make_composition
 from mixofshow.sampling.pictures import embedded
 from mixofshow.sampling.settings import Composition
@@ -90,6 +91,30 @@ def test_a_mask_as_a_browser_writes_it_is_kept_once(studio: Studio) -> None:
         for _ in range(3):
             compose.keep(studio, composition, OWN)
         assert studio.changes.count == before + 1
+
+
+def test_many_painted_masks_are_read_back_and_each_is_looked_at_once(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None was large enough for a file, and all of them were more than a YAML may have: the canvas was put aside."""
+    noise = np.random.default_rng(0).integers(0, 256, (30, 64, 64), dtype=np.uint8)
+    masks = [{"prompt": "a", "mask": embedded(Image.fromarray(one))} for one in noise]
+    assert all(len(one["mask"]) < LONG for one in masks)
+    made = make_composition({"prompt": "a", "regions": masks})
+    compose.keep(studio, made, OWN)
+    assert studio.workspace.composition() == made
+    monkeypatch.setattr("mixofshow.studio.workspace.read_picture", lambda *_: pytest.fail("looked at it again"))
+    monkeypatch.setattr(Workspace, "composition", lambda _: pytest.fail("read it again"))
+    for _ in range(2):
+        compose.keep(studio, made.model_copy(update={"prompt": "b"}), OWN)
+    assert studio.changes.count == 2 and read_table(studio.workspace.canvas)["prompt"] == "b"
+
+
+def test_what_could_not_be_read_again_is_not_written(studio: Studio) -> None:
+    compose.keep(studio, Composition(prompt="a"), OWN)
+    with pytest.raises(SettingsError, match="shorten its prompts"):
+        compose.keep(studio, Composition(prompt="a" * 100_000), OWN)
+    assert studio.workspace.composition().prompt == "a"
 
 
 def test_pictures_can_be_drawn_where_their_folder_was_removed(studio: Studio) -> None:

@@ -20,9 +20,9 @@ import yaml
 from PIL import Image
 
 from mixofshow.concepts.manifest import MANIFEST
-from mixofshow.errors import MixOfShowError
+from mixofshow.errors import MixOfShowError, SettingsError
 from mixofshow.outputs import check_outputs, write_text
-from mixofshow.reading import read_table
+from mixofshow.reading import MAX_YAML_BYTES, read_table
 from mixofshow.replaceable import COMPOSITION, is_in_the_way
 from mixofshow.sampling.composition import make_composition
 from mixofshow.sampling.pictures import embedded, is_embedded, read_picture, write_picture
@@ -32,7 +32,9 @@ logger = logging.getLogger(__name__)
 
 EMPTY: Final[Mapping[str, Any]] = {"prompt": ""}
 LONG: Final = 8000
-"""Pictures of more characters are files of their own: a YAML that is read has 100 kB at most."""
+"""Pictures of more characters are files of their own."""
+ROOM: Final = 60_000
+"""Characters that all others of a composition have together: so many of a YAML are read, and some more."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,10 @@ class Workspace:
     base: str = "emojiland"
     loading: Mapping[str, Any] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    names: dict[bytes, str] = field(default_factory=dict, repr=False)
+    """Files among the inputs of large pictures, by digests of their texts; short texts as they are read back."""
+    on_canvas: dict[int, dict[str, Any]] = field(default_factory=dict, repr=False)
+    """What the canvas holds, by the time of its last change."""
 
     def open(self) -> None:
         """Make what is not there yet. Raises BadInputError, ResourceError where that cannot be."""
@@ -115,8 +121,14 @@ class Workspace:
 
     def holds(self, composition: Composition) -> bool:
         """Whether this is on the canvas: painted masks, too, which are other texts once they were written as pictures."""
-        there = self.composition()
-        return composition == there or self._table(composition, self.folder) == self._table(there, self.folder)
+        if changed_at(self.canvas) not in self.on_canvas:
+            self._remember(self._table(self.composition(), self.folder))
+        return self._table(composition, self.folder) == self.on_canvas.get(changed_at(self.canvas))
+
+    def _remember(self, table: dict[str, Any]) -> None:
+        """This is on the canvas now."""
+        self.on_canvas.clear()
+        self.on_canvas[changed_at(self.canvas)] = table
 
     def keep(self, composition: Composition) -> None:
         """Write what is on the canvas; what others wrote there is put aside."""
@@ -124,6 +136,7 @@ class Workspace:
             if is_in_the_way(self.canvas, "YAML"):
                 self._put_aside(f"{self.canvas.name} was not written by the studio")
             self.write(self.canvas, composition)
+            self._remember(self._table(composition, self.folder))
 
     def new_pictures(self, compositions: Sequence[Composition], how: Callable[[Path, int], str]) -> list[Path]:
         """Write each composition under the next free number, above it `how(file, number in the list)` it is drawn.
@@ -139,10 +152,16 @@ class Workspace:
         return files
 
     def write(self, file: Path, composition: Composition, how: str = "mixofshow sample draws it.") -> None:
-        """Write a composition as people do, without what is as usual; its large pictures go to `inputs`, each once."""
+        """Write a composition as people do, without what is as usual; its large pictures go to `inputs`, each once.
+
+        Raises SettingsError for one that is too large to be read again.
+        """
         table = self._table(composition, file.parent)
         text = yaml.safe_dump({"prompt": "", **table}, sort_keys=False, allow_unicode=True, width=120)
-        write_text(file, f"{COMPOSITION}{how}\n{text}")
+        text = f"{COMPOSITION}{how}\n{text}"
+        if (size := len(text.encode())) > MAX_YAML_BYTES:
+            raise SettingsError(f"composition: {size} bytes, at most {MAX_YAML_BYTES} are read again; shorten its prompts")
+        write_text(file, text)
 
     def _table(self, composition: Composition, folder: Path) -> dict[str, Any]:
         """A composition without what is as usual, its large pictures by their names as seen from the folder."""
@@ -151,21 +170,30 @@ class Workspace:
             control["picture"] = os.path.relpath(control["picture"], folder)
             if os.path.isdir(control["network"]):
                 control["network"] = os.path.relpath(control["network"], folder)
-        named: dict[str, Any] = self._with_names(table, folder)
+        longest = min(LONG, ROOM // max(1, len(table.get("regions", ()))))
+        named: dict[str, Any] = self._with_names(table, folder, longest)
         return named
 
-    def _with_names(self, value: Any, folder: Path, key: str = "") -> Any:
-        """A table with files' names, as seen from the folder, in the place of large pictures."""
+    def _with_names(self, value: Any, folder: Path, longest: int, key: str = "") -> Any:
+        """A table with files' names, as seen from the folder, in the place of pictures of more characters."""
         if isinstance(value, dict):
-            return {name: self._with_names(one, folder, name) for name, one in value.items()}
+            return {name: self._with_names(one, folder, longest, name) for name, one in value.items()}
         if isinstance(value, list):
-            return [self._with_names(one, folder, key) for one in value]
-        if not is_embedded(value) or len(value) <= LONG:
+            return [self._with_names(one, folder, longest, key) for one in value]
+        if not is_embedded(value) or len(value) <= longest:
             return value
-        # Browsers write masks in their own way: as it is read back, it may be short, or be there already.
-        image = read_picture(value, "RGB" if key == "image" else "L")
-        text = embedded(image)
-        return Path(os.path.relpath(self.put(image), folder)).as_posix() if len(text) > LONG else text
+        found = self._named(value, "RGB" if key == "image" else "L", longest)
+        return found if is_embedded(found) else Path(os.path.relpath(self.inputs / found, folder)).as_posix()
+
+    def _named(self, text: str, mode: str, longest: int) -> str:
+        """A picture's file among the inputs; browsers write masks in their own way: as it is read back, it may be short."""
+        key = hashlib.sha256(f"{mode} {longest} {text}".encode()).digest()
+        found = self.names.get(key, "")
+        if not found or not (is_embedded(found) or (self.inputs / found).is_file()):
+            image = read_picture(text, mode)
+            short = embedded(image)
+            found = self.names[key] = short if len(short) <= longest else self.put(image).name
+        return found
 
     def put(self, image: Image.Image) -> Path:
         """A picture's file among the inputs; the same picture has the same one."""
