@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mixofshow.concepts.concept import load_concept
 from mixofshow.errors import BadInputError, MixOfShowError, SettingsError
 from mixofshow.reading import read_table
 from mixofshow.sampling.composition import make_composition
@@ -23,7 +25,7 @@ from mixofshow.studio.compose import Studio
 from mixofshow.studio.drawing import OWN
 from mixofshow.studio.editor import cards_for
 from mixofshow.studio.forms import component
-from mixofshow.studio.jobs import Job, Jobs, in_time
+from mixofshow.studio.jobs import Job, Jobs, in_time, noticed
 from mixofshow.studio.tuning import tuning_fields
 from mixofshow.studio.workspace import LONG, Workspace
 from tests.studio.conftest import suite_in
@@ -177,6 +179,39 @@ def test_a_picture_that_is_taken_away_is_put_aside_with_its_caption_and_mask(stu
         tuning.remove_picture(workspace, "foxy", "../../../composition.yaml")
 
 
+def test_a_concept_of_the_same_name_takes_no_concepts_place(
+    studio: Studio, pictures: Path, runs: list[Any], tmp_path: Path
+) -> None:
+    """Neither one that is dropped nor one that is tuned: the one before is in the folder `removed`, with its portrait."""
+    workspace, clown = studio.workspace, load_concept(CLOWN)
+    mine = (workspace.concepts / "clown.safetensors").read_bytes()
+    (workspace.concepts / "clown.png").write_bytes(b"portrait")
+    other = dataclasses.replace(clown, info=clown.info.model_copy(update={"author": "somebody"}))
+    other.save(tmp_path / "clown.safetensors")
+    with noticed(said := []):
+        shelf.taken_in(workspace, tmp_path / "clown.safetensors", "clown.safetensors", {})
+    assert (workspace.folder / "removed" / "clown.safetensors").read_bytes() == mine
+    assert (workspace.folder / "removed" / "clown.png").is_file() and not (workspace.concepts / "clown.png").exists()
+    assert "<clown> was there before; that one is removed/clown.safetensors now" in said
+    theirs = (workspace.concepts / "clown.safetensors").read_bytes()
+    shelf.taken_in(workspace, tmp_path / "clown.safetensors", "clown.safetensors", {})  # the same again
+    assert len(list((workspace.folder / "removed").iterdir())) == 2
+    shutil.copytree(pictures.parent, workspace.tuning / "clown")
+    for resume in (False, True):
+        tuned = dataclasses.replace(clown, info=clown.info.model_copy(update={"author": f"resumed: {resume}"}))
+        runs.append(tuned.save)
+        job = studio.jobs.wait(tuning.start_tuning(studio, "clown", "cook", {}, resume=resume))
+        assert job.state == "done", job.line
+    assert (workspace.folder / "removed" / "clown-2.safetensors").read_bytes() == theirs
+    assert len(list((workspace.folder / "removed").iterdir())) == 3  # what is resumed goes on, and replaces nothing
+
+
+def test_what_people_put_beside_a_picture_is_no_composition_of_ours(studio: Studio) -> None:
+    """A list in another encoding ended all that the page looks at, each second."""
+    (studio.workspace.pictures / "holiday.yaml").write_bytes("café".encode("latin-1"))
+    assert compose.command_of(studio.workspace.pictures / "holiday.png") == ""
+
+
 def test_a_workspace_that_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for place in (tmp_path / "file", tmp_path / "file" / "within"):
@@ -208,14 +243,16 @@ def test_a_concept_file_that_goes_while_the_shelf_is_read_breaks_nothing(
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What tuning is asked for, in the place of tuning; `runs` may hold an exception for the next."""
+    """What tuning is asked for, in its place; `runs` may hold an exception for the next, or what it does with its target."""
     asked: list[Any] = []
 
     def tune_into(target: Path, settings: Any, *_: Any, **how: Any) -> None:
-        error = asked.pop() if asked and isinstance(asked[-1], BaseException) else None
+        given = asked.pop() if asked and not isinstance(asked[-1], tuple) else None
         asked.append((settings, how))
-        if error:
-            raise error
+        if isinstance(given, BaseException):
+            raise given
+        if given:
+            given(target)
         while settings.steps == 77 and not how["progress"](1, 2, {}):
             threading.Event().wait(0.01)
 

@@ -187,6 +187,7 @@ def test_a_value_that_is_no_canvas_is_refused(value: Any) -> None:
         (["a <clwn>", "a <steamtrain>"], "other", ["did you mean '<clown>'", ""]),
         (["a cook", "a <steamtrain>"], "other", ["No concept's name", ""]),
         (["a <clown>", "a <steamtrain>"], "other", ["", ""]),
+        (["A <Clown>", "a <STEAMTRAIN2>"], "other", ["", ""]),
         (["a <clown>", "a car and a <steamtrain>"], "emojiland", ["as: a photo of a <clown> and a cook", ""]),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shlex
@@ -365,6 +366,9 @@ def test_what_is_measured_needs_pictures_held_out(studio: Studio, pictures: list
     assert measuring.add_held_out(studio.workspace, "<clown>", pictures) == []
     assert [card.name for card in measuring.measurable(studio.workspace)] == ["clown"]
     assert "concepts/clown.safetensors=measured/clown" in measuring.command(studio.workspace, 2)
+    called_results = dataclasses.replace(shelf.cards(studio.workspace)[0], name="results")
+    place, report = measuring.held_out(studio.workspace, called_results), measuring.report_folder(studio.workspace)
+    assert place != report and report not in place.parents
 
 
 def test_what_people_answered_in_a_study_is_counted(tmp_path: Path) -> None:

@@ -41,8 +41,9 @@ def advice(composition: Composition, shelf: Sequence[Card], base: str) -> list[s
 
 
 def card_of(region: Region, shelf: Sequence[Card]) -> Card | None:
-    """The concept that a region's prompt names first."""
-    found = [(place, card) for card in shelf for word in (card.word, *card.words) if (place := region.prompt.find(word)) >= 0]
+    """The concept that a region's prompt names first, in whatever case."""
+    prompt = region.prompt.lower()
+    found = [(place, card) for card in shelf for word in (card.word, *card.words) if (place := prompt.find(word)) >= 0]
     return min(found, key=lambda one: one[0])[1] if found else None
 
 

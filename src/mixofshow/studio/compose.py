@@ -201,7 +201,7 @@ def command_of(picture: Path) -> str:
     file = picture.with_suffix(".yaml")
     if not file.is_file():
         return ""
-    first = file.read_text("utf-8").partition("\n")[0]
+    first = file.read_text("utf-8", errors="replace").partition("\n")[0]  # it may be anybody's
     return first.removeprefix(COMPOSITION) if first.startswith(COMPOSITION) else ""
 
 

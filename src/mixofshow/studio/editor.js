@@ -20,7 +20,7 @@ const high = () => WIDE * doc.height / doc.width;
 const grid = () => Number(find("[data-grid]").value);
 const snapped = (value) => clamp(grid() ? Math.round(value * grid()) / grid() : value);
 const cards = () => props.cards || [];
-const cardOf = (region) => cards().findIndex((card) => (region.prompt || "").includes(card.word));
+const cardOf = (region) => cards().findIndex((card) => (region.prompt || "").toLowerCase().includes(card.word));
 
 function colourOf(index) {
   const card = cardOf(doc.regions[index]);

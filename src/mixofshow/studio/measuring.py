@@ -25,6 +25,7 @@ from mixofshow.studio.web import many
 from mixofshow.studio.workspace import Workspace
 
 KIND: Final = "measure"
+RESULTS: Final = "results"
 METHODS: Final = ("gradient", "average")
 LARGEST_INSIDE: Final = 30_000_000
 """Bytes of a page that is shown within the studio's."""
@@ -33,7 +34,7 @@ Table = tuple[list[str], list[list[str]]]
 
 def held_out(workspace: Workspace, card: Card) -> Path:
     """The folder of a concept's held-out pictures."""
-    return workspace.folder / "measured" / card.name
+    return workspace.folder / "measured" / (card.name if card.name != RESULTS else f"{RESULTS}.held-out")
 
 
 def add_held_out(workspace: Workspace, word: str, uploads: Sequence[Path]) -> list[str]:
@@ -62,7 +63,7 @@ def command(workspace: Workspace, images: int) -> str:
 
 def report_folder(workspace: Workspace) -> Path:
     """Where the results, the report and what was drawn for them lie."""
-    return workspace.folder / "measured" / "results"
+    return workspace.folder / "measured" / RESULTS
 
 
 def start_measuring(studio: Studio, images: int) -> Job:

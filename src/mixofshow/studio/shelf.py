@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import filecmp
 import functools
+import logging
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +22,7 @@ from mixofshow.errors import MixOfShowError, shown
 from mixofshow.sampling.settings import Composition
 from mixofshow.studio.workspace import Workspace, changed_at
 
+logger = logging.getLogger(__name__)
 LETTERS: Final = re.compile(r"[^a-z0-9_-]+")
 
 
@@ -134,22 +139,49 @@ def taken_in(workspace: Workspace, source: Path, called: str, settings: dict[str
     chosen = ConvertSettings.of(settings if ahead else {**settings, "name": name}, "options")
     target = workspace.concepts / f"{name}.safetensors"
     check_target(source, target, chosen)
-    return convert(source, target, load_base(workspace.base, **workspace.loading), chosen)
+    with replacing(workspace, target):
+        return convert(source, target, load_base(workspace.base, **workspace.loading), chosen)
 
 
 def put_aside(workspace: Workspace, words: Sequence[str]) -> list[str]:
     """Move the files of the concepts that prompts call so into the folder `removed`; returns their new names there."""
-    removed, moved = workspace.folder / "removed", []
-    removed.mkdir(exist_ok=True)
+    moved = []
     for card in cards(workspace):
         if card.word in words:
-            there = [path.stem for path in removed.iterdir()]
-            target = removed / f"{file_name(card.name, there)}.safetensors"
+            target = _place_aside(workspace, card.name)
             card.path.rename(target)
-            if card.portrait:
-                card.portrait.rename(target.with_suffix(".png"))
+            _portrait_along(card.path, target)
             moved.append(target.name)
     return moved
+
+
+@contextlib.contextmanager
+def replacing(workspace: Workspace, file: Path) -> Iterator[None]:
+    """Inside, a concept's file may be replaced by another of its name; it is in the folder `removed` then, which is said."""
+    if not file.is_file():
+        yield
+        return
+    aside = _place_aside(workspace, file.stem)
+    shutil.copy2(file, aside)
+    try:
+        yield
+    finally:
+        if filecmp.cmp(file, aside, shallow=False):
+            aside.unlink()
+        else:
+            _portrait_along(file, aside)
+            logger.warning("<%s> was there before; that one is %s now", file.stem, workspace.shown(aside))
+
+
+def _place_aside(workspace: Workspace, name: str) -> Path:
+    removed = workspace.folder / "removed"
+    removed.mkdir(exist_ok=True)
+    return removed / f"{file_name(name, [path.stem for path in removed.iterdir()])}.safetensors"
+
+
+def _portrait_along(file: Path, target: Path) -> None:
+    if portrait := _portrait(file):
+        portrait.rename(target.with_suffix(".png"))
 
 
 def put_on(workspace: Workspace, sources: Sequence[Path]) -> None:

@@ -30,7 +30,7 @@ from mixofshow.studio.compose import Studio
 from mixofshow.studio.editor import painted, thumbnail
 from mixofshow.studio.forms import Field, fields_of
 from mixofshow.studio.jobs import Job
-from mixofshow.studio.shelf import file_name
+from mixofshow.studio.shelf import file_name, replacing
 from mixofshow.studio.workspace import Workspace, changed_at
 from mixofshow.tuning.captions import Naming
 from mixofshow.tuning.check import check_folder
@@ -255,7 +255,8 @@ def start_tuning(studio: Studio, name: str, class_word: str, given: Mapping[str,
             job.said.append(text.replace(f"{workspace.folder}{os.sep}", ""))
 
         how: dict[str, Any] = {"folder": folder, "resume": resume, "progress": job.progress, "say": say}
-        with written(settings_file(workspace, name), in_yaml):
+        kept = contextlib.nullcontext() if resume else replacing(workspace, target)
+        with written(settings_file(workspace, name), in_yaml), kept:
             tune_into(target, settings, pipeline, **how)
         return [target]
 
