@@ -134,6 +134,22 @@ def test_a_page_that_has_not_seen_what_another_did_writes_nothing_over_it(studio
     assert studio.workspace.composition() == third
 
 
+def test_a_page_of_before_the_studio_was_started_again_writes_nothing_over_what_came_since(studio: Studio) -> None:
+    before, since, anew = (Composition(prompt=text) for text in "abc")
+    compose.keep(studio, before, OWN, "old")
+    again = Studio(studio.workspace)
+    compose.keep(again, since, OWN, "old")  # nobody has done anything since
+    again.changes.begin("new")
+    compose.keep(again, anew, OWN, "new")
+    assert again.changes.news("old") == "another page has changed this"
+    once_more = Studio(studio.workspace)
+    once_more.changes.begin("new")
+    compose.keep(once_more, since, OWN, "new")
+    compose.keep(once_more, before, OWN, "old")
+    assert once_more.workspace.composition() == since
+    assert "at the same moment is not kept" in once_more.changes.news("old")
+
+
 def test_a_canvas_that_cannot_be_read_is_put_aside_and_not_lost(studio: Studio) -> None:
     for number in (1, 2):
         studio.workspace.canvas.write_text(f"prompt: [{number}")

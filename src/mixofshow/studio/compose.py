@@ -41,7 +41,10 @@ MOST_AT_ONCE: Final = 64
 
 @dataclass
 class Changes:
-    """Of what is on the canvas: how many there were, up to which each open page shows them, and which pages came too late."""
+    """Of what is on the canvas: how many there were, up to which each open page shows them, and which pages came too late.
+
+    A page that was opened before the studio was started again shows what was there then.
+    """
 
     count: int = 0
     shown: dict[str, int] = field(default_factory=dict)
@@ -55,7 +58,7 @@ class Changes:
     def make(self, page: str, change: Callable[[], None]) -> None:
         """Change it, unless what this page shows is older than what another has put there meanwhile."""
         with self.lock:
-            if self.shown.get(page, self.count) < self.count:
+            if self.shown.get(page, 0) < self.count:
                 self.late.add(page)
                 return
             change()
@@ -66,7 +69,7 @@ class Changes:
     def news(self, page: str) -> str:
         """That another page has changed it since this one looked last, in a line; empty where none has."""
         with self.lock:
-            before, self.shown[page] = self.shown.get(page, self.count), self.count
+            before, self.shown[page] = self.shown.get(page, 0), self.count
             lost = page in self.late
             self.late.discard(page)
         if before == self.count:
