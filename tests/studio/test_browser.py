@@ -70,6 +70,25 @@ def test_boxes_lie_where_they_were_drawn_whatever_the_window(
     assert regions(served[1], 1) == [first]
 
 
+DAB = """([x, y]) => {
+  const svg = document.querySelector("#editor svg"), place = svg.getBoundingClientRect();
+  const clientX = place.left + x * place.width, clientY = place.top + y * place.height;
+  svg.setPointerCapture = () => {};
+  for (const kind of ["pointerdown", "pointerup"]) svg.dispatchEvent(new PointerEvent(kind, { clientX, clientY, bubbles: true }));
+}"""
+"""The brush, for no time."""
+TYPE_AND_LEAVE = """text => {
+  const field = document.querySelector("#editor .regions textarea"), kept = window.setTimeout;
+  field.focus();
+  window.setTimeout = () => 1;
+  field.value = text;
+  field.dispatchEvent(new Event("input", { bubbles: true }));
+  window.setTimeout = kept;
+  field.blur();
+}"""
+"""So fast that no time passes that the page would wait for more."""
+
+
 def test_polygons_and_painted_masks(open_page: Any, served: tuple[str, Workspace]) -> None:
     page = open_page()
     empty(page, served[1])
@@ -85,6 +104,16 @@ def test_polygons_and_painted_masks(open_page: Any, served: tuple[str, Workspace
     grey = read_picture(mask, "L")
     across = [grey.getpixel((round(x * grey.width), grey.height // 2)) for x in (0.05, 0.3, 0.7, 0.95)]
     assert across == [0, 255, 255, 0]
+    page.reload()
+    page.wait_for_selector("#editor .region >> nth=1")
+    page.locator("#editor .regions textarea").nth(1).focus()  # which selects it
+    page.click("#editor [data-tool=brush]")
+    page.evaluate(DAB, [0.5, 0.1])
+    until(lambda: regions(served[1], 2)[1]["mask"] != mask)
+    grey = read_picture(regions(served[1], 2)[1]["mask"], "L")
+    assert grey.getpixel((grey.width // 2, grey.height // 10)) == grey.getpixel((grey.width // 2, grey.height // 2)) == 255
+    page.evaluate(TYPE_AND_LEAVE, "a quick one")
+    until(lambda: regions(served[1], 2)[0]["prompt"] == "a quick one")
 
 
 def picture_after(workspace: Workspace, before: int) -> Path:

@@ -133,6 +133,23 @@ def test_with_a_token_nobody_comes_in_without(open_studio: Any) -> None:
         assert visitor.get(f"{address}config").status_code == 200
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.5", "localhost", "::1"])
+def test_whoever_asks_at_the_address_that_was_given_is_answered(host: str) -> None:
+    """At any but two of this machine's own the page was refused."""
+    from starlette.applications import Starlette
+    from starlette.responses import Response
+    from starlette.routing import Route
+    from starlette.testclient import TestClient
+
+    from mixofshow.studio.server import _launching
+
+    only_here = _launching(host, 7860, None)["app_kwargs"]["middleware"]
+    client = TestClient(Starlette(routes=[Route("/", lambda _: Response())], middleware=only_here))
+    shown = f"[{host}]" if ":" in host else host
+    assert client.get("/", headers={"host": f"{shown}:7860"}).status_code == 200
+    assert client.get("/", headers={"host": "rebound.example:7860"}).status_code == 400
+
+
 def test_a_port_that_is_taken_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mixofshow.studio import server
 
@@ -145,10 +162,14 @@ def test_a_port_that_is_taken_is_said_in_one_line(tmp_path: Path, monkeypatch: p
 
 def test_ctrl_c_is_that_of_any_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mixofshow", "studio", str(tmp_path / "studio"), "--port", str(free_port())]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+    (elsewhere := tmp_path / "tmp").mkdir()
+    env = {**os.environ, "TMPDIR": str(elsewhere)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as child:
         assert child.stdout and "Ctrl-C ends it" in child.stdout.readline()
+        assert list(elsewhere.glob("mixofshow-studio-*"))  # where what is dropped lies meanwhile
         child.send_signal(signal.SIGINT)
         said = child.communicate(timeout=90)
+        assert not list(elsewhere.glob("mixofshow-studio-*"))
         assert child.returncode == 130 and "Traceback" not in "".join(said), said
 
 

@@ -1,4 +1,10 @@
 // The canvas: what is drawn on it, and what mouse, pen and finger do there.
+// Masks are decoded while they are shown: one that comes later would not be in what a first quick dab makes of it.
+function pictureOf(mask) {
+  if (!masks.has(mask)) masks.set(mask, Object.assign(new Image(), { src: mask }));
+  return masks.get(mask);
+}
+
 function brushOf(region) {
   let made = brushes.get(region);
   if (made) return made;
@@ -6,11 +12,8 @@ function brushOf(region) {
   made = make("canvas", { width: Math.round(doc.width * scale), height: Math.round(doc.height * scale) });
   const pen = made.getContext("2d");
   pen.fillRect(0, 0, made.width, made.height);
-  if (region.mask) {
-    const before = new Image();
-    before.onload = () => pen.drawImage(before, 0, 0, made.width, made.height);
-    before.src = region.mask;
-  }
+  const before = pictureOf(region.mask);
+  if (before.naturalWidth) pen.drawImage(before, 0, 0, made.width, made.height);
   brushes.set(region, made);
   return made;
 }
@@ -32,6 +35,7 @@ function shapeOf(index) {
   }
   if (region.polygon) return make("svg:polygon", { ...look, points: region.polygon.map(([x, y]) => `${x * WIDE},${y * high()}`).join(" ") });
   const id = `${own}-${index}`;
+  pictureOf(region.mask);
   const picture = make("svg:image", { href: region.mask, width: WIDE, height: high(), preserveAspectRatio: "none" });
   const tinted = make("svg:rect", { class: "shape", fill: colour, width: WIDE, height: high(), mask: `url(#${id})`, style: "fill-opacity: .5" });
   return make("svg:g", {}, make("svg:mask", { id }, picture), tinted);
@@ -77,6 +81,7 @@ function showCanvas() {
     svg.append(make("svg:polyline", { points, fill: "none", stroke: "black", "stroke-width": 2 * unit, "stroke-dasharray": 6 * unit }));
   }
   if (focused >= 0) svg.querySelectorAll(".region")[focused]?.focus();
+  for (const mask of [...masks.keys()]) if (!doc.regions.some((region) => region.mask === mask)) masks.delete(mask);
   const under = canvas.querySelector("img");
   under.hidden = !props.picture;
   if (props.picture && under.getAttribute("src") !== props.picture) under.setAttribute("src", props.picture);

@@ -11,6 +11,7 @@ const svg = find("svg"), canvas = find(".canvas"), list = find(".regions"), hint
 let doc = { width: 64, height: 64, regions: [] };
 let selected = -1, tool = FIRST_TOOL, drag = null, corners = [], past = [], future = [], timer = null;
 let brushes = new WeakMap();
+const masks = new Map();
 const own = `mask-${crypto.getRandomValues(new Uint32Array(1))[0]}`; // a page has several editors
 
 const copy = (value) => JSON.parse(JSON.stringify(value));
@@ -51,6 +52,7 @@ function remember(regions = doc.regions) {
 
 function hand() {
   clearTimeout(timer);
+  timer = null;
   props.value = copy(doc);
   trigger("input");
 }

@@ -154,6 +154,7 @@ list.addEventListener("focusin", (event) => {
 });
 list.addEventListener("change", (event) => { if (event.target.dataset.edge) showList(); }); // what was not taken goes
 list.addEventListener("focusin", (event) => { if (event.target.matches("input, textarea")) remember(); });
+list.addEventListener("focusout", () => { if (timer) hand(); }); // what is clicked next is to know it
 svg.addEventListener("pointerdown", press);
 svg.addEventListener("pointermove", pull);
 svg.addEventListener("pointerup", release);

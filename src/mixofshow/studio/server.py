@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import hmac
 import ipaddress
 import os
+import shutil
 import socket
 import tempfile
 from typing import Any, Final
@@ -50,7 +52,9 @@ def serve(
     """
     check_address(host, token)
     library()  # so that its lack is told before a model is loaded
-    os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="mixofshow-studio-"))
+    if "GRADIO_TEMP_DIR" not in os.environ:
+        os.environ["GRADIO_TEMP_DIR"] = place = tempfile.mkdtemp(prefix="mixofshow-studio-")
+        atexit.register(shutil.rmtree, place, ignore_errors=True)  # what was dropped, and copies of what was shown
     reach_without_proxy(host)
     check_port(host, port)
     studio = Studio.open(workspace)
@@ -91,7 +95,8 @@ def _launching(host: str, port: int, token: str | None) -> dict[str, Any]:
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     # A page elsewhere could otherwise reach this machine by a name of its own that leads here (DNS rebinding).
-    only_here = [Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_NAMES])] if token is None else []
+    called = "[" if ":" in host else host  # as it stands before the first colon in what a browser asks
+    only_here = [Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_NAMES, called])] if token is None else []
     return {
         "server_name": host,
         "server_port": port,
