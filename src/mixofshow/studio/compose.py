@@ -43,7 +43,7 @@ MOST_AT_ONCE: Final = 64
 class Changes:
     """Of what is on the canvas: how many there were, up to which each open page shows them, and which pages came too late.
 
-    A page that was opened before the studio was started again shows what was there then.
+    A page that was opened before the studio was started again shows what was there then; what is done by no page counts.
     """
 
     count: int = 0
@@ -58,7 +58,7 @@ class Changes:
     def make(self, page: str, change: Callable[[], None]) -> None:
         """Change it, unless what this page shows is older than what another has put there meanwhile."""
         with self.lock:
-            if self.shown.get(page, 0) < self.count:
+            if page and self.shown.get(page, 0) < self.count:
                 self.late.add(page)
                 return
             change()
