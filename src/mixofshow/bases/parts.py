@@ -41,7 +41,8 @@ def exclusive(pipeline: Any) -> Iterator[None]:
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of a part as it is without adapters, sorted by name. Raises BaseModelError where one is offloaded."""
-    found = {_WRAPPED.sub("", name): tensor for name, tensor in _unattached(plain(module))}
+    state = plain(module).state_dict()
+    found = {_WRAPPED.sub("", name): tensor for name, tensor in state.items() if not _ATTACHED.search(name)}
     for name, tensor in sorted(found.items()):
         _refuse_meta(tensor, name)
         yield name, tensor
@@ -65,10 +66,6 @@ def glimpse(named: Iterable[tuple[str, Tensor]]) -> str:
         digest.update(str(int(flat.view(_BITS[flat.element_size()]).sum())).encode())
         digest.update(raw(flat[:: max(1, len(flat) // GLIMPSED)]))
     return digest.hexdigest()
-
-
-def _unattached(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return ((name, tensor) for name, tensor in module.state_dict().items() if not _ATTACHED.search(name))
 
 
 def adapters(pipeline: Any) -> list[str]:

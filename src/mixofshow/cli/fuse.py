@@ -18,7 +18,6 @@ from mixofshow.terminal import say
 if TYPE_CHECKING:
     from mixofshow.concepts.model import ConceptModel
     from mixofshow.fusion.stages import Fused
-    from mixofshow.fusion.store import Recording
 
 
 app = typer.Typer()
@@ -51,12 +50,9 @@ def record(
     with terminal_bar("recording") as progress:
         for number, made in enumerate(record_all(files, job, workers=workers)):
             progress(number + 1, len(files), {})
-            say(f"{made.file.path}: {files[number]}, {_megabytes(made.file.path)}, {storage}{_lost(made)}")
-
-
-def _lost(recording: Recording) -> str:
-    mean, largest = recording.info.error
-    return f", relative error {mean:.2g} on average, {largest:.2g} at most" if largest else ""
+            mean, largest = made.info.error
+            lost = f", relative error {mean:.2g} on average, {largest:.2g} at most" if largest else ""
+            say(f"{made.file.path}: {files[number]}, {_megabytes(made.file.path)}, {storage}{lost}")
 
 
 def _megabytes(path: Path) -> str:

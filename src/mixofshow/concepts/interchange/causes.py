@@ -42,7 +42,8 @@ def other_base(texts: Mapping[str, str], layers: Mapping[str, Parts], pipeline: 
     """That the adapter was made for another kind of base, if it was: by what it says, its names and its widths."""
     said = _said(texts)
     # Another name, such as a finetuned model's, tells something only where its layers do not.
-    kinds = (said_kind(said), _named_kind(layers), _wide_kind(layers), shown(said, 40))
+    named = next((kind for pattern, kind in _NAMED if any(map(pattern.search, layers))), None)
+    kinds = (said_kind(said), named, _wide_kind(layers), shown(said, 40))
     own = version_of(pipeline)
     found = next(filter(None, kinds), own)
     return (
@@ -57,10 +58,6 @@ def other_prediction(texts: Mapping[str, str], pipeline: Any) -> str | None:
     said = PREDICTIONS.get(texts.get(PREDICTION, ""))
     own = pipeline.scheduler.config.get("prediction_type", said)
     return f"made for a base that predicts {said}, this one predicts {own}" if said not in (None, own) else None
-
-
-def _named_kind(layers: Mapping[str, Parts]) -> str | None:
-    return next((kind for pattern, kind in _NAMED if any(map(pattern.search, layers))), None)
 
 
 def _wide_kind(layers: Mapping[str, Parts]) -> str | None:
