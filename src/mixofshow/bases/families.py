@@ -112,14 +112,12 @@ class TextEncoder:
         """States before the skipped layers as the UNet reads them: through the final norm, where its family has that."""
         if self.always_skipped or not self.clip_skip:
             return states
-        normed: Tensor = getattr(self.model, "text_model", self.model).final_layer_norm(states)
-        return normed
+        return getattr(self.model, "text_model", self.model).final_layer_norm(states)
 
     @property
     def table(self) -> Tensor:
         """The vectors of its own tokens, (tokens, dim)."""
-        weight: Tensor = self.model.get_input_embeddings().weight
-        return weight
+        return self.model.get_input_embeddings().weight
 
     @property
     def first_id(self) -> int:
@@ -129,14 +127,12 @@ class TextEncoder:
     @property
     def width(self) -> int:
         """Width of its token vectors."""
-        width: int = self.model.config.hidden_size
-        return width
+        return self.model.config.hidden_size
 
     @property
     def length(self) -> int:
         """How many tokens of a prompt it reads."""
-        length: int = self.model.config.max_position_embeddings
-        return length
+        return self.model.config.max_position_embeddings
 
 
 def text_encoders(pipeline: Any) -> list[TextEncoder]:

@@ -100,8 +100,7 @@ def refuse_hooks(pipeline: Any, what: str) -> None:
 def parameter_of(module: Any) -> nn.Parameter:
     """A layer's own weight, also where something is added to it whenever it is read."""
     parametrized = getattr(module, "parametrizations", {})
-    found: nn.Parameter = parametrized["weight"].original if "weight" in parametrized else module.weight
-    return found
+    return parametrized["weight"].original if "weight" in parametrized else module.weight
 
 
 def refuse_unreachable(module: Any, name: str) -> None:

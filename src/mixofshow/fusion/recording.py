@@ -208,8 +208,7 @@ class _Recorder:
 
 def predicted(pipeline: Any, latents: Tensor, timestep: Tensor, text: EncodedText) -> Tensor:
     """What the UNet predicts; `text` is that of each picture, in every layer's variant."""
-    made: Tensor = pipeline.unet(latents, timestep, text.hidden, **conditions(pipeline, text.pooled, latents)).sample
-    return made
+    return pipeline.unet(latents, timestep, text.hidden, **conditions(pipeline, text.pooled, latents)).sample
 
 
 def draw(pipeline: Any, predict: Callable[[Tensor, Tensor], Tensor], *, steps: int, seeds: Sequence[int]) -> None:

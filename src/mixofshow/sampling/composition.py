@@ -165,7 +165,7 @@ def compose(
 
     def drawn(number: int, count: int, progress: Progress) -> PipelineOutput:
         """Pictures from this one on, so many in one batch."""
-        found: PipelineOutput = pipeline(
+        return pipeline(
             composition.prompt,
             regions=[*composition.regions, *[AUTO] * composition.auto],
             negative_prompt=composition.negative_prompt,
@@ -179,7 +179,6 @@ def compose(
             progress=progress,
             **composition.settings,
         )
-        return found
 
     many = drawn_at_once(pipeline, *(round(side * composition.upscale) for side in size)) if at_once else 1
     starts = range(0, composition.num, many)

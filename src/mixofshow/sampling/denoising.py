@@ -85,8 +85,7 @@ class NoisePredictor:
         # The UNet empties the lists that it is given, and a step may have several predictions.
         more = {name: [*value] if isinstance(value, list) else value for name, value in more.items()}
         latents = latents if self.beside is None else torch.cat([latents, self.beside], dim=1)
-        prediction: Tensor = self.unet(latents, timestep, self.text, return_dict=False, **self.told, **more)[0]
-        return prediction
+        return self.unet(latents, timestep, self.text, return_dict=False, **self.told, **more)[0]
 
 
 @contextlib.contextmanager

@@ -57,8 +57,7 @@ def offset_noise(latents: Tensor, offset: float, generator: torch.Generator) -> 
 def denoising_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """What the model should say: the noise, or the velocity, as its scheduler's `prediction_type` tells."""
     if scheduler.config.prediction_type == "v_prediction":
-        velocity: Tensor = scheduler.get_velocity(latents, noise, timesteps)
-        return velocity
+        return scheduler.get_velocity(latents, noise, timesteps)
     return noise
 
 

@@ -50,8 +50,7 @@ def text_features(captions: Sequence[str], folder: Path = JUDGE_FOLDER) -> Tenso
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
     """Token ids padded to the tokenizer's length, (captions, tokens)."""
-    ids: Tensor = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
-    return ids
+    return tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 def to_tensor(images: Iterable[Image.Image]) -> Tensor:

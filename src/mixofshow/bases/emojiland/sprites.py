@@ -22,8 +22,7 @@ def sprite(icon_set: str, name: str) -> Image.Image:
 
 @cache
 def _names(icon_set: str) -> list[str]:
-    names: list[str] = json.loads((ICON_FOLDER / f"{icon_set}.json").read_text())["icons"]
-    return names
+    return json.loads((ICON_FOLDER / f"{icon_set}.json").read_text())["icons"]
 
 
 @cache
