@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mixofshow.bases.layers import cross_attentions, lora_layers
-from mixofshow.concepts.adapters import applied, tuned_weights
+from mixofshow.concepts.adapters import tuned_weights
+from mixofshow.concepts.model import with_concept
 from mixofshow.concepts.prompts import layerwise
 
 TOLERANCE = 1e-5
@@ -38,7 +39,7 @@ def test_plain_noise(shape, golden, golden_pipeline, relative_error):
 def test_noise_of_a_concept(timestep, shape, alpha, golden, golden_pipeline, golden_concepts, relative_error):
     expected, text = golden("b_unet"), golden("a_text")[f"embeds_alpha{alpha}_prompt1"]
     unet = golden_pipeline.unet
-    with torch.no_grad(), applied(golden_pipeline, golden_concepts[0], unet=alpha), layerwise(unet):
+    with torch.no_grad(), with_concept(golden_pipeline, golden_concepts[0], alpha).active(), layerwise(unet):
         found = unet(expected[f"latents_{shape}"], timestep, text).sample
     assert relative_error(found, expected[f"noise_alpha{alpha}_{shape}_t{timestep}"]) < TOLERANCE
 
@@ -48,5 +49,5 @@ def test_merged_weights(golden, golden_pipeline, golden_concepts, relative_error
     assert len(merged) == 3
     for key, expected in merged.items():
         layer = "unet." + key.removeprefix("merged0.7.").removesuffix(".weight")
-        found = tuned_weights(golden_pipeline, golden_concepts[0], [layer], {"unet": 0.7})[layer]
+        found = tuned_weights(golden_pipeline, golden_concepts[0], [layer], 0.7)[layer]
         assert relative_error(found, expected) < TOLERANCE

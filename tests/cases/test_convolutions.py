@@ -17,12 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mixofshow.bases.layers import kernel_of, layer, matrix, tunable_layers
-from mixofshow.concepts.adapters import applied
 from mixofshow.concepts.changes import DOWN, FULL, UP, Full, LowRank
 from mixofshow.concepts.concept import load_concept
 from mixofshow.concepts.interchange.convert import convert
 from mixofshow.concepts.interchange.importing import open_concept
 from mixofshow.concepts.interchange.settings import ConvertSettings, ImportSettings
+from mixofshow.concepts.model import with_concept
 from mixofshow.errors import ConceptFileError
 
 CONV, DOWNWARDS = "unet.down_blocks.0.resnets.0.conv1", "unet.down_blocks.0.downsamplers.0.conv"
@@ -72,7 +72,7 @@ def test_applying_equals_peft(golden_pipeline, halves, concept):
         wrapper.lora_A["theirs"].weight.data, wrapper.lora_B["theirs"].weight.data = down, up
     ours = dataclasses.replace(concept, deltas={name: LowRank.of(*pair) for name, pair in halves.items()})
     before = noise(golden_pipeline)
-    with applied(golden_pipeline, ours):
+    with with_concept(golden_pipeline, ours).active():
         torch.testing.assert_close(noise(golden_pipeline), noise(theirs), rtol=1e-4, atol=1e-5)
         assert (noise(golden_pipeline) - before).norm() > 0.1 * before.norm()
     assert torch.equal(noise(golden_pipeline), before)

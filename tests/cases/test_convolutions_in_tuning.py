@@ -8,8 +8,8 @@ from PIL import Image
 
 from mixofshow import load_concept, make_settings, tune
 from mixofshow.bases.layers import kernel_of, layer, lora_layers
-from mixofshow.concepts.adapters import applied
 from mixofshow.concepts.concept import Concept, check_fits
+from mixofshow.concepts.model import with_concept
 from mixofshow.tuning.adapters import lora_adapters
 
 CONVOLUTIONAL = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "samplers.0.conv")
@@ -43,7 +43,7 @@ def test_the_concept_is_the_tuned_pipeline(golden_pipeline, golden_concepts, set
         tuned = _drawn(golden_pipeline)
         deltas = {name: change.finished() for name, change in changes.items()}
     concept = Concept(golden_concepts[0].info, golden_concepts[0].embeddings, deltas)
-    with applied(golden_pipeline, concept):
+    with with_concept(golden_pipeline, concept).active():
         assert relative_error(_drawn(golden_pipeline), tuned) < 1e-4
     assert relative_error(tuned, before) > 0.1
     assert torch.equal(_drawn(golden_pipeline), before)

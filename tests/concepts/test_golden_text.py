@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mixofshow.concepts.adapters import applied, tuned_weights
+from mixofshow.concepts.adapters import tuned_weights
 from mixofshow.concepts.concept import vocabulary
+from mixofshow.concepts.model import with_concept
 from mixofshow.concepts.prompts import encode_prompts
 from mixofshow.concepts.words import Vocabulary, token_ids
 
@@ -49,14 +50,14 @@ def test_plain_prompts(golden, golden_pipeline, relative_error):
 )
 def test_embeddings(key, prompt, alpha, layers, golden, golden_pipeline, golden_concepts, relative_error):
     text, concept = golden("a_text"), golden_concepts[0]
-    with applied(golden_pipeline, concept, text_encoder=alpha):
+    with with_concept(golden_pipeline, concept, alpha).active():
         found = encode_prompts(golden_pipeline, [text.values["prompts"][prompt]], vocabulary([concept])).hidden
     assert relative_error(found[:, list(layers)], text[key]) < TOLERANCE
 
 
 def test_merged_weight(golden, golden_pipeline, golden_concepts, relative_error):
     layer = "text_encoder.text_model.encoder.layers.1.self_attn.out_proj"
-    found = tuned_weights(golden_pipeline, golden_concepts[0], [layer], {"text_encoder": 0.7})[layer]
+    found = tuned_weights(golden_pipeline, golden_concepts[0], [layer], 0.7)[layer]
     assert (
         relative_error(found, golden("a_text")[f"merged0.7.{layer.removeprefix('text_encoder.')}.weight"]) < TOLERANCE
     )

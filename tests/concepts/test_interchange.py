@@ -22,13 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mixofshow.bases.layers import TEXT_PREFIX, layer, matrix
-from mixofshow.concepts.adapters import applied, tuned_weights
+from mixofshow.concepts.adapters import tuned_weights
 from mixofshow.concepts.changes import Full, LowRank
 from mixofshow.concepts.concept import Concept, load_concept, vocabulary
 from mixofshow.concepts.interchange.convert import convert, half_precision_error
 from mixofshow.concepts.interchange.exporting import low_rank_changes, mean_vectors
 from mixofshow.concepts.interchange.importing import open_concept
 from mixofshow.concepts.interchange.settings import ConvertSettings, ImportSettings
+from mixofshow.concepts.model import with_concept
 from mixofshow.concepts.prompts import encode_prompts
 from mixofshow.concepts.words import Vocabulary
 from mixofshow.errors import MixOfShowError, SettingsError, TokenError
@@ -90,7 +91,7 @@ def test_golden_embeddings_and_weights(reference, golden, golden_pipeline, relat
     text = golden("a_text")
     half = open_concept(CONCEPTS / "edlora_dogx.pth", golden_pipeline, ImportSettings(text_encoder_alpha=0.7))
     for strength, concept in ((0.7, half), (1.0, reference)):
-        with applied(golden_pipeline, concept):
+        with with_concept(golden_pipeline, concept).active():
             found = encode_prompts(golden_pipeline, [text.values["prompts"][1]], vocabulary([concept])).hidden
         assert relative_error(found, text[f"embeds_alpha{strength}_prompt1"]) < 1e-5
     name = f"{TEXT_PREFIX}encoder.layers.1.self_attn.out_proj"
@@ -328,7 +329,7 @@ def test_diffusers_loads_what_is_exported(to, lora, token, shared, golden_pipeli
     mean, lost = mean_vectors(shared)
     plain = Vocabulary({word: one[None] for word, one in zip(shared.info.words, mean, strict=True)})
     prompt = "photo of {} near the beach"
-    with applied(golden_pipeline, shared):
+    with with_concept(golden_pipeline, shared).active():
         expected = encode_prompts(golden_pipeline, [prompt.format(shared.prompt)], plain).hidden[:, 0]
     pipeline.load_textual_inversion(tmp_path / "out", weight_name="dogx-words.safetensors", token=token)
     with torch.no_grad():

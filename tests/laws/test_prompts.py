@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mixofshow.bases.layers import cross_attentions
-from mixofshow.concepts.adapters import applied, replaced
+from mixofshow.concepts.adapters import replaced
 from mixofshow.concepts.concept import vocabulary
+from mixofshow.concepts.model import with_concept
 from mixofshow.concepts.prompts import encode_ids, encode_prompts, layerwise, placeholder_vectors
 from mixofshow.concepts.words import Vocabulary, token_ids
 from mixofshow.sampling.attention import RegionText, regional
@@ -127,8 +128,8 @@ def _regional(pipeline, concept):
 CHANGES = {
     "layerwise": lambda pipeline, concept: layerwise(pipeline.unet),
     "regional": _regional,
-    "applied": applied,
-    "applied at half strength": lambda pipeline, concept: applied(pipeline, concept, unet=0.5, text_encoder=0.5),
+    "a concept": lambda pipeline, concept: with_concept(pipeline, concept).active(),
+    "a concept at half strength": lambda pipeline, concept: with_concept(pipeline, concept, 0.5).active(),
     "placeholder_vectors": lambda pipeline, concept: placeholder_vectors(
         pipeline.text_encoder, concept.embeddings.flatten(0, 1)
     ),

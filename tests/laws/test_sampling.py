@@ -110,7 +110,7 @@ def test_the_same_seed_gives_the_same_bytes(scheduler, golden_pipeline, golden_c
 def test_strength_zero_keeps_only_the_words(golden_pipeline, golden_concepts):
     concept = golden_concepts[0]
     only_words = ConceptModel(golden_pipeline, vocabulary([concept]))
-    zero, full = with_concept(golden_pipeline, concept, unet=0, text_encoder=0), with_concept(golden_pipeline, concept)
+    zero, full = (with_concept(golden_pipeline, concept, strength) for strength in (0, 1))
     regions = REGIONS[:1]
     assert torch.equal(latents_of(zero, [1], regions=regions), latents_of(only_words, [1], regions=regions))
     assert not torch.equal(latents_of(full, [1], regions=regions), latents_of(only_words, [1], regions=regions))

@@ -42,7 +42,7 @@ def latents_seen(unet):
 def test_sampling_a_concept(shape, size, golden, golden_pipeline, golden_concepts, relative_error):
     expected = golden("c_sample")
     values = expected.values
-    model = with_concept(golden_pipeline, golden_concepts[0], unet=values["alpha"], text_encoder=values["alpha"])
+    model = with_concept(golden_pipeline, golden_concepts[0], values["alpha"])
     with model.active(), latents_seen(golden_pipeline.unet) as seen:
         encoded = encode(model, values["prompt"], values["negative_prompt"], (), **size, guided=True)
         found = denoise(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mixofshow.bases.layers import kind_of, layer, matrix, tunable_layers
+from mixofshow.bases.layers import layer, matrix, tunable_layers
 from mixofshow.bases.parts import adapters, exclusive, parameter_of, plain, refuse_streamed
 from mixofshow.concepts.changes import Change, LowRank
 from mixofshow.concepts.concept import Concept
@@ -39,28 +39,10 @@ def replaced(pipeline: Any, weights: Mapping[str, Tensor], *, parked: bool = Fal
                 parameter.data = own[name].to(parameter.device)  # a part that is offloaded may have been moved
 
 
-@contextlib.contextmanager
-def applied(pipeline: Any, concept: Concept, *, unet: float = 1.0, text_encoder: float = 1.0) -> Iterator[None]:
-    """Inside, the model is the concept's own: W0 + strength · ΔW in every layer the concept changed."""
-    strengths = {"unet": unet, "text_encoder": text_encoder}
-    with replaced(pipeline, tuned_weights(pipeline, concept, concept.deltas, strengths)):
-        yield
-
-
-@torch.no_grad()
-def tuned_weights(
-    pipeline: Any, concept: Concept, names: Iterable[str], strengths: Mapping[str, float] | None = None
-) -> dict[str, Tensor]:
+def tuned_weights(pipeline: Any, concept: Concept, names: Collection[str], strength: float = 1.0) -> dict[str, Tensor]:
     """The concept's own weights, W0 + strength · ΔW, of the named layers (those it did not change: W0)."""
-    strengths = strengths or {}
-    weights = {}
-    with exclusive(pipeline):
-        for name in names:
-            base = matrix(layer(pipeline, name))
-            delta = concept.deltas.get(name)
-            strength = strengths.get(kind_of(name), 1.0)
-            weights[name] = base.clone() if delta is None else base + delta.matrix(strength).to(base)
-    return weights
+    deltas = {name: concept.deltas[name] for name in names if name in concept.deltas}
+    return summed_weights(pipeline, [(deltas, strength)], names)
 
 
 @torch.no_grad()

@@ -206,14 +206,13 @@ def _grown(encoder: TextEncoder, words: Sequence[str], vectors: Tensor) -> tuple
     return model, tokenizer
 
 
-def with_concept(pipeline: Any, concept: Concept, *, unet: float = 1.0, text_encoder: float = 1.0) -> ConceptModel:
-    """The base model with one concept, at the given strengths (0: its words only, 1: as tuned).
+def with_concept(pipeline: Any, concept: Concept, strength: float = 1.0) -> ConceptModel:
+    """The base model with one concept, at the given strength (0: its words only, 1: as tuned).
 
     Raises ConceptFileError when the concept was made for another base.
     """
     concept = fitted(concept, pipeline, f"concept <{concept.info.name}>")
-    strengths = {"unet": unet, "text_encoder": text_encoder}
-    weights = tuned_weights(pipeline, concept, concept.deltas, strengths)
+    weights = tuned_weights(pipeline, concept, concept.deltas, strength)
     return ConceptModel(pipeline, vocabulary([concept]), weights, (concept,))
 
 

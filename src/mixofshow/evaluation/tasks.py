@@ -133,7 +133,7 @@ def _loaded(drawn_by: DrawnBy) -> ConceptModel:
     if not drawn_by.concept:
         return ConceptModel(pipeline)
     concept = load_concept(drawn_by.concept, pipeline)
-    return with_concept(pipeline, concept, unet=drawn_by.strength, text_encoder=drawn_by.strength)
+    return with_concept(pipeline, concept, drawn_by.strength)
 
 
 @contextlib.contextmanager

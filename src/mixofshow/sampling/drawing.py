@@ -78,7 +78,7 @@ def open_pipeline(
             scaled_files = [scaled(one, unet=strength, text_encoder=strength) for one in files]
             known = with_words(known.pipeline, scaled_files)
         else:
-            known = with_concept(known.pipeline, files[0], unet=strength, text_encoder=strength)
+            known = with_concept(known.pipeline, files[0], strength)
     return MixOfShowPipeline.of(known)
 
 

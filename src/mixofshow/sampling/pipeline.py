@@ -141,7 +141,7 @@ class _Pipeline(ConceptLoaderMixin, DiffusionPipeline):  # type: ignore[misc]
     @classmethod
     def single(cls, pipeline: Any, concept: Concept | str | Path, *, strength: float = 1.0) -> Self:
         """From a base model and one concept, or its file; strength 0 keeps only its words, 1 is as tuned."""
-        return cls.of(with_concept(pipeline, as_concept(concept, pipeline), unet=strength, text_encoder=strength))
+        return cls.of(with_concept(pipeline, as_concept(concept, pipeline), strength))
 
     def save_pretrained(
         self,
