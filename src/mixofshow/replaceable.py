@@ -33,13 +33,6 @@ LISTING: Final = ".mixofshow-files.json"
 """In a folder that we wrote: its files with their sizes in bytes."""
 DROPPINGS: Final = {LISTING, ".DS_Store", "Thumbs.db", "desktop.ini"}
 """Files that systems leave in folders; nobody misses them."""
-MODEL_FILE: Final = re.compile(
-    r"model_index\.json|concepts\.(json|safetensors)|"
-    r"(unet|vae|text_encoder(_2)?|tokenizer(_2)?|scheduler|feature_extractor|image_encoder)/"
-    r"((config|generation_config|scheduler_config|preprocessor_config|tokenizer|tokenizer_config|vocab|added_tokens|"
-    r"special_tokens_map)\.json|merges\.txt|(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?)"
-)
-"""What versions without listings wrote into a fused folder, beside its concepts."""
 
 
 def kind_of(path: Path) -> str | None:
@@ -65,7 +58,7 @@ def strangers(folder: Path) -> list[str]:
         written = json.loads((folder / LISTING).read_bytes())["files"]
         return sorted(name for name, size in found.items() if written.get(name) != size)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return sorted(name for name in found if not _written_before_listings(folder, name))
+        return sorted(found)
 
 
 def _sizes(folder: Path) -> Iterator[tuple[str, int]]:
@@ -75,27 +68,6 @@ def _sizes(folder: Path) -> Iterator[tuple[str, int]]:
             if name not in DROPPINGS:
                 path = Path(root, name)
                 yield path.relative_to(folder).as_posix(), path.lstat().st_size
-
-
-def _written_before_listings(folder: Path, name: str) -> bool:
-    if concepts := _text(folder / "concepts.json", 10**7):
-        return bool(MODEL_FILE.fullmatch(name)) or name in {f"concepts/{one}.safetensors" for one in _names(concepts)}
-    exported = [one.name.removesuffix("-words.safetensors") for one in folder.glob("*-words.safetensors")]
-    if len(exported) != 1 or "mix-of-show" not in _text(folder / "README.md"):
-        return False
-    lora = {"pytorch_lora_weights.safetensors", f"{exported[0]}.safetensors"}
-    return name in {"README.md", f"{exported[0]}-words.safetensors", *lora}
-
-
-def _names(manifest: str) -> list[str]:
-    try:
-        return [one["name"] for one in json.loads(manifest)["concepts"]]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return []
-
-
-def _text(path: Path, size: int = 10_000) -> str:
-    return _start(path, size).decode(errors="replace")
 
 
 def _start(path: Path, size: int) -> bytes:

@@ -263,18 +263,13 @@ def test_a_folder_of_the_users_is_refused_in_python_too(golden_pipeline, golden_
     assert everything(place) == before
 
 
-@pytest.mark.parametrize("listing", [True, False], ids=["with its listing", "of an older version"])
 @pytest.mark.parametrize("kind", ["model", "kohya", "diffusers"])
-def test_what_we_wrote_is_replaced_as_long_as_it_holds_nothing_else(
-    golden_pipeline, golden_concepts, tmp_path, kind, listing
-):
+def test_what_we_wrote_is_replaced_as_long_as_it_holds_nothing_else(golden_pipeline, golden_concepts, tmp_path, kind):
     def save(number: int) -> None:
         if kind == "model":
             with_concept(golden_pipeline, golden_concepts[number]).save(tmp_path / "f")
         else:
             export_concept(golden_concepts[number], golden_pipeline, tmp_path / "f", kind)
-        if not listing:
-            (tmp_path / "f" / LISTING).unlink()
 
     save(0)
     first = everything(tmp_path / "f")
