@@ -7,8 +7,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 
 def end_with_parent() -> None:
@@ -27,17 +28,22 @@ def _wait_for_parent() -> None:
 
 
 @contextlib.contextmanager
-def deaf_children() -> Iterator[None]:
-    """Children that are started inside do not hear Ctrl-C, which would end their imports in a traceback, until they
-    listen to it themselves."""
-    if threading.current_thread() is not threading.main_thread():  # no other may say so
+def handling(number: int, handler: Callable[..., Any] | signal.Handlers) -> Iterator[None]:
+    """Inside, this is what a signal does; nothing changes in another thread than the main one, which may not say that."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, heard)
+        signal.signal(number, before)
+
+
+def deaf_children() -> contextlib.AbstractContextManager[None]:
+    """Children that are started inside do not hear Ctrl-C, which would end their imports in a traceback, until they
+    listen to it themselves."""
+    return handling(signal.SIGINT, signal.SIG_IGN)
 
 
 def limit_memory(most: int) -> None:

@@ -11,13 +11,13 @@ import logging
 import os
 import signal
 import sys
-import threading
 import traceback
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Final
 
 from mixofshow.errors import ours, printable
+from mixofshow.processes import handling
 from mixofshow.terminal import as_options, forgiving_output
 
 DEBUG: Final = "--debug"
@@ -72,7 +72,8 @@ def __getattr__(name: str) -> Any:
 
 def main() -> None:
     """Run a command; a foreseen error is one line, exit code 2 (input) or 3 (machine). Ctrl-C is 130."""
-    with forgiving_output() as lost, _terminated_in_good_order():
+    # SIGTERM ends the program as Ctrl-C does, so that temporary files go.
+    with forgiving_output() as lost, handling(signal.SIGTERM, lambda *_: sys.exit(TERMINATED)):
         code = _run()
         if refused := lost():
             sys.stderr.write(f"error: standard output: {refused}; what the command does is done\n")
@@ -118,19 +119,6 @@ def _at_home(argument: str, before: str) -> str:
     option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     is_path = value.startswith(f"~{os.sep}") and "prompt" not in (option or before)
     return option + equals + os.path.expanduser(value) if is_path else argument
-
-
-@contextlib.contextmanager
-def _terminated_in_good_order() -> Iterator[None]:
-    """Inside, SIGTERM ends the program as Ctrl-C does, so that temporary files go."""
-    if threading.current_thread() is not threading.main_thread():  # others cannot say what signals do
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def shortened(message: str) -> str:
