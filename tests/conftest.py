@@ -122,6 +122,14 @@ def golden_fused(
 
 
 @pytest.fixture
+def draw(golden_pipeline: Any, golden_concepts: tuple[Concept, Concept]) -> Any:
+    """The golden base as a pipeline of ours that knows both concepts' words and has their LoRAs at hand."""
+    from mixofshow import MixOfShowPipeline
+
+    return MixOfShowPipeline.of(ConceptModel(golden_pipeline, vocabulary(golden_concepts), concepts=golden_concepts))
+
+
+@pytest.fixture
 def xl_pipeline(golden_pipeline: Any) -> Any:
     """A tiny random base with the topology of SDXL: 28 cross-attention layers in 11 blocks, two text encoders."""
     return tiny_xl(golden_pipeline.tokenizer)

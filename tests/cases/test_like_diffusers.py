@@ -20,7 +20,6 @@ from PIL import Image
 
 import mixofshow
 from mixofshow import MixOfShowPipeline, Region
-from mixofshow.concepts.concept import vocabulary
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.errors import MixOfShowError, RegionError, SettingsError
 from mixofshow.sampling.inputs import REFUSED
@@ -30,11 +29,6 @@ from mixofshow.sampling.pipeline import MixOfShowXLPipeline
 ASKED = {"width": 64, "height": 48, "num_inference_steps": 3, "seed": 3}
 LATENT = {**ASKED, "output_type": "latent"}
 REGIONS = [Region("a <dogx>", (0, 0, 32, 48)), Region("a <manx>", (32, 0, 64, 48), negative_prompt="red")]
-
-
-@pytest.fixture
-def draw(golden_pipeline, golden_concepts):
-    return MixOfShowPipeline.of(ConceptModel(golden_pipeline, vocabulary(golden_concepts)))
 
 
 @pytest.mark.parametrize("method", ["__call__", "__init__"])

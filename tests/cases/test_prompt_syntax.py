@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mixofshow import MixOfShowPipeline, Region
+from mixofshow import Region
 from mixofshow.bases.families import of_encoders
 from mixofshow.concepts import syntax
 from mixofshow.concepts.concept import vocabulary
@@ -41,11 +41,6 @@ def model(golden_pipeline, golden_concepts):
     known = vocabulary(golden_concepts)
     known = Vocabulary(known.embeddings, known.aliases, "a1111")
     return ConceptModel(golden_pipeline, known, concepts=golden_concepts)
-
-
-@pytest.fixture
-def draw(golden_pipeline, golden_concepts):
-    return MixOfShowPipeline.of(ConceptModel(golden_pipeline, vocabulary(golden_concepts), concepts=golden_concepts))
 
 
 @pytest.fixture(autouse=True)

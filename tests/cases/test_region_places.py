@@ -6,9 +6,7 @@ from math import ceil
 
 import pytest
 
-from mixofshow import MixOfShowPipeline, Region
-from mixofshow.concepts.concept import vocabulary
-from mixofshow.concepts.model import ConceptModel
+from mixofshow import Region
 from mixofshow.errors import RegionError
 from mixofshow.sampling.regions import as_shares, cells, shape_of
 
@@ -24,11 +22,6 @@ def test_an_edge_between_two_cells_stays_there():
                 left, _, right, _ = cells((edge / width, 0, edge / width, 1), columns=columns, rows=1)
                 assert left == -(-exact[0] // width), (width, columns, edge)
                 assert right == exact[0] // width, (width, columns, edge)
-
-
-@pytest.fixture
-def draw(golden_pipeline, golden_concepts):
-    return MixOfShowPipeline.of(ConceptModel(golden_pipeline, vocabulary(golden_concepts), concepts=golden_concepts))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mixofshow import MixOfShowPipeline
-from mixofshow.concepts.concept import vocabulary
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.errors import BadInputError, MixOfShowError, RegionError, SettingsError
 from mixofshow.sampling.composition import compose, from_options, make_composition, variations
@@ -36,12 +35,6 @@ TABLE = {
         {"prompt": "a bridge", "mask": "masks/low.png", "negative_prompt": "red"},
     ],
 }
-
-
-@pytest.fixture
-def draw(golden_pipeline, golden_concepts):
-    model = ConceptModel(golden_pipeline, vocabulary(golden_concepts), concepts=golden_concepts)
-    return MixOfShowPipeline.of(model)
 
 
 @pytest.fixture

@@ -13,8 +13,6 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 from mixofshow import MixOfShowPipeline, Region
-from mixofshow.concepts.concept import vocabulary
-from mixofshow.concepts.model import ConceptModel
 from mixofshow.errors import MixOfShowError, RegionError, SettingsError
 from mixofshow.sampling.composition import compose, from_options, make_composition
 from mixofshow.sampling.conditioning import encode, without_concepts
@@ -29,11 +27,6 @@ from mixofshow.sampling.replay import composition_of, replay
 PROMPT = "a <dogx> and a <manx> near the castle"
 ASKED = {"prompt": PROMPT, "width": 64, "height": 48, "num_inference_steps": 5, "first_pass": 0.4, "seed": 0}
 BY_HAND = Region("a <manx>", (0, 0, 24, 48))
-
-
-@pytest.fixture(scope="module")
-def draw(golden_pipeline, golden_concepts):
-    return MixOfShowPipeline.of(ConceptModel(golden_pipeline, vocabulary(golden_concepts), concepts=golden_concepts))
 
 
 @pytest.fixture(params=[False, True], ids=["fused", "regional_lora"])

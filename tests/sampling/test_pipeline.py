@@ -24,11 +24,6 @@ REGIONS = [Region("a <dogx>", (0, 0, 32, 48)), Region("a <manx>", polygon=((24, 
 
 
 @pytest.fixture
-def draw(golden_pipeline, golden_concepts):
-    return MixOfShowPipeline.of(ConceptModel(golden_pipeline, vocabulary(golden_concepts)))
-
-
-@pytest.fixture
 def fresh(golden_pipeline):
     """The golden base with modules of its own, which a test may change."""
     pipeline = copy.deepcopy(golden_pipeline)
