@@ -43,6 +43,16 @@ def noise_picture(width=WIDTH, height=HEIGHT, seed=0):
     return Image.fromarray(values.numpy())
 
 
+def control_net(unet, channels=(16, 32, 48, 64)):
+    """The UNet's copy, whose outputs are not the zeros that a ControlNet begins with."""
+    network = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=channels)
+    torch.manual_seed(0)
+    for name, values in network.named_parameters():
+        if "controlnet_" in name:
+            torch.nn.init.normal_(values, std=0.1)
+    return network.requires_grad_(False).eval()
+
+
 @pytest.fixture(scope="module")
 def adapter(golden_pipeline):
     torch.manual_seed(0)
@@ -54,16 +64,7 @@ def adapter(golden_pipeline):
 
 @pytest.fixture(scope="module")
 def controlnet(golden_pipeline):
-    """The golden UNet's copy, whose outputs are not the zeros that a ControlNet begins with."""
-    levels = golden_pipeline.vae_scale_factor.bit_length()
-    network = ControlNetModel.from_unet(
-        golden_pipeline.unet, conditioning_embedding_out_channels=(16, 32, 48, 64)[:levels]
-    )
-    torch.manual_seed(0)
-    for name, values in network.named_parameters():
-        if "controlnet_" in name:
-            torch.nn.init.normal_(values, std=0.1)
-    return network.requires_grad_(False).eval()
+    return control_net(golden_pipeline.unet, (16, 32, 48, 64)[: golden_pipeline.vae_scale_factor.bit_length()])
 
 
 @pytest.fixture(params=["adapter", "controlnet"])

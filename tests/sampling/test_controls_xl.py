@@ -10,33 +10,16 @@ from diffusers import (
     StableDiffusionXLControlNetPipeline,
     T2IAdapter,
 )
-from PIL import Image
 
 from mixofshow import MixOfShowPipeline
 from mixofshow.concepts.model import ConceptModel
 from mixofshow.errors import SettingsError
 from mixofshow.sampling.controls import make_control, require_fit
 from mixofshow.sampling.latents import initial_latents
+from tests.sampling.test_controls import HEIGHT, NEGATIVE, PROMPT, TOLERANCE, WIDTH, control_net, noise_picture
 
-PROMPT, NEGATIVE = "photo of a red castle", "lowres"
-SIZE = {"width": 96, "height": 64}
+SIZE = {"width": WIDTH, "height": HEIGHT}
 ASKED = {"num_inference_steps": 4, "guidance_scale": 5.0, "output_type": "latent"}
-TOLERANCE = 1e-5
-
-
-def noise_picture():
-    values = torch.randint(256, (64, 96, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return Image.fromarray(values.numpy())
-
-
-def control_net(unet):
-    """The UNet's copy, whose outputs are not the zeros that a ControlNet begins with."""
-    network = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 48, 64))
-    torch.manual_seed(0)
-    for name, values in network.named_parameters():
-        if "controlnet_" in name:
-            torch.nn.init.normal_(values, std=0.1)
-    return network.requires_grad_(False).eval()
 
 
 def adapter(unet):
