@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import time
 import zipfile
 from collections.abc import Callable
@@ -23,24 +22,9 @@ from mixofshow.concepts.interchange import pickles
 from mixofshow.concepts.interchange.importing import open_concept
 from mixofshow.concepts.interchange.settings import ImportSettings
 from mixofshow.errors import ConceptFileError, MixOfShowError
+from tests.attacks.test_concept_files import Bomb, torch_file
 
 TO_K = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
-
-
-class Bomb:
-    """Unpickling it leaves a trace."""
-
-    def __init__(self, sentinel: Path) -> None:
-        self.sentinel = sentinel
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self.sentinel}",)
-
-
-def torch_file(content: object, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(content, buffer, **options)
-    return buffer.getvalue()
 
 
 def nested(depth: int) -> object:
