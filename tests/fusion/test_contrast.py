@@ -11,13 +11,10 @@ from mixofshow.fusion.contrast import MOST, Contrast
 from mixofshow.fusion.methods import contrastive, gradient, mean
 from mixofshow.fusion.problem import LayerProblem
 from mixofshow.fusion.statistics import LayerStatistics
+from tests.fusion.test_problem import normal
 
 OUT, IN, ROWS = 5, 8, 30
 WEIGHTS = [0.5, 1.0, 1.5]
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 INPUTS = [normal(ROWS, IN, seed=seed) + normal(IN, seed=seed + 10) for seed in (1, 2, 3)]

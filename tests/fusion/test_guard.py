@@ -27,6 +27,7 @@ from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.solving import problem_of, share, solve, solver_for
 from mixofshow.fusion.stages import fuse
 from mixofshow.fusion.statistics import LayerStatistics, MomentAccumulator, rows_of
+from tests.fusion.test_problem import normal
 
 OUT, IN, ROWS = 12, 16, 40
 SIZE = {"text_encoder": 0.03, "unet": 0.1}
@@ -44,10 +45,6 @@ WAYS = [(method, weights) for method in sorted(METHODS) for weights in ("equal",
 DOWN = (0.5, 0.1, 0.01)
 UP = (1.2, 1.5, 2.0, 4.0, 30.0, 1e3)
 """Also what is hardly loud: no file may do as it likes just below where the guard begins."""
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 BASES = {name: normal(OUT, IN, seed=number) / IN**0.5 for number, name in enumerate(LAYERS)}

@@ -29,12 +29,9 @@ from mixofshow.fusion.problem import LayerProblem
 from mixofshow.fusion.settings import FusionSettings
 from mixofshow.fusion.solving import check_method
 from mixofshow.fusion.statistics import LayerStatistics
+from tests.fusion.test_problem import normal
 
 OUT, IN = 6, 10
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def problem_of(changes: list[Change | None], moments: list[Tensor], shape: tuple[int, int] = (OUT, IN)) -> LayerProblem:
