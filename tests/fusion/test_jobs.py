@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from mixofshow.concepts.changes import Full
-from mixofshow.errors import BadInputError, MixOfShowError, SettingsError
+from mixofshow.errors import MixOfShowError, SettingsError
 from mixofshow.fusion.jobs import make_job
 from mixofshow.fusion.settings import FusionSettings, on_top
-from mixofshow.fusion.stages import fuse
 
 BASE = str(Path(__file__).parents[1] / "goldens" / "pipeline")
 
@@ -141,12 +138,3 @@ def test_weights_as_typed(text, weights):
 def test_weights_that_cannot_be(text):
     with pytest.raises(SettingsError, match="weights"):
         FusionSettings.of({"weights": text})
-
-
-def test_a_loud_one_may_be_refused(golden_pipeline, golden_concepts):
-    few = list(golden_concepts[0].deltas)[:3]
-    quiet, shy = (replace(one, deltas={name: one.deltas[name] for name in few}) for one in golden_concepts)
-    loud = replace(quiet, deltas={name: Full(1000 * one.matrix()) for name, one in quiet.deltas.items()})
-    settings = FusionSettings(weights="equal", refine=0, mode="independent", steps=1, refuse_loud=True)
-    with pytest.raises(BadInputError, match=r"far louder than the others: .*<dogx> in \d+ of \d+ layers"):
-        fuse([loud, shy], golden_pipeline, settings)
