@@ -114,6 +114,12 @@ _IN_WORDS: Final = ((re.compile("a valid (?:tuple|list)"), "a list"), (re.compil
 """Python's words for what a YAML file holds, in whose place stands what its readers call it."""
 
 
+def require(holds: bool, name: str, found: object, expected: str) -> None:
+    """Raise SettingsError unless it holds."""
+    if not holds:
+        raise SettingsError(f"{name}: expected {expected}, found {found}")
+
+
 def field_problem(error: Mapping[str, Any], known: Iterable[str]) -> str:
     """What pydantic found wrong with a field, in one line; for a key that nobody knows, the nearest of the known."""
     field = ".".join(map(str, error["loc"]))

@@ -13,6 +13,11 @@ def silent(step: int, total: int, info: Mapping[str, float]) -> None:
     """Progress that nobody watches."""
 
 
+def as_part(progress: Progress, number: int, count: int) -> Progress:
+    """Progress of part `number` out of `count` as progress of them all."""
+    return lambda step, total, info: progress(number * total + step, count * total, info)
+
+
 @contextlib.contextmanager
 def terminal_bar(label: str, *, hidden: bool = False) -> Iterator[Progress]:
     """A progress bar with figures, time passed and time left, on standard error."""

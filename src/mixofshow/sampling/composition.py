@@ -14,7 +14,7 @@ from PIL import Image
 
 from mixofshow.bases.memory import drawn_at_once
 from mixofshow.errors import RegionError, SettingsError, nearest, shown
-from mixofshow.progress import Progress, silent
+from mixofshow.progress import Progress, as_part, silent
 from mixofshow.reading import named_in, parse_table, read_table
 from mixofshow.sampling.finding import Layout
 from mixofshow.sampling.inputs import Callback
@@ -208,11 +208,6 @@ def settled(composition: Composition, layout: Layout | None) -> Composition:
 def usual(*names: str) -> dict[str, Any]:
     """The defaults of settings of a composition."""
     return {name: Composition.model_fields[name].default for name in names}
-
-
-def as_part(progress: Progress, number: int, count: int) -> Progress:
-    """Progress of picture `number` out of `count` as progress of them all."""
-    return lambda step, total, info: progress(number * total + step, count * total, info)
 
 
 def variations(composition: Composition, text: str | None) -> Iterator[tuple[str, Composition]]:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from mixofshow.bases.configs import check_config
 from mixofshow.bases.loading import EMBEDDED_CONTROLS
 from mixofshow.bases.strangers import quiet, strangers_model
-from mixofshow.errors import BadInputError, SettingsError, nearest, shown
+from mixofshow.errors import BadInputError, SettingsError, nearest, require, shown
 from mixofshow.reading import parse_json, read_bytes
 from mixofshow.sampling.pictures import PictureSource, read_picture
 from mixofshow.sampling.settings import MAX_STRENGTH
@@ -203,23 +203,23 @@ def _network(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
         )
     # diffusers only warns of tensors that are not there, and leaves them random.
     missing = [*report["missing_keys"], *report["unexpected_keys"]]
-    _require(not missing, f"{name}: tensors missing or unknown", shown(", ".join(missing)), "none")
+    require(not missing, f"{name}: tensors missing or unknown", shown(", ".join(missing)), "none")
     broken = [key for key, value in network.state_dict().items() if not torch.isfinite(value).all()]
-    _require(not broken, f"{name}: tensors with numbers that are not finite", shown(", ".join(broken)), "none")
+    require(not broken, f"{name}: tensors with numbers that are not finite", shown(", ".join(broken)), "none")
     return network
 
 
 def make_control(network: Any, picture: PictureSource, **settings: Any) -> PictureControl:
     """A control of the network's kind; `settings` are PictureControl's. Raises SettingsError, BadInputError."""
     name = type(network).__name__
-    _require(name in CONTROLS, "control", name, " or ".join(CONTROLS))
+    require(name in CONTROLS, "control", name, " or ".join(CONTROLS))
     return CONTROLS[name][1](network, picture, **settings)
 
 
 def require_fit(network: Any, unet: Any, source: str = "control") -> None:
     """Raise SettingsError unless the network was made for UNets such as this one."""
     for name, found, expected in _facts(network, unet):
-        _require(found == expected, f"{shown(source)}: {name}", found, f"the base model's {expected}")
+        require(found == expected, f"{shown(source)}: {name}", found, f"the base model's {expected}")
 
 
 def require_all_fit(controls: Sequence[Any], unet: Any, steps: int) -> None:
@@ -229,7 +229,7 @@ def require_all_fit(controls: Sequence[Any], unet: Any, steps: int) -> None:
             require_fit(control.network, unet, f"controls[{number}]")
             counts = control.strength == 0 or any(control.holds(step, steps) for step in range(1, steps + 1))
             extent = f"{control.start:g} to {control.end:g}"
-            _require(counts, f"controls[{number}]: start, end", extent, f"a whole step of {steps} between them")
+            require(counts, f"controls[{number}]: start, end", extent, f"a whole step of {steps} between them")
 
 
 def _facts(network: Any, unet: Any) -> Iterator[tuple[str, object, object]]:
@@ -250,8 +250,8 @@ def _facts(network: Any, unet: Any) -> Iterator[tuple[str, object, object]]:
 
 def check_extent(strength: float, start: float, end: float) -> None:
     """Raise SettingsError unless a control may count so much, for this share of the steps."""
-    _require(0 <= strength <= MAX_STRENGTH, "strength", strength, f"0 to {MAX_STRENGTH:g}")
-    _require(0 <= start < end <= 1, "start, end", f"{start}, {end}", "0 <= start < end <= 1")
+    require(0 <= strength <= MAX_STRENGTH, "strength", strength, f"0 to {MAX_STRENGTH:g}")
+    require(0 <= start < end <= 1, "start, end", f"{start}, {end}", "0 <= start < end <= 1")
 
 
 def map_of_regions(regions: Sequence[tuple[Tensor, float]], *, outside: float = 1.0) -> Tensor:
@@ -276,9 +276,9 @@ def _as_map(given: StrengthMap) -> Tensor:
         values = torch.from_numpy(np.array(read_picture(given, "L"))).float() / 255
     else:
         values = torch.as_tensor(given).float()
-    _require(values.ndim == 2 and values.numel() > 0, "strength_map", tuple(values.shape), "rows and columns")
+    require(values.ndim == 2 and values.numel() > 0, "strength_map", tuple(values.shape), "rows and columns")
     allowed = bool(((values >= 0) & (values <= MAX_STRENGTH)).all())
-    _require(allowed, "strength_map", f"{values.min():g} to {values.max():g}", f"numbers from 0 to {MAX_STRENGTH:g}")
+    require(allowed, "strength_map", f"{values.min():g} to {values.max():g}", f"numbers from 0 to {MAX_STRENGTH:g}")
     return values
 
 
@@ -289,8 +289,3 @@ def _fit(picture: Image.Image, *, width: int, height: int, channels: int) -> Ten
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     values = torch.from_numpy(np.array(picture.convert("L" if channels == 1 else "RGB"))).float() / 255
     return values.reshape(1, height, width, -1).permute(0, 3, 1, 2)
-
-
-def _require(holds: bool, name: str, found: object, expected: str) -> None:
-    if not holds:
-        raise SettingsError(f"{name}: expected {expected}, found {found}")

@@ -22,14 +22,14 @@ from mixofshow.concepts.interchange.importing import name_ahead, open_concept, r
 from mixofshow.concepts.manifest import MANIFEST, read_manifest
 from mixofshow.concepts.model import load_model, load_unfused, with_concept, with_words
 from mixofshow.concepts.words import Vocabulary
-from mixofshow.errors import SettingsError, nearest, shown
+from mixofshow.errors import SettingsError, nearest, require, shown
 from mixofshow.grids import grid
 from mixofshow.outputs import write_text
-from mixofshow.progress import Progress, silent
+from mixofshow.progress import Progress, as_part, silent
 from mixofshow.replaceable import COMPOSITION
-from mixofshow.sampling.composition import as_part, compose, settled, variations
+from mixofshow.sampling.composition import compose, settled, variations
 from mixofshow.sampling.finding import Layout
-from mixofshow.sampling.inputs import Callback, require
+from mixofshow.sampling.inputs import Callback
 from mixofshow.sampling.latents import decode
 from mixofshow.sampling.pictures import read_picture, write_picture
 from mixofshow.sampling.pipeline import MixOfShowPipeline

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mixofshow.concepts.concept import Concept
 from mixofshow.concepts.syntax import tell_of_marks
-from mixofshow.errors import RegionError, SettingsError, shown
-from mixofshow.progress import Progress
+from mixofshow.errors import RegionError, require, shown
+from mixofshow.progress import Progress, as_part
 from mixofshow.sampling.controls import require_all_fit
 from mixofshow.sampling.denoising import Control
 from mixofshow.sampling.settings import ALSO, AUTO, FINDING, Composition, Region, SamplingSettings, without_auto
@@ -103,7 +103,7 @@ class Inputs:
             generators=[self.generators[number]],
             images=one(self.images),
             latents=None if self.latents is None else self.latents[number : number + 1],
-            progress=lambda step, total, info: self.progress(number * total + step, count * total, info),
+            progress=as_part(self.progress, number, count),
         )
 
     @property
@@ -272,9 +272,3 @@ def _say_unused(inputs: Inputs, concepts: Sequence[Concept]) -> None:
             logger.warning("`%s` changes nothing %s", name, where)
     own = [text for one in inputs.regions for text in (one.prompt, one.negative_prompt or "")]
     tell_of_marks([*inputs.prompts, *inputs.negatives, *own], settings.prompt_syntax)
-
-
-def require(holds: bool, name: str, value: object, expected: str) -> None:
-    """Raise SettingsError unless it holds."""
-    if not holds:
-        raise SettingsError(f"{name}: expected {expected}, found {value}")

@@ -14,8 +14,7 @@ from mixofshow.concepts.changes import Change
 from mixofshow.concepts.concept import Concept
 from mixofshow.concepts.interchange.importing import as_concept
 from mixofshow.concepts.model import ConceptModel, with_words
-from mixofshow.errors import BadInputError, SettingsError, nearest, shown
-from mixofshow.sampling.inputs import require
+from mixofshow.errors import BadInputError, SettingsError, nearest, require, shown
 
 LOADING: Final = ("base", "device", "dtype", "variant", "config", "download")
 """Options of `load_model`, which `from_pretrained` takes too."""
