@@ -148,12 +148,8 @@ class PlaceFinder:
         probes = [self.prompt, *(self._with_concept(one) for one in self._sought)]
         # A step is a text here: each probe is a region over all of the picture, which is there in a step of its own.
         regions = [
-            replace(one, prompt=prompt, auto=False, box=(0, 0, 1, 1), units="share", strength=1.0, concept_from=None)
-            for one, prompt in zip(self._sought, probes[1:], strict=True)
-        ]
-        regions = [
-            replace(one, first_step=step, last_step=step, feather=0.0, weight=1.0, front=0)
-            for step, one in enumerate(regions, 2)
+            Region(prompt, (0, 0, 1, 1), units="share", first_step=step, last_step=step, adapters=one.adapters)
+            for step, (one, prompt) in enumerate(zip(self._sought, probes[1:], strict=True), 2)
         ]
         width, height = self.inputs.size
         encoded = encode(self.model, [self.prompt], "", regions, width=width, height=height, guided=False, own=self.own)
