@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from mixofshow.bases.families import (
@@ -41,7 +41,7 @@ from mixofshow.concepts.words import Vocabulary, check_word
 from mixofshow.errors import ConceptFileError, TokenError, field_problem, listed, shown
 from mixofshow.files import raw, read_tensors, write_tensors
 from mixofshow.reading import parse_json
-from mixofshow.tables import Named
+from mixofshow.tables import Group, Named
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +63,8 @@ LARGEST_EMBEDDING: Final = 100.0
 """Longest embedding allowed, in lengths of the base's mean token embedding."""
 
 
-class ConceptInfo(BaseModel):
+class ConceptInfo(Group):
     """A concept file's metadata. There is no place in it for a path, a caption or a host name."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     format_version: int = Field(1, ge=1, le=FORMAT_VERSION)
     name: Annotated[str, Named(32)]

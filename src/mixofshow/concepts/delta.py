@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from mixofshow.bases.layers import layer, matrix
@@ -25,22 +25,21 @@ from mixofshow.concepts.concept import METADATA_KEY as CONCEPT_KEY
 from mixofshow.errors import ConceptFileError, SettingsError, field_problem, shown
 from mixofshow.files import raw, read_tensors, write_tensors
 from mixofshow.reading import parse_json
+from mixofshow.tables import Group
 
 FORMAT_VERSION: Final = 1
 WORD: Final = "word:"
 
 
-class DeltaInfo(BaseModel):
+class DeltaInfo(Group):
     """A delta file's metadata; `manifest` is the fused model's."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: int = Field(FORMAT_VERSION, ge=1, le=FORMAT_VERSION)
     base: str = Field(max_length=128)
     base_fingerprint: str
     words: tuple[str, ...] = ()
-    aliases: dict[str, tuple[str, ...]] = {}
-    manifest: dict[str, Any] = {}
+    aliases: dict[str, tuple[str, ...]] = Field({})
+    manifest: dict[str, Any] = Field({})
 
 
 @dataclass(frozen=True)
