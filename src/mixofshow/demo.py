@@ -195,10 +195,9 @@ def _facts(run: SuiteRun, gradient: Fused, concepts: Sequence[Concept], base: An
     ]
 
 
-def _overview(
-    training: Mapping[str, Image.Image], wide: Mapping[str, Sequence[Image.Image]], *, scale: int = 4, gap: int = 8
-) -> Image.Image:
+def _overview(training: Mapping[str, Image.Image], wide: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
     """A training picture of each concept above one wide picture of each way to draw them together."""
+    scale, gap = 4, 8
     width, text_size = WIDTH * scale, HEIGHT * scale // 16
     side = (width - gap * (len(CONCEPTS) - 1)) // len(CONCEPTS)
     tops = [image.resize((side, side), Image.Resampling.BICUBIC) for image in training.values()]

@@ -26,11 +26,11 @@ USUAL_CELLS: Final = 256
 """Attention is judged on the feature map of about as many cells, where it follows whole things (as in the paper)."""
 
 
-def attend_and_excite(rate: float, *, share: float = SHARE) -> LatentCallback:
-    """Moves latents, in the first `share` of the steps, by `rate` times their own size where the loss is at its most."""
+def attend_and_excite(rate: float) -> LatentCallback:
+    """Moves latents, in the first SHARE of the steps, by `rate` times their own size where the loss is at its most."""
 
     def correct(context: StepContext, latents: Tensor) -> Tensor:
-        if context.step > share * context.steps:
+        if context.step > SHARE * context.steps:
             return latents
         handle, large = context.predict.attention, latents.shape[-2] * latents.shape[-1] >= LARGE**2
         with torch.enable_grad(), queries_of(handle.layers) as queries, recomputing(context.predict.unet, on=large):
