@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Golden:
     """One golden file: its numbers, and the prompts and settings they were made with."""
 
@@ -119,6 +119,12 @@ def golden_fused(
         if name.endswith(".weight")
     }
     return ConceptModel(golden_pipeline, vocabulary(golden_concepts), weights)
+
+
+@pytest.fixture(scope="session")
+def fused(golden_fused: ConceptModel, golden_concepts: tuple[Concept, Concept]) -> ConceptModel:
+    """The same as `fuse` gives it: it has its concepts at hand, and says how it was made."""
+    return dataclasses.replace(golden_fused, concepts=golden_concepts, settings={"method": "gradient"})
 
 
 @pytest.fixture

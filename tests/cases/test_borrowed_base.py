@@ -38,13 +38,6 @@ def with_lora(base):
     return base
 
 
-@pytest.fixture
-def fused(golden_fused, golden_concepts):
-    return ConceptModel(
-        golden_fused.pipeline, golden_fused.vocabulary, golden_fused.weights, golden_concepts, {"method": "gradient"}
-    )
-
-
 def draw(model, **asked):
     return MixOfShowPipeline.of(model)("a <dogx>", **(ASKED | asked))[0].tobytes()
 

@@ -11,18 +11,11 @@ import torch
 
 from mixofshow import MixOfShowPipeline, Region, load_model, load_unfused
 from mixofshow.bases.loading import GUIDANCE, fingerprint
-from mixofshow.concepts.model import ConceptModel, with_concept
+from mixofshow.concepts.model import with_concept
 from mixofshow.errors import BadInputError, BaseModelError
 
 ASKED = {"width": 64, "height": 48, "num_inference_steps": 2, "seed": 3}
 BASE = "tests/goldens/pipeline"
-
-
-@pytest.fixture(scope="module")
-def fused(golden_fused, golden_concepts):
-    return ConceptModel(
-        golden_fused.pipeline, golden_fused.vocabulary, golden_fused.weights, golden_concepts, {"method": "gradient"}
-    )
 
 
 @pytest.fixture(scope="module")
