@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from mixofshow.bases.loading import fingerprint, load_base
 from mixofshow.concepts.changes import DOWN, UP, LowRank
 from mixofshow.concepts.concept import EMBEDDINGS, Concept, ConceptInfo, vocabulary
 from mixofshow.concepts.model import ConceptModel
+from mixofshow.tuning.settings import TuningSettings, make_settings
 
 GOLDENS = Path(__file__).parent / "goldens"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -28,6 +30,20 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 # A shell lets what it starts in the background ignore Ctrl-C, and so would the commands that tests send it to.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pictures_in(folder: Path, *colours: str, size: tuple[int, int] = (64, 64)) -> Path:
+    """The folder, with a picture of each colour in it: 0.png, 1.png …"""
+    folder.mkdir(exist_ok=True)
+    for number, colour in enumerate(colours):
+        Image.new("RGB", size, colour).save(folder / f"{number}.png")
+    return folder
+
+
+def short_run(data: Path, **usual: Any) -> Callable[..., TuningSettings]:
+    """`short_run(data, **usual)(**{key: value, …})`: settings of tuning on the golden base, the usual ones or as given."""
+    table = {"name": "thing", "class_word": "man", "base": str(GOLDENS / "pipeline"), "data": data, **usual}
+    return lambda **changed: make_settings({**table, **changed})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 from mixofshow import cli, fuse, make_settings, tune
@@ -16,6 +15,7 @@ from mixofshow.errors import DatasetError, SettingsError
 from mixofshow.tuning.captions import varied, whole_in_any_order
 from mixofshow.tuning.conflicts import refuse_impossible, slow_precision
 from mixofshow.tuning.settings import CaptionSettings
+from tests.conftest import pictures_in
 
 TABLE = {"name": "mydog", "class_word": "dog", "data": "x"}
 WINDOW = 40
@@ -42,10 +42,7 @@ def test_no_order_cuts_the_concepts_words(caption, keep):
 
 @pytest.fixture
 def data(tmp_path):
-    (tmp_path / "tags").mkdir()
-    for number, colour in enumerate(("red", "blue")):
-        Image.new("RGB", (64, 64), colour).save(tmp_path / "tags" / f"{number}.png")
-    return tmp_path / "tags"
+    return pictures_in(tmp_path / "tags", "red", "blue")
 
 
 def test_long_tags_are_shuffled_to_the_end_and_said_once(golden_pipeline, data, caplog):

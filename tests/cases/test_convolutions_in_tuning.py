@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from PIL import Image
 
 from mixofshow import load_concept, make_settings, tune
 from mixofshow.bases.layers import kernel_of, layer, lora_layers
 from mixofshow.concepts.concept import Concept, check_fits
 from mixofshow.concepts.model import with_concept
 from mixofshow.tuning.adapters import lora_adapters
+from tests.conftest import pictures_in
 
 CONVOLUTIONAL = ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "samplers.0.conv")
 
 
 @pytest.fixture
 def data(tmp_path):
-    (tmp_path / "thing").mkdir()
-    Image.new("RGB", (64, 64), "red").save(tmp_path / "thing" / "1.png")
-    return tmp_path / "thing"
+    return pictures_in(tmp_path / "thing", "red")
 
 
 @pytest.fixture

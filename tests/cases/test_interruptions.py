@@ -33,6 +33,7 @@ from mixofshow.terminal import forgiving_output
 from mixofshow.tuning.run import interrupts_noted
 from mixofshow.tuning.settings import make_settings
 from mixofshow.tuning.trainer import tune
+from tests.conftest import pictures_in, short_run
 
 GOLDEN_BASE = Path(__file__).parents[1] / "goldens" / "pipeline"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "concepts" / "clown.safetensors"
@@ -41,15 +42,8 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "concepts" / "clown.safetenso
 @pytest.fixture
 def make(tmp_path):
     """Settings of a short run."""
-    (tmp_path / "pictures").mkdir()
-    Image.new("RGB", (16, 16), "red").save(tmp_path / "pictures" / "0.png")
-
-    def settings(**changed):
-        table = {"name": "thing", "class_word": "man", "base": str(GOLDEN_BASE), "data": tmp_path / "pictures"}
-        table |= {"steps": 4, "batch_size": 1, "save_every": 2, "tracker": "none", "pictures.size": 64}
-        return make_settings({**table, **changed})
-
-    return settings
+    quick = {"steps": 4, "batch_size": 1, "save_every": 2, "tracker": "none", "pictures.size": 64}
+    return short_run(pictures_in(tmp_path / "pictures", "red", size=(16, 16)), **quick)
 
 
 def _pressing(at):

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from PIL import Image
 
 from mixofshow import cli, load_concept, tune
 from mixofshow.errors import BaseModelError, DivergedError
@@ -19,6 +18,7 @@ from mixofshow.tuning import losses
 from mixofshow.tuning.checkpoints import newest
 from mixofshow.tuning.losses import min_snr_weights
 from mixofshow.tuning.run import Run
+from tests.conftest import pictures_in
 
 GOLDEN_BASE = Path(__file__).parents[1] / "goldens" / "pipeline"
 KEYS = {"name": "thing", "class_word": "man", "steps": 5, "batch_size": 1, "save_every": 1, "tracker": "none"}
@@ -26,9 +26,7 @@ KEYS = {"name": "thing", "class_word": "man", "steps": 5, "batch_size": 1, "save
 
 @pytest.fixture
 def data(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    Image.new("RGB", (64, 64), "red").save(tmp_path / "pictures" / "1.png")
-    return tmp_path / "pictures"
+    return pictures_in(tmp_path / "pictures", "red")
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -107,7 +105,7 @@ def test_words_that_no_base_would_take_are_noticed(golden_pipeline, data):
 def test_a_pictures_latents_are_finite(golden_pipeline, data, monkeypatch):
     bias = golden_pipeline.vae.quant_conv.bias
     monkeypatch.setattr(bias, "data", bias.data / 0)
-    with pytest.raises(BaseModelError, match="^1.png: its latents are not finite"):
+    with pytest.raises(BaseModelError, match="^0.png: its latents are not finite"):
         tune(golden_pipeline, data, **KEYS)
 
 

@@ -10,7 +10,6 @@ from accelerate import Accelerator, PartialState
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from accelerate.state import AcceleratorState
 from peft import LoraConfig
-from PIL import Image
 
 from mixofshow import make_settings, tune
 from mixofshow.bases.loading import USUAL_GUIDANCE
@@ -22,6 +21,7 @@ from mixofshow.tuning.adapters import initial_words
 from mixofshow.tuning.batches import prior_examples
 from mixofshow.tuning.losses import Batch, Pictures, TrainingLoss
 from mixofshow.tuning.settings import TuningSettings, with_presets
+from tests.conftest import pictures_in
 
 QUICK = {"steps": 1, "batch_size": 1, "pictures.size": 64}
 
@@ -29,9 +29,7 @@ QUICK = {"steps": 1, "batch_size": 1, "pictures.size": 64}
 @pytest.fixture
 def data(tmp_path):
     """A folder of one picture."""
-    (tmp_path / "thing").mkdir()
-    Image.new("RGB", (20, 16), "red").save(tmp_path / "thing" / "1.png")
-    return tmp_path / "thing"
+    return pictures_in(tmp_path / "thing", "red", size=(20, 16))
 
 
 @pytest.mark.parametrize("base", [None, "emojiland"])

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mixofshow import make_settings
 from mixofshow.concepts.concept import Concept
+from tests.conftest import pictures_in, short_run
 from tests.devices.simulated import SimulatedDevice
 
 GOLDEN_BASE = Path(__file__).parents[1] / "goldens" / "pipeline"
@@ -74,21 +74,13 @@ def simulated_mps(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedDevice]:
 @pytest.fixture
 def settings(tmp_path: Path) -> Callable[..., Any]:
     """`settings(**{key: value, …})`: of two steps, on two pictures with masks."""
-    for folder in ("train", "masks"):
-        (tmp_path / folder).mkdir()
-    for number, colour in enumerate(("red", "blue")):
-        Image.new("RGB", (64, 64), colour).save(tmp_path / "train" / f"{number}.png")
+    (tmp_path / "masks").mkdir()
+    for number in range(2):
         mask = Image.new("L", (64, 64))
         mask.paste(255, (8, 8, 40, 40))
         mask.save(tmp_path / "masks" / f"{number}.png")
-
-    def make(**changed: Any) -> Any:
-        usual = {"name": "thing", "class_word": "man", "base": str(GOLDEN_BASE), "data": tmp_path / "train"}
-        quick = {"steps": 2, "batch_size": 2, "tracker": "none", "save_every": 0}
-        quick["unet.targets"] = "keys-and-values"
-        return make_settings({**usual, **quick, **changed})
-
-    return make
+    quick = {"steps": 2, "batch_size": 2, "tracker": "none", "save_every": 0, "unet.targets": "keys-and-values"}
+    return short_run(pictures_in(tmp_path / "train", "red", "blue"), **quick)
 
 
 @pytest.fixture

@@ -32,8 +32,8 @@ from mixofshow.sampling.latents import decode, initial_latents
 from mixofshow.sampling.replay import model_hash
 from mixofshow.tuning.adapters import METHODS, class_vector, initial_words
 from mixofshow.tuning.losses import Batch, Pictures, TrainingLoss
-from mixofshow.tuning.settings import make_settings
 from mixofshow.tuning.trainer import tune
+from tests.conftest import pictures_in, short_run
 
 SIZE = {"width": 64, "height": 48}
 PROMPTS = ["photo of a red castle", "", "a man near the beach, " * 20]
@@ -185,17 +185,10 @@ def test_a_region_of_all_replaces_the_text_and_not_the_pooled_prompt(xl_pipeline
 @pytest.fixture
 def make(tmp_path):
     """`make(key=value, …)`: settings of two steps on two small pictures."""
-    (tmp_path / "pictures").mkdir()
-    for number, colour in enumerate(("red", "blue")):
-        Image.new("RGB", (64, 64), colour).save(tmp_path / "pictures" / f"{number}.png")
-
-    def settings(**changed):
-        table = {"name": "thing", "class_word": "man", "base": "tiny", "data": tmp_path / "pictures", "steps": 2}
-        # The middle of the UNet must see more than one place, or it has nothing to attend to.
-        table |= {"batch_size": 2, "pictures.size": 128, "words.rate": 0.01, "text_encoder.rate": 0.01}
-        return make_settings({**table, "unet.rate": 0.01, "prior.count": 2, **changed})
-
-    return settings
+    # The middle of the UNet must see more than one place, or it has nothing to attend to.
+    quick = {"base": "tiny", "steps": 2, "batch_size": 2, "pictures.size": 128, "prior.count": 2}
+    rates = {"words.rate": 0.01, "text_encoder.rate": 0.01, "unet.rate": 0.01}
+    return short_run(pictures_in(tmp_path / "pictures", "red", "blue"), **quick, **rates)
 
 
 def states(base):

@@ -30,32 +30,15 @@ from mixofshow.tuning.losses import masked_mse, min_snr_weights, negative_log_de
 from mixofshow.tuning.run import make_optimizer
 from mixofshow.tuning.settings import make_settings
 from mixofshow.tuning.trainer import tune
+from tests.conftest import pictures_in, short_run
 
 
 @pytest.fixture
 def make(tmp_path):
     """`make(key=value, …)`: settings of three steps on two small pictures."""
-    (tmp_path / "pictures").mkdir()
-    for number, colour in enumerate(("red", "blue")):
-        Image.new("RGB", (20, 16), colour).save(tmp_path / "pictures" / f"{number}.png")
-
-    def settings(**changed):
-        table = {
-            "name": "thing",
-            "class_word": "man",
-            "base": "tiny",
-            "data": tmp_path / "pictures",
-            "steps": 3,
-            "batch_size": 2,
-            "pictures.size": 64,
-            "words.rate": 0.01,
-            "text_encoder.rate": 0.01,
-            "unet.rate": 0.01,
-            "prior.count": 2,
-        }
-        return make_settings({**table, **changed})
-
-    return settings
+    quick = {"base": "tiny", "steps": 3, "batch_size": 2, "pictures.size": 64, "prior.count": 2}
+    rates = {"words.rate": 0.01, "text_encoder.rate": 0.01, "unet.rate": 0.01}
+    return short_run(pictures_in(tmp_path / "pictures", "red", "blue", size=(20, 16)), **quick, **rates)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from mixofshow.bases.families import text_encoders
 from mixofshow.bases.layers import layer
@@ -16,8 +15,8 @@ from mixofshow.errors import BaseModelError, SettingsError
 from mixofshow.tuning.adapters import full_keys_and_values, lora_adapters
 from mixofshow.tuning.batches import LatentDataset
 from mixofshow.tuning.dataset import read_folder
-from mixofshow.tuning.settings import make_settings
 from mixofshow.tuning.trainer import tune
+from tests.conftest import pictures_in, short_run
 
 GOLDEN_BASE = Path(__file__).parents[1] / "goldens" / "pipeline"
 
@@ -25,14 +24,8 @@ GOLDEN_BASE = Path(__file__).parents[1] / "goldens" / "pipeline"
 @pytest.fixture
 def settings(tmp_path):
     """`settings(key=value, …)` of four steps on two pictures."""
-    for number, colour in enumerate(("red", "blue")):
-        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{number}.png")
-
-    def make(**changed):
-        table = {"name": "thing", "class_word": "man", "base": str(GOLDEN_BASE), "data": tmp_path, "steps": 4}
-        return make_settings({**table, "batch_size": 2, "unet.rate": 0.01, "text_encoder.rate": 0.01, **changed})
-
-    return make
+    quick = {"steps": 4, "batch_size": 2, "unet.rate": 0.01, "text_encoder.rate": 0.01}
+    return short_run(pictures_in(tmp_path, "red", "blue"), **quick)
 
 
 @pytest.fixture(scope="module")

@@ -18,36 +18,18 @@ from PIL import Image
 
 from mixofshow.concepts.concept import load_concept
 from mixofshow.errors import BadInputError, ResourceError, SettingsError
-from mixofshow.tuning.settings import make_settings, printed
+from mixofshow.tuning.settings import printed
 from mixofshow.tuning.trainer import tune
+from tests.conftest import pictures_in, short_run
 
 GOLDEN_BASE = Path(__file__).parents[1] / "goldens" / "pipeline"
 
 
 @pytest.fixture
 def make(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    for number, colour in enumerate(("red", "blue", "green")):
-        Image.new("RGB", (16, 16), colour).save(tmp_path / "pictures" / f"{number}.png")
-
-    def settings(**changed):
-        table = {
-            "name": "thing",
-            "class_word": "man",
-            "base": str(GOLDEN_BASE),
-            "data": tmp_path / "pictures",
-            "steps": 6,
-            "batch_size": 2,
-            "save_every": 2,
-            "tracker": "none",
-            "pictures.size": 64,
-            "pictures.flip": True,
-            "words.norm_limit": 0.19,
-            "unet.rate": 0.01,
-        }
-        return make_settings({**table, **changed})
-
-    return settings
+    quick = {"steps": 6, "batch_size": 2, "save_every": 2, "tracker": "none", "pictures.size": 64}
+    usual = {"pictures.flip": True, "words.norm_limit": 0.19, "unet.rate": 0.01}
+    return short_run(pictures_in(tmp_path / "pictures", "red", "blue", "green", size=(16, 16)), **quick, **usual)
 
 
 def _stopping(at):
