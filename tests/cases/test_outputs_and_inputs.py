@@ -21,6 +21,7 @@ from mixofshow.concepts.concept import load_concept
 from mixofshow.concepts.interchange.exporting import export_concept
 from mixofshow.concepts.model import ConceptModel, load_model, with_concept
 from mixofshow.errors import BadInputError, ResourceError
+from mixofshow.evaluation import previews
 from mixofshow.evaluation.report import templates
 from mixofshow.evaluation.results import COLUMNS
 from mixofshow.evaluation.tasks import _measured
@@ -378,8 +379,9 @@ def test_a_run_keeps_away_from_pictures(tmp_path):
     assert run_folder(tmp_path / "foo.v1") != run_folder(tmp_path / "foo.v2")
 
 
-def test_previews_and_checkpoints_stay_out_of_the_pictures_and_the_line_can_be_repeated(tmp_path, run):
+def test_previews_and_checkpoints_stay_out_of_the_pictures_and_the_line_can_be_repeated(tmp_path, run, monkeypatch):
     """Case 01: the command of docs/own-concept.md, whose file is called as the folder of pictures."""
+    monkeypatch.setattr(previews, "STEPS", 1)
     (tmp_path / "dog").mkdir()
     Image.new("RGB", (16, 16), "red").save(tmp_path / "dog" / "a.png")
     line = f"tune --data dog --name dog --class-word man --base {GOLDEN_BASE} --out dog.safetensors --batch-size 1"
