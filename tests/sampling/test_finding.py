@@ -152,7 +152,7 @@ def test_with_a_picture_to_start_from_and_enlarged(draw):
         ),
         ({"regions": "auto", "first_pass": 0.95}, SettingsError, "first_pass: expected less than all of the 5 steps"),
         ({"regions": "auto", "first_pass": 1.5}, SettingsError, "first_pass"),
-        ({"regions": "auto", "smallest_place": 0.5}, SettingsError, "smallest_place: expected at most largest_place"),
+        ({"regions": "auto", "smallest_place": 0.5}, SettingsError, "`smallest_place`: expected at most `largest_place`"),
     ],
 )
 def test_what_cannot_be_meant_is_one_line(asked, error, said, draw):

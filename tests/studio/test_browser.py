@@ -111,7 +111,7 @@ def test_polygons_and_painted_masks(open_page: Any, served: tuple[str, Workspace
     page.evaluate(DAB, [0.5, 0.1])
     until(lambda: regions(served[1], 2)[1]["mask"] != mask)
     grey = read_picture(regions(served[1], 2)[1]["mask"], "L")
-    assert grey.getpixel((grey.width // 2, grey.height // 10)) == grey.getpixel((grey.width // 2, grey.height // 2)) == 255
+    assert all(grey.getpixel((grey.width // 2, round(y * grey.height))) > 200 for y in (0.1, 0.5))
     page.evaluate(TYPE_AND_LEAVE, "a quick one")
     until(lambda: regions(served[1], 2)[0]["prompt"] == "a quick one")
 
