@@ -92,6 +92,10 @@ TYPE_AND_LEAVE = """text => {
 def test_polygons_and_painted_masks(open_page: Any, served: tuple[str, Workspace]) -> None:
     page = open_page()
     empty(page, served[1])
+    for name in ("#width", "#height"):  # another test may have left a strip
+        fill(page, name, "128")
+    page.press("#height input", "Tab")
+    until(lambda: (canvas(served[1]).get("width"), canvas(served[1]).get("height")) == (128, 128))
     page.select_option("#editor [data-grid]", "4")
     page.click("#editor [data-tool=polygon]")
     for place in ((0.02, 0.02), (0.98, 0.02), (0.5, 0.98)):

@@ -10,7 +10,6 @@ import shutil
 import socket
 import tempfile
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from mixofshow.errors import SettingsError, shown
 from mixofshow.studio import web as gr
@@ -90,23 +89,6 @@ def check_port(host: str, port: int) -> None:
         raise SettingsError(f"port {port} on {shown(host)}: {error.strerror or error}; give another port") from error
 
 
-class OwnPagesOnly:
-    """Refuses what pages of other servers ask in the browser of somebody who has the studio open, such as uploads."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer a request of a browser's (ASGI), or hand it on."""
-        from starlette.responses import PlainTextResponse
-
-        headers = dict(scope.get("headers", ()))
-        origin, host = (headers.get(name, b"").decode("latin-1") for name in (b"origin", b"host"))
-        foreign = bool(origin) and urlsplit(origin).netloc != host
-        answer = PlainTextResponse("the studio answers its own pages only", 403) if foreign else self.app
-        await answer(scope, receive, send)
-
-
 def _launching(host: str, port: int, token: str | None) -> dict[str, Any]:
     """Gradio's options: everything that would fetch, share, record or tell is off."""
     from starlette.middleware import Middleware
@@ -114,8 +96,7 @@ def _launching(host: str, port: int, token: str | None) -> dict[str, Any]:
 
     # A page elsewhere could otherwise reach this machine by a name of its own that leads here (DNS rebinding).
     called = "[" if ":" in host else host  # as it stands before the first colon in what a browser asks
-    names = Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_NAMES, called])
-    only_here = [names, Middleware(OwnPagesOnly)] if token is None else []
+    only_here = [Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_NAMES, called])] if token is None else []
     return {
         "server_name": host,
         "server_port": port,

@@ -93,14 +93,16 @@ class TuneTab:
             self.brought, [self.name, self.dropped], [self.said, self.dropped, self.shown, self.grid], **quiet
         )
         self.check.click(self.checked, asked, checks, show_progress="minimal", api_visibility="private")
-        self.grid.caption(self.captioned, self.name, self.said, **quiet)
+        # By default Gradio drops what comes while the same is still being answered.
+        self.grid.caption(self.captioned, self.name, self.said, trigger_mode="multiple", **quiet)
         opened = self.grid.paint(self.opened, self.name, [self.picture, self.mask, self.masking, self.mask_said], **quiet)
         opened.then(None, js="() => document.querySelector('#mask-editor').scrollIntoView()", **quiet)
-        away = self.grid.away(self.taken_away, self.name, [self.said, self.grid], **quiet)
+        away = self.grid.away(self.taken_away, self.name, [self.said, self.grid], trigger_mode="multiple", **quiet)
         painted = [self.name, self.picture, self.mask]
         masked = self.keep_mask.click(self.masked, painted, [self.mask_said, self.grid], **quiet)
+        after: dict[str, Any] = {"trigger_mode": "always_last", **quiet}
         for done in (brought, away, masked):
-            done.then(lambda *names: self.checked(*names) if names[0] else [gr.skip()] * 2, asked, checks, **quiet)
+            done.then(lambda *names: self.checked(*names) if names[0] else [gr.skip()] * 2, asked, checks, **after)
         how, begun = [self.name, self.word, *self.parts], [self.status, self.command, self.left]
         self.start.click(self.started, how, begun, api_name="tune", show_progress="hidden")
         self.resume.click(lambda *values: self.started(*values, resume=True), how, begun, **quiet)
