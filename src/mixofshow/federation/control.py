@@ -12,11 +12,10 @@ from typing import Any, Final
 from mixofshow.errors import BadInputError, ResourceError, shown
 from mixofshow.federation.bundle import APP_ID, signed_app
 from mixofshow.federation.keys import AUTHORITY, TLS, members
+from mixofshow.federation.watched import LOCKED_FOR
 
 DATABASE: Final = "superlink.db"
 STRUCK_OFF: Final = "unregistered"
-LOCKED_FOR: Final = 120.0
-"""Seconds that Flower's database may be locked by itself."""
 RUNS: Final = {"completed": "", "failed": "its app failed", "stopped": "it was stopped"}
 """How Flower says that a run has ended (`SubStatus`), and what is wrong then."""
 

@@ -22,8 +22,8 @@ from mixofshow.processes import end_with_parent
 
 LET_END: Final = 5.0
 """Seconds that a command has to end by itself."""
-LOCKED_FOR: Final = "120000"
-"""Milliseconds that a database may be locked by another."""
+LOCKED_FOR: Final = 120.0
+"""Seconds that Flower's database may be locked by another."""
 TRIES: Final = 30
 """How often an app asks for a part of its message, the first ones after 1, 2, 4, 8 seconds, all others after 10."""
 APPS_IMPORT: Final = ("flwr.supernode.cli", "mixofshow.federation.rounds", "mixofshow.fusion.stages", "mixofshow.tuning.trainer")
@@ -85,7 +85,7 @@ def be_patient_with_the_database() -> None:
     """On a slow machine Flower's five seconds for a lock are not enough, and then its programs fail (flwr 1.42)."""
     from flwr.supercore import sql_mixin
 
-    sql_mixin.SQLITE_PRAGMAS = (*sql_mixin.SQLITE_PRAGMAS, ("busy_timeout", LOCKED_FOR))
+    sql_mixin.SQLITE_PRAGMAS = (*sql_mixin.SQLITE_PRAGMAS, ("busy_timeout", f"{LOCKED_FOR * 1000:.0f}"))
 
 
 def _end_with(parent: int) -> None:
